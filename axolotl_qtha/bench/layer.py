@@ -1,0 +1,210 @@
+"""Time and memory of one adapted linear layer, beside the frozen layer alone and PEFT's LoRA.
+
+Forward and backward of one layer in float32 (bfloat16 on CUDA), x needing a gradient as inside a model. The variants take
+turns, so that a drift of the machine's speed hits all alike; printed are medians, and the median of the ratios to LoRA
+within each turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+
+from axolotl_qtha import QTHAConfig
+from axolotl_qtha.circuit.ansatz import Ansatz
+from axolotl_qtha.circuit.torch_engine import expectation_values
+
+SHAPES = ((3584, 3584), (3584, 18944))
+RANKS = (4, 8)
+TOKENS = (512, 2048)
+
+
+class _Model(nn.Module):
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.proj = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.proj(x)
+        return y
+
+
+def variants(layer: nn.Linear, rank: int) -> dict[str, nn.Module]:
+    """Return the frozen layer and its adapted forms; all share the frozen weight."""
+
+    def wrapped() -> _Model:
+        copy = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        copy.weight = layer.weight
+        return _Model(copy)
+
+    def qtha(**settings: object) -> nn.Module:
+        return get_peft_model(wrapped(), QTHAConfig(rank=rank, target_modules=["proj"], **settings))  # type: ignore[arg-type]
+
+    return {
+        "base": _Model(layer).requires_grad_(False),
+        "lora": get_peft_model(wrapped(), LoraConfig(r=rank, target_modules=["proj"])),  # type: ignore[arg-type]
+        "qtha": qtha(),
+        "qtha, quantum: none": qtha(quantum="none"),
+    }
+
+
+def step(model: nn.Module, x: Tensor, grad: Tensor) -> None:
+    """Run one forward and backward."""
+    for parameter in model.parameters():
+        parameter.grad = None
+    x.grad = None
+    model(x).backward(grad)
+
+
+def seconds(run: Callable[[], None], device: torch.device) -> float:
+    """Return the wall-clock seconds of one run."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_bytes(run: Callable[[], None], device: torch.device) -> int:
+    """Return the most memory allocated at one time by a run, beyond what was allocated before it."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    memory = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    level = peak = 0
+    for _, size in memory:
+        level += size
+        peak = max(peak, level)
+    return peak
+
+
+def kept_bytes(run: Callable[[], Tensor]) -> int:
+    """Return the bytes that a forward keeps for its backward, parameters left out."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    del result
+    return sum(storages.values())
+
+
+def layer_rows(
+    shape: tuple[int, int], rank: int, tokens: int, repeats: int, device: torch.device
+) -> list[dict[str, float | int | str]]:
+    """Measure all variants of one cell."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    layer = nn.Linear(*shape, bias=False, device=device, dtype=dtype)
+    models = variants(layer, rank)
+    x = torch.randn(1, tokens, shape[0], device=device, dtype=dtype, requires_grad=True)
+    grad = torch.randn(1, tokens, shape[1], device=device, dtype=dtype)
+    runs = {name: lambda model=model: step(model, x, grad) for name, model in models.items()}
+    peaks = {name: peak_bytes(run, device) for name, run in runs.items()}  # also the warm-up
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            times[name].append(seconds(run, device))
+    return [
+        {
+            "in": shape[0],
+            "out": shape[1],
+            "rank": rank,
+            "tokens": tokens,
+            "variant": name,
+            "parameters": sum(p.numel() for p in models[name].parameters() if p.requires_grad),
+            "milliseconds": 1e3 * statistics.median(values),
+            "to_lora": statistics.median(a / b for a, b in zip(values, times["lora"], strict=True)),
+            "peak_mib": peaks[name] / 2**20,
+        }
+        for name, values in times.items()
+    ]
+
+
+def circuit_rows(device: torch.device, tokens: int = 2048, qubits: int = 8) -> list[dict[str, int]]:
+    """Return what the circuit keeps for backward, by its number of layers."""
+    rows = []
+    for layers in (1, 2, 4, 8):
+        ansatz = Ansatz(qubits, layers)
+        z = torch.randn(tokens, qubits, device=device, requires_grad=True)
+        angles = nn.Parameter(torch.randn(ansatz.rows, qubits, device=device))
+
+        def run(z: Tensor = z, angles: Tensor = angles, ansatz: Ansatz = ansatz) -> Tensor:
+            return expectation_values(z, angles, ansatz)
+
+        rows.append({"qubits": qubits, "layers": layers, "tokens": tokens, "kept_bytes": kept_bytes(run)})
+    return rows
+
+
+def main() -> None:
+    """Run the benchmark and print its tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5, help="turns per cell (default 5)")
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="tokens per step (default 512 2048)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=RANKS, help="ranks (default 4 8)")
+    parser.add_argument("--shapes", nargs="+", default=[f"{a}x{b}" for a, b in SHAPES], help="layers as INxOUT")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cells = [
+        (tuple(int(i) for i in shape.split("x")), rank, tokens)
+        for shape in args.shapes
+        for rank in args.ranks
+        for tokens in args.tokens
+    ]
+    console = Console()
+    table = Table(title=f"forward + backward of one layer, {device}, {torch.get_num_threads()} threads, {args.repeats} turns")
+    for column in ("layer", "rank", "tokens", "variant", "parameters", "ms (median)", "x LoRA", "peak MiB"):
+        table.add_column(column, justify="left" if column in ("layer", "variant") else "right")
+    rows = []
+    for shape, rank, tokens in track(cells, description="measuring", console=console):
+        for row in layer_rows(shape, rank, tokens, args.repeats, device):
+            rows.append(row)
+            table.add_row(
+                f"{row['in']}x{row['out']}",
+                str(rank),
+                str(tokens),
+                str(row["variant"]),
+                f"{row['parameters']:,}",
+                f"{row['milliseconds']:.1f}",
+                f"{row['to_lora']:.3f}",
+                f"{row['peak_mib']:.1f}",
+            )
+        table.add_section()
+    console.print(table)
+    kept = circuit_rows(device)
+    memory = Table(title=f"kept for backward by the circuit, {kept[0]['qubits']} qubits, {kept[0]['tokens']} tokens")
+    for column in ("layers", "KiB"):
+        memory.add_column(column, justify="right")
+    for entry in kept:
+        memory.add_row(str(entry["layers"]), f"{entry['kept_bytes'] / 1024:.1f}")
+    console.print(memory)
+    if args.json:
+        args.json.write_text(json.dumps({"layers": rows, "circuit": kept}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The quantum branch: one description of the circuit (`ansatz`) and the engines that run it."""

@@ -1,0 +1,279 @@
+"""Exact state-vector engine in PyTorch, batched over tokens, with an adjoint backward.
+
+The circuit is run as alternating *walls* (an RY on every qubit) and *diagonals* (a CRZ ring):
+
+* The RYs that follow one another on a qubit add up, so the last trainable RY of a layer and the re-uploading RY(z) of
+  the next are one wall. A wall is a real Kronecker product, applied as two half-size matrices.
+* A CRZ ring is one diagonal exp(i phi(s)), the same for all tokens.
+
+Backward un-computes the state from the end (adjoint differentiation, Jones and Gacon, arXiv 2009.02823) and keeps z and
+the angles alone, so the memory kept does not depend on the number of layers, nor on 2**n.
+
+State layout: (tokens, 2**left, copies, 2, 2**right), the 2 being real and imaginary part, qubit 0 the most significant
+bit; `copies` is 1 forward and 2 (state, adjoint state) backward, so both halves of a wall are plain batched matmuls.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ansatz import Ansatz, Kind
+
+CACHE_AMPLITUDES = 2**17  # amplitudes per chunk of tokens: about 1 MiB of float32 state, which fits a core's L2 cache
+
+
+def expectation_values(z: Tensor, angles: Tensor, ansatz: Ansatz) -> Tensor:
+    """Return <Z_i> of every qubit for every token, differentiable in `z` and `angles`.
+
+    Args:
+        z: encoded inputs in radians, shape (..., n). float64 is computed in float64, anything else in float32.
+        angles: trainable angles in radians, shape (rows, n), see `Ansatz`.
+        ansatz: the circuit.
+
+    Returns:
+        Tensor in [-1, 1] of z's shape, float32 or float64.
+
+    Raises:
+        ValueError: if the shapes do not fit the ansatz.
+    """
+    if z.shape[-1] != ansatz.qubits or tuple(angles.shape) != (ansatz.rows, ansatz.qubits):
+        raise ValueError(
+            f"z of shape {tuple(z.shape)} and angles of shape {tuple(angles.shape)} do not fit {ansatz}: "
+            f"expected (..., {ansatz.qubits}) and ({ansatz.rows}, {ansatz.qubits})."
+        )
+    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    flat = z.reshape(-1, ansatz.qubits).to(dtype)
+    result: Tensor = _Circuit.apply(flat, angles.to(dtype), ansatz.qubits, ansatz.layers, ansatz.gate_order)
+    return result.reshape(z.shape)
+
+
+@dataclass(frozen=True)
+class _Wall:
+    """RY(encodes * z_i + sum of the `rows`) on every qubit."""
+
+    encodes: int  # 0 or 1; with one qubit, which has no rings in between, the number of layers
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Program:
+    """The moments of an ansatz, folded: wall, diagonal, wall, ... A diagonal is (row of angles, its kind)."""
+
+    walls: tuple[_Wall, ...]
+    diagonals: tuple[tuple[int, Kind], ...]
+
+
+@lru_cache(maxsize=64)
+def _program(ansatz: Ansatz) -> _Program:
+    walls: list[_Wall] = []
+    diagonals: list[tuple[int, Kind]] = []
+    encodes, rows = 0, list[int]()
+    for moment in ansatz.moments():
+        if moment.row is None:
+            encodes += 1
+        elif moment.kind == "rotate":
+            rows.append(moment.row)
+        else:
+            walls.append(_Wall(encodes, tuple(rows)))
+            diagonals.append((moment.row, moment.kind))
+            encodes, rows = 0, []
+    if encodes or rows:
+        walls.append(_Wall(encodes, tuple(rows)))
+    # A last diagonal commutes with the Z read-out (gate order 2025-05): it is left out, its gradient is zero.
+    return _Program(tuple(walls), tuple(diagonals[: len(walls) - 1]))
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """Constants of n qubits on one device."""
+
+    signs: Tensor  # (2**n, n): +1 where the bit of qubit i is 0, else -1
+    phases: dict[Kind, Tensor]  # (n, 2**n): phi(s) = theta @ phases
+    generators: tuple[Tensor, Tensor]  # (4**half, qubits of the half): -iY of each qubit, flattened
+
+
+@lru_cache(maxsize=64)
+def _tables(ansatz: Ansatz, device: torch.device, dtype: torch.dtype) -> _Tables:
+    n = ansatz.qubits
+    states = torch.arange(2**n)
+    bits = torch.stack([(states >> (n - 1 - i)) & 1 for i in range(n)]).to(dtype)  # (n, 2**n)
+    phases: dict[Kind, Tensor] = {}
+    if n > 1:
+        for kind in ("ring", "counter"):
+            # CRZ(t) = diag(1, 1, exp(-it/2), exp(it/2)) on (control, target)
+            rows = [bits[control] * (bits[target] - 0.5) for control, target in ansatz.pairs(kind)]
+            phases[kind] = torch.stack(rows).to(device)
+    generator = torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=dtype)
+
+    def generators(qubits: int) -> Tensor:
+        columns = [
+            torch.kron(torch.kron(torch.eye(2**i, dtype=dtype), generator), torch.eye(2 ** (qubits - 1 - i), dtype=dtype))
+            for i in range(qubits)
+        ]
+        flat = [column.flatten() for column in columns]
+        return torch.stack(flat, dim=1).to(device) if flat else torch.zeros(1, 0, dtype=dtype, device=device)
+
+    return _Tables((1 - 2 * bits).T.contiguous().to(device), phases, (generators(n // 2), generators(n - n // 2)))
+
+
+class _Run:
+    """One circuit on one chunk of tokens."""
+
+    def __init__(self, z: Tensor, angles: Tensor, ansatz: Ansatz) -> None:
+        self.z, self.angles = z, angles
+        self.left = ansatz.qubits // 2
+        self.right = ansatz.qubits - self.left
+        self.program = _program(ansatz)
+        self.tables = _tables(ansatz, z.device, z.dtype)
+
+    def wall(self, wall: _Wall) -> tuple[Tensor, Tensor]:
+        """Return the two halves of a wall, (tokens or 1, 2**half, 2**half) each."""
+        angle = self.angles[list(wall.rows)].sum(0, keepdim=True)  # (1, n)
+        if wall.encodes:
+            angle = angle + wall.encodes * self.z
+        cos, sin = torch.cos(angle / 2), torch.sin(angle / 2)
+        rotations = torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2))  # (tokens or 1, n, 2, 2)
+        return _kron(rotations[:, : self.left]), _kron(rotations[:, self.left :])
+
+    def diagonal(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return cos and sin of a CRZ ring's phases, broadcastable to the state: (2**left, 1, 2**right) each."""
+        row, kind = self.program.diagonals[index]
+        phase = (self.angles[row] @ self.tables.phases[kind]).view(2**self.left, 1, 2**self.right)
+        return torch.cos(phase), torch.sin(phase)
+
+    def forward(self) -> Tensor:
+        """Return the final state."""
+        first_left, first_right = self.wall(self.program.walls[0])
+        real = first_left[:, :, None, :1] * first_right[:, None, None, :, 0]  # RYs on |0>: a real product state
+        state = torch.stack([real, torch.zeros_like(real)], dim=-2)
+        for index, wall in enumerate(self.program.walls[1:]):
+            state = _rotate_phase(state, *self.diagonal(index))
+            state = _apply_wall(state, *self.wall(wall))
+        return state
+
+    def expectations(self, state: Tensor) -> Tensor:
+        """Return <Z_i>, (tokens, n)."""
+        probabilities = state.square().sum(dim=(2, 3)).flatten(1)
+        return probabilities @ self.tables.signs
+
+    def gradients(self, state: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients of sum(grad * <Z>): (tokens, n) for z and (rows, n) for the angles."""
+        # E = <psi|D|psi> with D = sum_i grad_i Z_i; the adjoint state starts as D psi.
+        weights = (grad @ self.tables.signs.T).view(-1, 2**self.left, 1, 1, 2**self.right)
+        pair = torch.cat([state, weights * state], dim=2)
+        grad_z, grad_angles = torch.zeros_like(grad), torch.zeros_like(self.angles)
+        for index in range(len(self.program.walls) - 1, -1, -1):
+            wall = self.program.walls[index]
+            grad_wall = self._wall_gradient(pair)
+            if wall.encodes:
+                grad_z += wall.encodes * grad_wall
+            for row in wall.rows:
+                grad_angles[row] += grad_wall.sum(0)
+            if index == 0:
+                break
+            left, right = self.wall(wall)
+            pair = _apply_wall(pair, left.transpose(1, 2), right.transpose(1, 2))
+            row, kind = self.program.diagonals[index - 1]
+            # dU/dt = i w U, so dE/dt = -2 sum_s w(s) Im(conj(lambda) psi)
+            psi, adjoint = pair[:, :, 0], pair[:, :, 1]
+            imaginary = (adjoint[:, :, 0] * psi[:, :, 1] - adjoint[:, :, 1] * psi[:, :, 0]).sum(0).flatten()
+            grad_angles[row] += -2 * (self.tables.phases[kind] @ imaginary)
+            cos, sin = self.diagonal(index - 1)
+            pair = _rotate_phase(pair, cos, -sin)
+        return grad_z, grad_angles
+
+    def _wall_gradient(self, pair: Tensor) -> Tensor:
+        """Return dE/dangle = Re <adjoint| -iY_i |psi> of every token and qubit, (tokens, n)."""
+        psi, adjoint = pair[:, :, 0], pair[:, :, 1]  # (tokens, 2**left, 2, 2**right)
+        tokens, right = psi.shape[0], 2**self.right
+        by_left = adjoint.flatten(2) @ psi.flatten(2).transpose(1, 2)
+        by_right = adjoint.reshape(tokens, -1, right).transpose(1, 2) @ psi.reshape(tokens, -1, right)
+        gradients = [by.flatten(1) @ table for by, table in zip((by_left, by_right), self.tables.generators, strict=True)]
+        return torch.cat(gradients, dim=1)
+
+
+def _kron(rotations: Tensor) -> Tensor:
+    """Kronecker product over the qubits: (tokens, q, 2, 2) -> (tokens, 2**q, 2**q)."""
+    result = rotations.new_ones(rotations.shape[0], 1, 1)
+    for i in range(rotations.shape[1]):
+        size = 2 * result.shape[-1]
+        block = result[:, :, None, :, None] * rotations[:, i][:, None, :, None, :]
+        result = block.reshape(-1, size, size)
+    return result
+
+
+def _apply_wall(state: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Apply left (x) right to the two halves of the state, for every copy, real and imaginary part."""
+    shape = state.shape
+    state = torch.matmul(left, state.reshape(shape[0], shape[1], -1))
+    if right.shape[0] == 1:  # the same wall for all tokens: one large product instead of a batch of small ones
+        return (state.reshape(-1, shape[-1]) @ right[0].T).reshape(shape)
+    return torch.matmul(state.reshape(shape[0], -1, shape[-1]), right.transpose(1, 2)).reshape(shape)
+
+
+def _rotate_phase(state: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Multiply the state by cos + i sin."""
+    real, imag = state.unbind(dim=-2)
+    return torch.stack([real * cos - imag * sin, real * sin + imag * cos], dim=-2)
+
+
+def _chunk(qubits: int) -> int:
+    return max(1, CACHE_AMPLITUDES >> qubits)
+
+
+# The two kernels are custom operators, so that torch.compile takes them as they are instead of tracing the loops.
+@torch.library.custom_op("axolotl_qtha::circuit", mutates_args=())
+def _circuit_forward(z: Tensor, angles: Tensor, qubits: int, layers: int, gate_order: str) -> Tensor:
+    ansatz = Ansatz(qubits, layers, gate_order)
+    result = torch.empty_like(z)
+    with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+        for start in range(0, z.shape[0], _chunk(qubits)):
+            tokens = slice(start, start + _chunk(qubits))
+            run = _Run(z[tokens], angles, ansatz)
+            result[tokens] = run.expectations(run.forward())
+    return result
+
+
+@torch.library.custom_op("axolotl_qtha::circuit_backward", mutates_args=())
+def _circuit_backward(
+    grad: Tensor, z: Tensor, angles: Tensor, qubits: int, layers: int, gate_order: str
+) -> tuple[Tensor, Tensor]:
+    ansatz = Ansatz(qubits, layers, gate_order)
+    grad_z, grad_angles = torch.empty_like(z), torch.zeros_like(angles)
+    with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+        for start in range(0, z.shape[0], _chunk(qubits)):
+            tokens = slice(start, start + _chunk(qubits))
+            run = _Run(z[tokens], angles, ansatz)
+            grad_z[tokens], chunk_angles = run.gradients(run.forward(), grad[tokens])
+            grad_angles += chunk_angles
+    return grad_z, grad_angles
+
+
+@_circuit_forward.register_fake
+def _(z: Tensor, angles: Tensor, qubits: int, layers: int, gate_order: str) -> Tensor:
+    return torch.empty_like(z)
+
+
+@_circuit_backward.register_fake
+def _(grad: Tensor, z: Tensor, angles: Tensor, qubits: int, layers: int, gate_order: str) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(z), torch.empty_like(angles)
+
+
+class _Circuit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, angles: Tensor, qubits: int, layers: int, gate_order: str) -> Tensor:
+        z, angles = z.contiguous(), angles.contiguous()
+        ctx.save_for_backward(z, angles)
+        ctx.circuit = (qubits, layers, gate_order)
+        return _circuit_forward(z, angles, qubits, layers, gate_order)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        z, angles = ctx.saved_tensors
+        grad_z, grad_angles = _circuit_backward(grads[0].contiguous(), z, angles, *ctx.circuit)
+        return grad_z, grad_angles, None, None, None

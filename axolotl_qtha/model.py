@@ -1,0 +1,185 @@
+"""QTHAModel: the PEFT tuner that places QTHA adapters on a model, and refuses where it cannot."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from typing import Any
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import register_peft_method, resolve_quantization_backend
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from .config import QTHAConfig, close_names, refusal
+from .layer import QTHALayer, QTHALinear, layer_sizes, refuse_nonlinear_merge
+from .peft_type import QTHA
+from .plan import resolve
+
+CONTAINER = "qtha_adapter"
+
+
+class QTHAModel(BaseTuner):
+    """Adds QTHA adapters to a frozen model; made by `get_peft_model(model, QTHAConfig(...))`."""
+
+    prefix = "qtha_"
+    tuner_layer_cls = QTHALayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_load_state_dict_pre_hook(_check_loaded_file)
+
+    def _prepare_adapter_config(self, peft_config: QTHAConfig, model_config: dict[str, Any]) -> QTHAConfig:
+        if not peft_config.target_modules:
+            raise refusal("target_modules", peft_config.target_modules, "names no module", "`target_modules: all-linear`")
+        return peft_config
+
+    def _prepare_model(self, peft_config: QTHAConfig, model: nn.Module) -> None:
+        """Check every target and settle bond_dim and mid_dim, before any layer is replaced."""
+        candidates = _candidates(model)
+        _expand_all_linear(peft_config, model)
+        matched = [name for name in candidates if self._check_target_module_exists(peft_config, name)]
+        _check_matches(peft_config, candidates, matched)
+        sizes = [layer_sizes(_supported(name, candidates[name])) for name in matched]
+        settled = resolve(peft_config, sizes)
+        peft_config.bond_dim, peft_config.mid_dim = settled.bond_dim, settled.mid_dim
+
+    def _create_and_replace(
+        self,
+        peft_config: QTHAConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        assert peft_config.seed is not None
+        seed = peft_config.seed + zlib.crc32(current_key.encode())  # the same on every rank, another on every layer
+        if isinstance(target, QTHALinear):
+            target.update_layer(adapter_name, peft_config, seed)
+            return
+        layer = QTHALinear(target, adapter_name, peft_config, seed)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for name in self.active_adapters:
+            refuse_nonlinear_merge(name, self.peft_config[name])
+
+
+def register() -> None:
+    """Make PEFT know the method; a second call does nothing."""
+    if QTHA not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        register_peft_method(name="qtha", config_cls=QTHAConfig, model_cls=QTHAModel)
+
+
+def _candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules an adapter may be placed on: all but the insides of layers that have one already."""
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    return {name: module for name, module in model.named_modules() if name and not name.startswith(inside or ("\0",))}
+
+
+def _expand_all_linear(config: QTHAConfig, model: nn.Module) -> None:
+    """Replace `all-linear` by names, keeping to layers_to_transform (PEFT would ignore it for full names)."""
+    if not (isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"):
+        return
+    _maybe_include_all_linear_layers(config, model)
+    if config.layers_to_transform is not None:
+        wanted = _indices(config)
+        config.target_modules = {name for name in config.target_modules if _layer_index(name, config) in wanted}  # type: ignore[union-attr]
+        if not config.target_modules:
+            raise refusal(
+                "layers_to_transform", config.layers_to_transform, "matches no layer", _layers(config, _candidates(model))
+            )
+
+
+def _check_matches(config: QTHAConfig, candidates: dict[str, nn.Module], matched: list[str]) -> None:
+    """Refuse names in target_modules, exclude_modules and layers_to_transform that match nothing."""
+    leaves = {name.rsplit(".", 1)[-1] for name, module in candidates.items() if _is_linear(module)}
+    for key in ("target_modules", "exclude_modules"):
+        value = getattr(config, key)
+        wanted = [value] if isinstance(value, str) else sorted(value or [])
+        for name in wanted:
+            pattern = name if isinstance(value, str) else rf"(.*\.)?{re.escape(name)}"
+            if not any(re.fullmatch(pattern, candidate) for candidate in candidates):
+                close = close_names(name.rsplit(".", 1)[-1], leaves) or sorted(leaves)
+                raise refusal(key, name, "matches no module of the model", ", ".join(f"`{leaf}`" for leaf in close))
+    if config.layers_to_transform is not None:
+        missing = _indices(config) - {_layer_index(name, config) for name in matched}
+        if missing:
+            raise refusal("layers_to_transform", sorted(missing), "matches no adapted layer", _layers(config, candidates))
+    if not matched:
+        raise refusal(
+            "target_modules",
+            sorted(config.target_modules or []),
+            "leaves no module: exclude_modules and modules_to_save take them all",
+            ", ".join(f"`{leaf}`" for leaf in sorted(leaves)),
+        )
+
+
+def _indices(config: QTHAConfig) -> set[int | None]:
+    value = config.layers_to_transform
+    return {value} if isinstance(value, int) else set(value or [])
+
+
+def _layer_index(name: str, config: QTHAConfig) -> int | None:
+    """Return the index of the transformer layer a module belongs to, found as PEFT does."""
+    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    for pattern in patterns or [r"[^.]*"]:
+        if found := re.match(rf".*?\.{pattern}\.(\d+)\.", name):
+            return int(found.group(1))
+    return None
+
+
+def _layers(config: QTHAConfig, candidates: dict[str, nn.Module]) -> str:
+    present = sorted({index for name in candidates if (index := _layer_index(name, config)) is not None})
+    return f"indices {present[0]} to {present[-1]}" if present else "no layers_to_transform: the model has no numbered layers"
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D, QTHALinear))
+
+
+def _supported(name: str, module: nn.Module) -> nn.Module:
+    """Return the frozen layer itself, or refuse a kind of layer that cannot carry an adapter."""
+    layer = module.get_base_layer() if isinstance(module, QTHALinear) else module
+    if resolve_quantization_backend(layer) is not None:
+        raise ValueError(
+            f"{name} is a quantised {type(layer).__name__}, which QTHA does not support yet. What works: the full-precision "
+            "base (`load_in_4bit: false`, `load_in_8bit: false`)."
+        )
+    # torch's attention reads this layer's weight without calling it, so an adapter there would do nothing
+    if not isinstance(layer, (nn.Linear, Conv1D)) or isinstance(layer, NonDynamicallyQuantizableLinear):
+        raise refusal(
+            "target_modules",
+            name,
+            f"is a {type(layer).__name__}, which cannot carry an adapter",
+            "linear layers (nn.Linear, GPT-2's Conv1D); train others in full with modules_to_save",
+        )
+    return layer
+
+
+def _check_loaded_file(model: QTHAModel, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Refuse a state dict that holds an adapter only in part, or of other modules, or nothing this model has."""
+    own = {prefix + name for name, _ in model.named_parameters()} | {prefix + name for name, _ in model.named_buffers()}
+    if state_dict and own.isdisjoint(state_dict):
+        raise ValueError(
+            f"these weights belong to another model or method: none of {sorted(state_dict)[:3]}... is in this one. "
+            "What works: a folder written by `adapter: qtha` for the same base model."
+        )
+    for adapter in model.peft_config:
+        marker = f".{CONTAINER}.{adapter}."
+        given = {name for name in state_dict if marker in name}
+        expected = {name for name in own if marker in name}
+        if given and given != expected:
+            raise ValueError(
+                f"adapter {adapter!r} does not fit this model: {len(expected - given)} tensors are missing "
+                f"{sorted(expected - given)[:3]}, {len(given - expected)} have no place {sorted(given - expected)[:3]}. "
+                "What works: the complete adapter folder, on the base model and with the `qtha:` settings it was trained with."
+            )

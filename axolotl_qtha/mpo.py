@@ -1,0 +1,146 @@
+"""Matrix product operators (TT-matrices): factorising sizes, cores, folding.
+
+A matrix of shape (out, in), out = o_1 ... o_K and in = i_1 ... i_K, is held as K cores G_k of shape
+(chi_{k-1}, o_k, i_k, chi_k) with chi_0 = chi_K = 1:
+
+    M[o_1 ... o_K, i_1 ... i_K] = sum over bonds of  G_1[., o_1, i_1, .] G_2[., o_2, i_2, .] ... G_K[., o_K, i_K, .]
+
+Source: Oseledets (2011), TT-matrix format; the layout is TensorLy's `TTMatrix`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+# A factor may be this much larger than size ** (1 / K) before the size is padded: 18944 = 37 * 8 * 8 * 8 stays as it is.
+LARGEST_FACTOR = 4.0
+
+
+@dataclass(frozen=True)
+class Factors:
+    """How a layer's size is split over the cores: the product of `sizes` is `size`, or more where it had to be padded."""
+
+    size: int
+    sizes: tuple[int, ...]
+
+    @property
+    def padded(self) -> int:
+        """The size the cores span; rows or columns beyond `size` are cut off after folding."""
+        return math.prod(self.sizes)
+
+
+@lru_cache(maxsize=4096)
+def factorize(size: int, cores: int) -> Factors:
+    """Split `size` into `cores` factors as equal as possible, the largest first.
+
+    A prime, or a size with a large prime factor, is padded to the next size that splits well.
+
+    >>> factorize(3584, 4).sizes, factorize(3584, 2).sizes
+    ((8, 8, 8, 7), (64, 56))
+    >>> factorize(3583, 2)
+    Factors(size=3583, sizes=(64, 56))
+
+    Raises:
+        ValueError: if `size` or `cores` is not positive.
+    """
+    if size < 1 or cores < 1:
+        raise ValueError(f"cannot split size {size} into {cores} cores; both must be positive.")
+    padded = size
+    while True:
+        best = min(_splits(padded, cores, padded), key=lambda sizes: (sum(sizes), max(sizes)))
+        if max(best) <= LARGEST_FACTOR * padded ** (1 / cores):
+            return Factors(size, best)
+        padded += 1
+
+
+def _splits(size: int, cores: int, largest: int) -> Iterator[tuple[int, ...]]:
+    """Yield the ways to write `size` as `cores` factors in descending order, none above `largest`."""
+    if cores == 1:
+        if size <= largest:
+            yield (size,)
+        return
+    for factor in range(min(size, largest), 0, -1):
+        if factor**cores < size:  # the rest could not be that small
+            return
+        if size % factor == 0:
+            for rest in _splits(size // factor, cores - 1, factor):
+                yield (factor, *rest)
+
+
+@dataclass(frozen=True)
+class MPOShape:
+    """Shape of a matrix product operator from `inputs` to `outputs`."""
+
+    outputs: Factors
+    inputs: Factors
+    bond_dim: int
+
+    @property
+    def bonds(self) -> tuple[int, ...]:
+        """chi_0 ... chi_K; a bond never exceeds what its two sides can fill."""
+        pairs = [o * i for o, i in zip(self.outputs.sizes, self.inputs.sizes, strict=True)]
+        inner = [min(self.bond_dim, math.prod(pairs[:k]), math.prod(pairs[k:])) for k in range(1, len(pairs))]
+        return (1, *inner, 1)
+
+    @property
+    def core_shapes(self) -> list[tuple[int, int, int, int]]:
+        """The shape (chi_{k-1}, o_k, i_k, chi_k) of each core."""
+        chi = self.bonds
+        pairs = zip(self.outputs.sizes, self.inputs.sizes, strict=True)
+        return [(chi[k], o, i, chi[k + 1]) for k, (o, i) in enumerate(pairs)]
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of entries of all cores."""
+        return sum(math.prod(shape) for shape in self.core_shapes)
+
+
+def fold_rows(weight: Tensor, cores: Sequence[Tensor], size: int) -> Tensor:
+    """Return `weight @ M` for the operator M of the cores, its columns cut to `size`; M itself is never built.
+
+    Args:
+        weight: (rows, outputs of M).
+        cores: (chi_{k-1}, o_k, i_k, chi_k) each.
+        size: columns to keep (inputs of M before padding).
+
+    Returns:
+        (rows, size).
+    """
+    rows, rest = weight.shape
+    state = weight.reshape(rows, 1, rest)  # (rows * inputs done, bond, outputs to do)
+    for core in cores:
+        left, out, inp, right = core.shape
+        rest //= out
+        state = state.reshape(-1, left * out, rest).transpose(1, 2)  # (rows * done, to do, bond * o_k)
+        # Two-dimensional: torch.matmul runs batches differently with and without gradients, and rounds differently.
+        state = state.reshape(-1, left * out) @ core.reshape(left * out, inp * right)
+        state = state.reshape(-1, rest, inp, right)
+        state = state.permute(0, 2, 3, 1).reshape(-1, right, rest)
+    return state.reshape(rows, -1)[:, :size]
+
+
+def fold_columns(cores: Sequence[Tensor], weight: Tensor, size: int) -> Tensor:
+    """Return `M @ weight`, its rows cut to `size`: (size, columns) for a weight of (inputs of M, columns)."""
+    return fold_rows(weight.T, [core.transpose(1, 2) for core in cores], size).T
+
+
+def decompose(matrix: Tensor, shape: MPOShape) -> list[Tensor]:
+    """Return the cores of the TT-SVD of a (outputs, inputs) matrix, padded with zeros and cut to the shape's bonds.
+
+    Source: TensorLy's `tensor_train_matrix`. Computed in float64, returned in the dtype of the matrix.
+    """
+    import tensorly
+    from tensorly.decomposition import tensor_train_matrix
+
+    padded = torch.zeros(shape.outputs.padded, shape.inputs.padded, dtype=torch.float64)
+    padded[: matrix.shape[0], : matrix.shape[1]] = matrix
+    tensor = padded.reshape(*shape.outputs.sizes, *shape.inputs.sizes)
+    with tensorly.backend_context("pytorch", local_threadsafe=True):
+        cores = tensor_train_matrix(tensor, rank=list(shape.bonds))
+    return [core.reshape(wanted).to(matrix) for core, wanted in zip(cores, shape.core_shapes, strict=True)]

@@ -1,0 +1,105 @@
+"""QTHAPlugin: Axolotl's hooks, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from axolotl.integrations.base import AdapterCapabilities, BasePlugin
+from axolotl.utils.logging import get_logger
+from axolotl.utils.train import determine_last_checkpoint
+from peft import PeftModel, get_peft_model
+
+from .config import QTHAConfig, check_adapter_file, differences
+from .plan import describe
+
+if TYPE_CHECKING:
+    from axolotl.utils.dict import DictDefault
+    from transformers import PreTrainedModel, Trainer
+
+LOG = get_logger(__name__)
+
+
+class QTHAPlugin(BasePlugin):
+    """Makes `adapter: qtha` known to Axolotl."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._inference = False
+
+    def register(self, cfg: dict[str, Any]) -> None:
+        """Keep what Axolotl's validation drops: whether this is `axolotl inference`."""
+        self._inference = bool(cfg.get("inference"))
+
+    def get_input_args(self) -> str:
+        """Name the class that holds the `qtha:` block."""
+        return "axolotl_qtha.args.QTHAArgs"
+
+    def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
+        """Name the adapter."""
+        return [AdapterCapabilities(name="qtha")]
+
+    def load_adapter(
+        self, model: PreTrainedModel, cfg: DictDefault, inference: bool = False, config_only: bool = False
+    ) -> tuple[PeftModel | None, QTHAConfig] | None:
+        """Return the model with a new adapter, or with the one of `lora_model_dir`; for DPO the configuration alone."""
+        if cfg.adapter != "qtha":
+            return None
+        settings = _settings(cfg)
+        config = QTHAConfig(
+            **{"seed": cfg.seed, **settings},
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=cfg.base_model,
+        )
+        if cfg.lora_model_dir:
+            _check_saved("lora_model_dir", Path(cfg.lora_model_dir), settings)
+        if config_only:
+            return None, config
+        options = {}
+        if cfg.peft_autocast_adapter_dtype is not None:
+            options["autocast_adapter_dtype"] = cfg.peft_autocast_adapter_dtype
+        if cfg.lora_model_dir:
+            if cfg.lora_on_cpu:
+                options |= {"max_memory": {"cpu": "256GiB"}, "device_map": {"": "cpu"}}
+            trainable = not (inference or self._inference)
+            peft_model = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=trainable, **options)
+        else:
+            peft_model = get_peft_model(model, config, **options)
+        for line in describe(peft_model.active_peft_config, _sizes(peft_model)):
+            LOG.info(line)
+        return peft_model, peft_model.active_peft_config
+
+    def post_trainer_create(self, cfg: DictDefault, trainer: Trainer) -> None:
+        """Refuse to continue from a checkpoint that is damaged or was made with other settings."""
+        if cfg.adapter == "qtha" and (checkpoint := determine_last_checkpoint(cfg)):
+            _check_saved("resume_from_checkpoint", Path(checkpoint), _settings(cfg))
+
+
+def _settings(cfg: DictDefault) -> dict[str, Any]:
+    """Return the adapter's settings that the YAML names."""
+    from .args import QTHABlock
+
+    return QTHABlock.model_validate(dict(cfg.qtha or {})).adapter_settings()
+
+
+def _sizes(model: PeftModel) -> list[tuple[int, int]]:
+    from .layer import QTHALayer
+
+    return [(module.in_features, module.out_features) for module in model.modules() if isinstance(module, QTHALayer)]
+
+
+def _check_saved(key: str, folder: Path, settings: dict[str, Any]) -> None:
+    """Refuse an adapter folder that is damaged or contradicts the YAML."""
+    if not folder.is_dir():
+        return  # a Hub name; PEFT says what is wrong with it
+    check_adapter_file(folder)
+    if not (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{key}: {str(folder)!r} holds no adapter_config.json. What works: a folder written by `adapter: qtha`.")
+    saved = QTHAConfig.from_pretrained(str(folder))
+    if not isinstance(saved, QTHAConfig):
+        raise ValueError(
+            f"{key}: {str(folder)!r} is a {saved.peft_type.value} adapter. What works: a folder written by `adapter: qtha`."
+        )
+    settings = {name: value for name, value in settings.items() if name not in ("target_modules", "seed", "dropout")}
+    if rows := differences(saved, settings):
+        raise ValueError(f"{key}: {str(folder)!r} does not fit the YAML. " + "; ".join(rows) + ". What works: the same settings.")
