@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .circuit.torch_engine import expectation_values
 from .config import QTHAConfig
 from .mpo import decompose, fold_columns, fold_rows
-from .plan import AdapterShape, ansatz, branch_rows
+from .plan import AdapterShape, ansatz
 
 # With core_gain `balanced`, a factor's learning speed relative to its size is this share of that of LoRA's A.
 GAIN_SHARE = 0.3
@@ -24,6 +24,13 @@ class QTHAAdapter(nn.Module):
     Parameters are float32 unless the model is cast; the folding and the circuit are computed in float32 (float64 for a
     float64 model) whatever the dtype of x, the two products with x and h in x's dtype.
     """
+
+    # what `_add` registers, depending on the configuration
+    a: Tensor
+    w_a: Tensor
+    units: Tensor
+    angles: Tensor
+    scale: Tensor
 
     def __init__(self, config: QTHAConfig, shape: AdapterShape, seed: int, weight: Tensor | None = None) -> None:
         """Initialise as an exact no-op.
@@ -48,11 +55,10 @@ class QTHAAdapter(nn.Module):
         for name in ("w_c", "w_q") if shape.has_branch else ("w_c",):
             fusion = (2 * torch.rand(r, r, generator=generator) - 1) * math.sqrt(6 / r)  # kaiming_uniform_, as the authors
             self._add(name, fusion, self._gain(math.sqrt(2 / r), shape.in_features))
-        rows = branch_rows(config)
         if config.quantum == "silu":
-            self._add("units", _normal((rows, r), 3**-0.5, generator))
-        elif rows:
-            angles = (2 * torch.rand(rows, r, generator=generator) - 1) * math.pi
+            self._add("units", _normal((shape.branch_rows, r), 3**-0.5, generator))
+        elif config.has_circuit:
+            angles = (2 * torch.rand(shape.branch_rows, r, generator=generator) - 1) * math.pi
             if shape.trains_branch:
                 self._add("angles", angles)
             else:  # a buffer: frozen parameters are dropped from sharded saves
@@ -64,7 +70,8 @@ class QTHAAdapter(nn.Module):
         self.register_load_state_dict_pre_hook(_check_loaded)
 
     def _init_cores(self, config: QTHAConfig, shape: AdapterShape, generator: torch.Generator, weight: Tensor | None) -> None:
-        assert shape.mpo_a is not None and shape.mpo_b is not None
+        assert shape.mpo_a is not None
+        assert shape.mpo_b is not None
         mid, r = shape.mpo_a.outputs.padded, shape.rank
         w_a = _normal((r, mid), mid**-0.5, generator)
         w_b = _normal((mid, r), r**-0.5, generator)
@@ -211,7 +218,8 @@ def _check_loaded(module: QTHAAdapter, state_dict: dict[str, Tensor], prefix: st
         return
     if given != set(expected):
         raise ValueError(
-            f"adapter {prefix[:-1]} does not fit: missing {sorted(set(expected) - given)}, unknown {sorted(given - set(expected))}. "
+            f"adapter {prefix[:-1]} does not fit: missing {sorted(set(expected) - given)}, "
+            f"unknown {sorted(given - set(expected))}. "
             "What works: the `qtha:` settings the adapter was trained with (its adapter_config.json)."
         )
     for name, own in expected.items():
@@ -223,5 +231,6 @@ def _check_loaded(module: QTHAAdapter, state_dict: dict[str, Tensor], prefix: st
             )
         if not bool(torch.isfinite(value).all()):
             raise ValueError(
-                f"adapter tensor {prefix}{name} holds NaN or infinite values; nothing was loaded. What works: an earlier checkpoint."
+                f"adapter tensor {prefix}{name} holds NaN or infinite values; nothing was loaded. "
+                "What works: an earlier checkpoint."
             )

@@ -66,7 +66,7 @@ class _Block(BaseModel):
     circuit_lr: float | None = Field(
         default=None,
         gt=0,
-        description="Learning rate of the circuit's angles (with `quantum: silu`, of its classical twin). Default: learning_rate.",
+        description="Learning rate of the circuit's angles (`quantum: silu`: of its classical twin). Default: learning_rate.",
     )
 
     @model_validator(mode="before")
@@ -124,7 +124,8 @@ class QTHAArgs(BaseModel):
         if data.get("adapter") != "qtha":
             if data.get("qtha") is not None:
                 raise ValueError(
-                    f"qtha: the block has no effect with `adapter: {data.get('adapter')}`. What works: `adapter: qtha`, or no `qtha:` block."
+                    f"qtha: the block has no effect with `adapter: {data.get('adapter')}`. "
+                    "What works: `adapter: qtha`, or no `qtha:` block."
                 )
             return data
         block = data.get("qtha")

@@ -37,8 +37,8 @@ def close_names(name: str, names: Iterable[str]) -> list[str]:
     return difflib.get_close_matches(name, sorted(set(names)), n=5, cutoff=0.5)
 
 
-def _key(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def _key(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass

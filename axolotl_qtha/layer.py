@@ -123,6 +123,7 @@ def refuse_nonlinear_merge(adapter_name: str, config: QTHAConfig) -> None:
     """Refuse to merge an adapter that no change of the weight can express."""
     if config.quantum != "none":
         raise ValueError(
-            f"adapter {adapter_name!r} has `quantum: {config.quantum}`, which is not linear in x: no merged weight equals it, and "
-            "none was written. What works: serve the adapter unmerged, or train with `qtha: {quantum: none}`, which merges exactly."
+            f"adapter {adapter_name!r} has `quantum: {config.quantum}`, which is not linear in x: no merged weight equals it, "
+            "and none was written. What works: serve the adapter unmerged, or train with `qtha: {quantum: none}`, which "
+            "merges exactly."
         )

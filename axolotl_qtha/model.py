@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import zlib
-from typing import Any
+from typing import Any, cast
 
+from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import register_peft_method, resolve_quantization_backend
@@ -26,30 +27,30 @@ class QTHAModel(BaseTuner):
 
     prefix = "qtha_"
     tuner_layer_cls = QTHALayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.register_load_state_dict_pre_hook(_check_loaded_file)
 
-    def _prepare_adapter_config(self, peft_config: QTHAConfig, model_config: dict[str, Any]) -> QTHAConfig:
-        if not peft_config.target_modules:
-            raise refusal("target_modules", peft_config.target_modules, "names no module", "`target_modules: all-linear`")
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        if not cast(QTHAConfig, peft_config).target_modules:
+            raise refusal("target_modules", None, "names no module", "`target_modules: all-linear`")
         return peft_config
 
-    def _prepare_model(self, peft_config: QTHAConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Check every target and settle bond_dim and mid_dim, before any layer is replaced."""
+        config = cast(QTHAConfig, peft_config)
         candidates = _candidates(model)
-        _expand_all_linear(peft_config, model)
-        matched = [name for name in candidates if self._check_target_module_exists(peft_config, name)]
-        _check_matches(peft_config, candidates, matched)
-        sizes = [layer_sizes(_supported(name, candidates[name])) for name in matched]
-        settled = resolve(peft_config, sizes)
-        peft_config.bond_dim, peft_config.mid_dim = settled.bond_dim, settled.mid_dim
+        _expand_all_linear(config, model)
+        matched = [name for name in candidates if self._check_target_module_exists(config, name)]
+        _check_matches(config, candidates, matched)
+        settled = resolve(config, [layer_sizes(_supported(name, candidates[name])) for name in matched])
+        config.bond_dim, config.mid_dim = settled.bond_dim, settled.mid_dim
 
     def _create_and_replace(
         self,
-        peft_config: QTHAConfig,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -57,12 +58,13 @@ class QTHAModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        assert peft_config.seed is not None
-        seed = peft_config.seed + zlib.crc32(current_key.encode())  # the same on every rank, another on every layer
+        config = cast(QTHAConfig, peft_config)
+        assert config.seed is not None
+        seed = config.seed + zlib.crc32(current_key.encode())  # the same on every rank, another on every layer
         if isinstance(target, QTHALinear):
-            target.update_layer(adapter_name, peft_config, seed)
+            target.update_layer(adapter_name, config, seed)
             return
-        layer = QTHALinear(target, adapter_name, peft_config, seed)
+        layer = QTHALinear(target, adapter_name, config, seed)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -70,7 +72,7 @@ class QTHAModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         for name in self.active_adapters:
-            refuse_nonlinear_merge(name, self.peft_config[name])
+            refuse_nonlinear_merge(name, cast(QTHAConfig, self.peft_config[name]))
 
 
 def register() -> None:
@@ -92,7 +94,8 @@ def _expand_all_linear(config: QTHAConfig, model: nn.Module) -> None:
     _maybe_include_all_linear_layers(config, model)
     if config.layers_to_transform is not None:
         wanted = _indices(config)
-        config.target_modules = {name for name in config.target_modules if _layer_index(name, config) in wanted}  # type: ignore[union-attr]
+        kept = {name for name in config.target_modules if _layer_index(name, config) in wanted}
+        config.target_modules = cast(list[str], kept)  # PEFT keeps names as a set
         if not config.target_modules:
             raise refusal(
                 "layers_to_transform", config.layers_to_transform, "matches no layer", _layers(config, _candidates(model))

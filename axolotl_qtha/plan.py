@@ -60,7 +60,7 @@ def ansatz(config: QTHAConfig) -> Ansatz:
     return Ansatz(config.rank, config.circuit_layers, config.gate_order)
 
 
-def branch_rows(config: QTHAConfig) -> int:
+def _branch_rows(config: QTHAConfig) -> int:
     """Rows of the branch's (rows, rank) table. The classical twin `silu` has as many as the circuit it stands in for."""
     if config.has_circuit:
         return ansatz(config).rows
@@ -71,7 +71,8 @@ def adapter_shape(config: QTHAConfig, in_features: int, out_features: int) -> Ad
     """Return the sizes of the adapter on a (out_features, in_features) layer; bond_dim and mid_dim must be set."""
     mpo_a = mpo_b = None
     if config.mpo == "tt":
-        assert config.bond_dim is not None and config.mid_dim is not None
+        assert config.bond_dim is not None
+        assert config.mid_dim is not None
         mid = factorize(config.mid_dim, config.num_cores)
         mpo_a = MPOShape(mid, _factors(config.in_factors, in_features, config.num_cores), config.bond_dim)
         mpo_b = MPOShape(_factors(config.out_factors, out_features, config.num_cores), mid, config.bond_dim)
@@ -81,7 +82,7 @@ def adapter_shape(config: QTHAConfig, in_features: int, out_features: int) -> Ad
         config.rank,
         mpo_a,
         mpo_b,
-        branch_rows=branch_rows(config),
+        branch_rows=_branch_rows(config),
         has_branch=config.quantum != "none",
         trains_branch=config.quantum in ("qtha", "qwthn", "silu"),
         learns_scale=config.has_circuit and config.angle_scale == "learned",
@@ -129,7 +130,7 @@ def resolve(config: QTHAConfig, sizes: list[tuple[int, int]]) -> QTHAConfig:
             raise refusal(
                 "param_budget",
                 config.param_budget,
-                f"is exceeded by bond_dim {config.bond_dim} and mid_dim {config.mid_dim}: {total:,} of LoRA's {lora:,} parameters",
+                f"is below bond_dim {config.bond_dim} and mid_dim {config.mid_dim}: {total:,} parameters of LoRA's {lora:,}",
                 f"`param_budget: {_up(total / lora)}`, or leave bond_dim or mid_dim out",
             )
         return config
@@ -188,7 +189,8 @@ def _largest(config: QTHAConfig, mid: int, sizes: list[tuple[int, int]], limit: 
 
 def _preference(config: QTHAConfig) -> tuple[int, int]:
     """Order candidates of one budget: the widest bond first, then the widest middle."""
-    assert config.bond_dim is not None and config.mid_dim is not None
+    assert config.bond_dim is not None
+    assert config.mid_dim is not None
     return config.bond_dim, config.mid_dim
 
 
@@ -202,8 +204,8 @@ def describe(config: QTHAConfig, sizes: list[tuple[int, int]]) -> list[str]:
     total, lora = count_parameters(config, sizes), count_lora_parameters(config.rank, sizes)
     network = "full matrices (mpo: none)" if config.mpo == "none" else f"bond_dim {config.bond_dim}, mid_dim {config.mid_dim}"
     lines = [
-        f"QTHA on {len(sizes)} modules: rank {config.rank}, {network}, quantum: {config.quantum}; {total:,} trainable parameters, "
-        f"{abs(1 - total / lora):.1%} {'fewer' if total <= lora else 'more'} than LoRA of the same rank ({lora:,})."
+        f"QTHA on {len(sizes)} modules: rank {config.rank}, {network}, quantum: {config.quantum}; {total:,} trainable "
+        f"parameters, {abs(1 - total / lora):.1%} {'fewer' if total <= lora else 'more'} than LoRA of the same rank ({lora:,})."
     ]
     if config.mpo == "tt":
         shapes = {size: adapter_shape(config, *size) for size in sorted(set(sizes))}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from axolotl.utils.logging import get_logger
@@ -64,7 +64,7 @@ class QTHAPlugin(BasePlugin):
             trainable = not (inference or self._inference)
             peft_model = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=trainable, **options)
         else:
-            peft_model = get_peft_model(model, config, **options)
+            peft_model = cast(PeftModel, get_peft_model(model, config, **options))
         for line in describe(peft_model.active_peft_config, _sizes(peft_model)):
             LOG.info(line)
         return peft_model, peft_model.active_peft_config

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -48,8 +49,9 @@ def variants(layer: nn.Linear, rank: int) -> dict[str, nn.Module]:
         copy.weight = layer.weight
         return _Model(copy)
 
-    def qtha(**settings: object) -> nn.Module:
-        return get_peft_model(wrapped(), QTHAConfig(rank=rank, target_modules=["proj"], **settings))  # type: ignore[arg-type]
+    def qtha(**settings: Any) -> nn.Module:
+        config = QTHAConfig(rank=rank, target_modules=["proj"], **settings)
+        return get_peft_model(wrapped(), config)  # type: ignore[arg-type]
 
     return {
         "base": _Model(layer).requires_grad_(False),
@@ -87,7 +89,7 @@ def peak_bytes(run: Callable[[], None], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profile.profiler.kineto_results.events()
     memory = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     level = peak = 0
     for _, size in memory:
@@ -159,6 +161,11 @@ def circuit_rows(device: torch.device, tokens: int = 2048, qubits: int = 8) -> l
     return rows
 
 
+def _shape(text: str) -> tuple[int, int]:
+    inputs, outputs = text.split("x")
+    return int(inputs), int(outputs)
+
+
 def main() -> None:
     """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -169,12 +176,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cells = [
-        (tuple(int(i) for i in shape.split("x")), rank, tokens)
-        for shape in args.shapes
-        for rank in args.ranks
-        for tokens in args.tokens
-    ]
+    cells = [(_shape(shape), rank, tokens) for shape in args.shapes for rank in args.ranks for tokens in args.tokens]
     console = Console()
     table = Table(title=f"forward + backward of one layer, {device}, {torch.get_num_threads()} threads, {args.repeats} turns")
     for column in ("layer", "rank", "tokens", "variant", "parameters", "ms (median)", "x LoRA", "peak MiB"):

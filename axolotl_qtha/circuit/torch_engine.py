@@ -9,8 +9,8 @@ The circuit is run as alternating *walls* (an RY on every qubit) and *diagonals*
 Backward un-computes the state from the end (adjoint differentiation, Jones and Gacon, arXiv 2009.02823) and keeps z and
 the angles alone, so the memory kept does not depend on the number of layers, nor on 2**n.
 
-State layout: (tokens, 2**left, copies, 2, 2**right), the 2 being real and imaginary part, qubit 0 the most significant
-bit; `copies` is 1 forward and 2 (state, adjoint state) backward, so both halves of a wall are plain batched matmuls.
+State layout: (tokens, 2**left, 2, 2**right), the 2 being real and imaginary part, qubit 0 the most significant bit, so both
+halves of a wall are plain batched matmuls.
 """
 
 from __future__ import annotations
@@ -141,16 +141,16 @@ class _Run:
         return _kron(rotations[:, : self.left]), _kron(rotations[:, self.left :])
 
     def diagonal(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return cos and sin of a CRZ ring's phases, broadcastable to the state: (2**left, 1, 2**right) each."""
+        """Return cos and sin of a CRZ ring's phases, (2**left, 2**right) each."""
         row, kind = self.program.diagonals[index]
-        phase = (self.angles[row] @ self.tables.phases[kind]).view(2**self.left, 1, 2**self.right)
+        phase = (self.angles[row] @ self.tables.phases[kind]).view(2**self.left, 2**self.right)
         return torch.cos(phase), torch.sin(phase)
 
     def forward(self) -> Tensor:
         """Return the final state."""
         first_left, first_right = self.wall(self.program.walls[0])
-        real = first_left[:, :, None, :1] * first_right[:, None, None, :, 0]  # RYs on |0>: a real product state
-        state = torch.stack([real, torch.zeros_like(real)], dim=-2)
+        real = first_left[:, :, :1] * first_right[:, None, :, 0]  # RYs on |0>: a real product state
+        state = torch.stack([real, torch.zeros_like(real)], dim=2)
         for index, wall in enumerate(self.program.walls[1:]):
             state = _rotate_phase(state, *self.diagonal(index))
             state = _apply_wall(state, *self.wall(wall))
@@ -158,18 +158,17 @@ class _Run:
 
     def expectations(self, state: Tensor) -> Tensor:
         """Return <Z_i>, (tokens, n)."""
-        probabilities = state.square().sum(dim=(2, 3)).flatten(1)
+        probabilities = state.square().sum(dim=2).flatten(1)
         return probabilities @ self.tables.signs
 
-    def gradients(self, state: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def gradients(self, psi: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradients of sum(grad * <Z>): (tokens, n) for z and (rows, n) for the angles."""
         # E = <psi|D|psi> with D = sum_i grad_i Z_i; the adjoint state starts as D psi.
-        weights = (grad @ self.tables.signs.T).view(-1, 2**self.left, 1, 1, 2**self.right)
-        pair = torch.cat([state, weights * state], dim=2)
+        adjoint = (grad @ self.tables.signs.T).view(-1, 2**self.left, 1, 2**self.right) * psi
         grad_z, grad_angles = torch.zeros_like(grad), torch.zeros_like(self.angles)
         for index in range(len(self.program.walls) - 1, -1, -1):
             wall = self.program.walls[index]
-            grad_wall = self._wall_gradient(pair)
+            grad_wall = self._wall_gradient(psi, adjoint)
             if wall.encodes:
                 grad_z += wall.encodes * grad_wall
             for row in wall.rows:
@@ -177,19 +176,18 @@ class _Run:
             if index == 0:
                 break
             left, right = self.wall(wall)
-            pair = _apply_wall(pair, left.transpose(1, 2), right.transpose(1, 2))
+            undo = left.transpose(1, 2), right.transpose(1, 2)
+            psi, adjoint = _apply_wall(psi, *undo), _apply_wall(adjoint, *undo)
             row, kind = self.program.diagonals[index - 1]
             # dU/dt = i w U, so dE/dt = -2 sum_s w(s) Im(conj(lambda) psi)
-            psi, adjoint = pair[:, :, 0], pair[:, :, 1]
-            imaginary = (adjoint[:, :, 0] * psi[:, :, 1] - adjoint[:, :, 1] * psi[:, :, 0]).sum(0).flatten()
+            imaginary = (adjoint[:, :, 0] * psi[:, :, 1]).sub_(adjoint[:, :, 1] * psi[:, :, 0]).sum(0).flatten()
             grad_angles[row] += -2 * (self.tables.phases[kind] @ imaginary)
             cos, sin = self.diagonal(index - 1)
-            pair = _rotate_phase(pair, cos, -sin)
+            psi, adjoint = _rotate_phase(psi, cos, -sin), _rotate_phase(adjoint, cos, -sin)
         return grad_z, grad_angles
 
-    def _wall_gradient(self, pair: Tensor) -> Tensor:
+    def _wall_gradient(self, psi: Tensor, adjoint: Tensor) -> Tensor:
         """Return dE/dangle = Re <adjoint| -iY_i |psi> of every token and qubit, (tokens, n)."""
-        psi, adjoint = pair[:, :, 0], pair[:, :, 1]  # (tokens, 2**left, 2, 2**right)
         tokens, right = psi.shape[0], 2**self.right
         by_left = adjoint.flatten(2) @ psi.flatten(2).transpose(1, 2)
         by_right = adjoint.reshape(tokens, -1, right).transpose(1, 2) @ psi.reshape(tokens, -1, right)
@@ -208,18 +206,21 @@ def _kron(rotations: Tensor) -> Tensor:
 
 
 def _apply_wall(state: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Apply left (x) right to the two halves of the state, for every copy, real and imaginary part."""
+    """Apply left (x) right to the two halves of the state, to real and imaginary part alike."""
     shape = state.shape
-    state = torch.matmul(left, state.reshape(shape[0], shape[1], -1))
+    state = torch.matmul(left, state.flatten(2))
     if right.shape[0] == 1:  # the same wall for all tokens: one large product instead of a batch of small ones
         return (state.reshape(-1, shape[-1]) @ right[0].T).reshape(shape)
-    return torch.matmul(state.reshape(shape[0], -1, shape[-1]), right.transpose(1, 2)).reshape(shape)
+    return torch.bmm(state.reshape(shape[0], -1, shape[-1]), right.transpose(1, 2)).reshape(shape)
 
 
 def _rotate_phase(state: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Multiply the state by cos + i sin."""
-    real, imag = state.unbind(dim=-2)
-    return torch.stack([real * cos - imag * sin, real * sin + imag * cos], dim=-2)
+    real, imag = state[:, :, 0], state[:, :, 1]
+    result = torch.empty_like(state)
+    torch.mul(real, cos, out=result[:, :, 0]).addcmul_(imag, sin, value=-1)
+    torch.mul(real, sin, out=result[:, :, 1]).addcmul_(imag, cos)
+    return result
 
 
 def _chunk(qubits: int) -> int:
