@@ -61,7 +61,7 @@ CIRCUIT_PARAMETERS = ["qtha_adapter.default.angles", "qtha_adapter.default.units
 class _Block(BaseModel):
     """What the generated block adds to the plain fields."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     circuit_lr: float | None = Field(
         default=None,

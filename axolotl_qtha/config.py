@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ GateOrder = Literal["2025-06", "2025-05"]
 CoreGain = Literal["balanced", "none"]
 Init = Literal["kaiming", "tt_svd"]
 Backend = Literal["torch"]
+MAX_CORES = 12  # more would split any layer into factors of 2 and 1
 CIRCUIT_MODES = ("qtha", "frozen", "qwthn")  # values of `quantum` that run a circuit
 
 
@@ -162,6 +164,10 @@ class QTHAConfig(PeftConfig):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise refusal(key, value, "is not a positive whole number", f"`{key}: 8`")
+        if self.num_cores > MAX_CORES:
+            raise refusal("num_cores", self.num_cores, f"is more than {MAX_CORES}", "`num_cores: 2`")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise refusal("seed", self.seed, "is not a whole number from 0 to 2**32 - 1", "`seed: 42`")
         if self.has_circuit and self.rank > MAX_QUBITS:
             raise refusal(
                 "rank",
@@ -171,8 +177,8 @@ class QTHAConfig(PeftConfig):
             )
         if not 0 <= self.dropout < 1:
             raise refusal("dropout", self.dropout, "is not a probability below 1", "`dropout: 0.05`")
-        if self.alpha <= 0:
-            raise refusal("alpha", self.alpha, "is not positive", "`alpha: 16`")
+        if not 0 < self.alpha < math.inf:
+            raise refusal("alpha", self.alpha, "is not a positive number", "`alpha: 16`")
         if self.param_budget is not None and not 0 < self.param_budget <= 1:
             raise refusal("param_budget", self.param_budget, "is not a share in (0, 1]", "`param_budget: 0.24`")
 
@@ -186,15 +192,15 @@ class QTHAConfig(PeftConfig):
             )
         for key in ("in_factors", "out_factors"):
             for size, factors in (getattr(self, key) or {}).items():
-                if len(factors) != self.num_cores or any(i < 1 for i in factors) or _product(factors) < size:
+                if len(factors) != self.num_cores or any(i < 1 for i in factors) or math.prod(factors) < size:
                     raise refusal(
                         key,
                         {size: factors},
                         f"is not {self.num_cores} (num_cores) positive factors whose product is {size}, or more to pad",
                         f"leave {size} out, or e.g. `num_cores: 2` with `{{3584: [64, 56]}}`",
                     )
-                if _product(factors) >= 2 * size:
-                    raise refusal(key, {size: factors}, f"has a product of {_product(factors)}, not {size}", f"leave {size} out")
+                if math.prod(factors) >= 2 * size:
+                    raise refusal(key, {size: factors}, f"has a product of {math.prod(factors)}, not {size}", f"leave {size} out")
         if self.mpo == "none":
             for key in ("param_budget", "bond_dim", "mid_dim", "in_factors", "out_factors"):
                 if (value := getattr(self, key)) is not None:
@@ -258,10 +264,3 @@ def differences(saved: QTHAConfig, wanted: dict[str, Any]) -> list[str]:
 
 def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
-
-
-def _product(factors: Iterable[int]) -> int:
-    result = 1
-    for factor in factors:
-        result *= factor
-    return result

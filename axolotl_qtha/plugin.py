@@ -51,6 +51,10 @@ class QTHAPlugin(BasePlugin):
             task_type="CAUSAL_LM",
             base_model_name_or_path=cfg.base_model,
         )
+        if self._inference and not cfg.lora_model_dir:
+            raise ValueError(
+                "lora_model_dir: None gives inference no adapter. What works: `--lora-model-dir` with the output_dir."
+            )
         if cfg.lora_model_dir:
             _check_saved("lora_model_dir", Path(cfg.lora_model_dir), settings)
         if config_only:

@@ -1,0 +1,62 @@
+"""Running Axolotl: its real commands in a process, and its Python entry points in this one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+REPOSITORY = Path(__file__).parents[2]
+QUICKSTART = REPOSITORY / "example_configs" / "quickstart"
+
+
+def run(command: list[str], cwd: Path, text: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a command with this interpreter's tools first on the PATH; its output is in `stdout`."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        input=text,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "PATH": path, **env},
+        timeout=900,
+    )
+
+
+def write_config(folder: Path, source: str = "qtha.yml", **changes: Any) -> Path:
+    """Write a quickstart YAML with absolute paths, outputs in `folder`, and `changes` (None removes a key)."""
+    config = yaml.safe_load((QUICKSTART / source).read_text())
+    config["base_model"] = str(QUICKSTART / "base")
+    for key in ("datasets", "test_datasets"):
+        for data in config[key]:
+            data["path"] = str(REPOSITORY / data["path"])
+    config["dataset_prepared_path"] = str(folder / "prepared")
+    config["output_dir"] = str(folder / "out")
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(config.get(key), dict):
+            value = {**config[key], **value}
+        config[key] = value
+    path = folder / f"{source.removesuffix('.yml')}-{len(list(folder.glob('*.yml')))}.yml"
+    path.write_text(yaml.safe_dump({key: value for key, value in config.items() if value is not None}))
+    return path
+
+
+def train_here(config: Path) -> tuple[Any, Any, Any]:
+    """Train in this process as `axolotl train` does; return model, tokenizer and trainer."""
+    from axolotl.cli.args import TrainerCliArgs
+    from axolotl.cli.config import load_cfg
+    from axolotl.common.datasets import load_datasets, load_preference_datasets
+    from axolotl.train import train
+
+    cfg = load_cfg(str(config))
+    load = load_preference_datasets if cfg.rl else load_datasets
+    return train(cfg=cfg, dataset_meta=load(cfg=cfg, cli_args=TrainerCliArgs()))
+
+
+def losses(trainer: Any) -> dict[int, float]:
+    """Return the training loss of each logged step."""
+    return {row["step"]: float(row["loss"]) for row in trainer.state.log_history if "loss" in row}

@@ -1,0 +1,166 @@
+"""Axolotl's own commands with `adapter: qtha`, on the quickstart's base model and data."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from .commands import QUICKSTART, losses, run, train_here, write_config
+
+pytestmark = pytest.mark.e2e
+
+SHORT = {
+    "max_steps": 8,
+    "save_steps": 4,
+    "eval_steps": 8,
+    "micro_batch_size": 4,
+    "qtha": {"rank": 4, "param_budget": 0.4, "circuit_layers": 2, "target_modules": ["q_proj", "down_proj"], "circuit_lr": 0.05},
+}
+IDS = torch.tensor([[1, 5, 9, 200, 31, 7, 44, 812]])
+RELOAD = """
+import sys, torch
+import axolotl_qtha
+from peft import AutoPeftModelForCausalLM
+torch.set_num_threads(int(sys.argv[3]))
+model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+with torch.no_grad():
+    torch.save(model(torch.load(sys.argv[2])["ids"]).logits, sys.argv[2] + ".logits")
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder):
+    """Eight steps in one go, with a checkpoint at step 4: (model, losses, output folder)."""
+    model, _, trainer = train_here(write_config(folder, **SHORT))
+    return model.eval(), losses(trainer), folder / "out"
+
+
+def test_reloaded_in_a_new_process_gives_the_same_logits(uninterrupted, tmp_path):
+    model, _, out = uninterrupted
+    with torch.no_grad():
+        logits = model(IDS).logits
+        with model.disable_adapter():
+            base = model(IDS).logits
+    assert not torch.equal(logits, base)
+    torch.save({"ids": IDS}, tmp_path / "ids")
+    done = run([sys.executable, "-c", RELOAD, str(out), str(tmp_path / "ids"), str(torch.get_num_threads())], tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert torch.equal(torch.load(tmp_path / "ids.logits"), logits)  # float32, same threads: the same operations
+
+
+def test_adapter_has_its_own_learning_rate_for_the_angles(uninterrupted, folder):
+    start = load_file(folder / "out" / "checkpoint-4" / "adapter_model.safetensors")
+    end = load_file(folder / "out" / "adapter_model.safetensors")
+    moved = {part: max((end[k] - start[k]).abs().max() for k in end if k.endswith(part)) for part in (".angles", ".mpo_b_1")}
+    # Adam moves an entry by about the learning rate per step: circuit_lr is 5 times learning_rate
+    assert moved[".angles"] > 2 * moved[".mpo_b_1"]
+
+
+def test_resume_continues_the_uninterrupted_run(uninterrupted, tmp_path):
+    _, expected, out = uninterrupted
+    config = write_config(tmp_path, **SHORT, resume_from_checkpoint=str(out / "checkpoint-4"))
+    _, _, trainer = train_here(config)
+    resumed = losses(trainer)
+    assert set(resumed) >= {5, 6, 7, 8}
+    for step in (5, 6, 7, 8):
+        assert resumed[step] == pytest.approx(expected[step], abs=1e-5), step
+    final = load_file(out / "adapter_model.safetensors")
+    again = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert max((final[name] - again[name]).abs().max().item() for name in final) < 1e-5
+
+
+def test_resume_with_other_settings_is_refused(uninterrupted, tmp_path):
+    settings = {**SHORT, "qtha": {**SHORT["qtha"], "gate_order": "2025-05"}}
+    config = write_config(tmp_path, **settings, resume_from_checkpoint=str(uninterrupted[2] / "checkpoint-4"))
+    with pytest.raises(ValueError, match=r"qtha\.gate_order.*2025-06.*2025-05"):
+        train_here(config)
+
+
+def test_second_training_starts_from_lora_model_dir(uninterrupted, tmp_path):
+    _, first, out = uninterrupted
+    model, _, trainer = train_here(write_config(tmp_path, **SHORT, lora_model_dir=str(out)))
+    assert losses(trainer)[1] < first[1] - 0.05  # the same first batch, on the trained adapter
+    assert model.active_peft_config.bond_dim is not None
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "nan", "missing"])
+def test_damaged_adapter_is_refused(uninterrupted, tmp_path, damage):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(uninterrupted[2], adapter, ignore=shutil.ignore_patterns("checkpoint-*"))
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:1000])
+    elif damage == "foreign":
+        save_file({"base_model.model.lora_A.weight": torch.zeros(2, 2)}, file)
+    elif damage == "nan":
+        save_file({**tensors, name: torch.full_like(tensors[name], float("nan"))}, file)
+    else:
+        save_file({key: value for key, value in tensors.items() if key != name}, file)
+    config = write_config(tmp_path, **SHORT, lora_model_dir=str(adapter))
+    with pytest.raises(ValueError, match="What works"):
+        train_here(config)
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_nan_is_not_saved(tmp_path):
+    # a learning rate without bounds drives the adapter to infinity within a step or two
+    config = write_config(tmp_path, **{**SHORT, "learning_rate": 1e38, "max_grad_norm": 0, "max_steps": 4, "eval_steps": 100})
+    with pytest.raises(ValueError, match=r"NaN or infinite values; it was not saved"):
+        train_here(config)
+    assert not list(tmp_path.rglob("adapter_model.safetensors"))
+
+
+def test_dpo(tmp_path):
+    data = {
+        "path": str(QUICKSTART / "data" / "preference.jsonl"),
+        "ds_type": "json",
+        "split": "train",
+        "type": {
+            "field_prompt": "prompt",
+            "field_chosen": "chosen",
+            "field_rejected": "rejected",
+            "prompt_format": "### Instruction:\n{prompt}\n\n### Response:\n",
+        },
+    }
+    changes = {"max_steps": 3, "save_steps": 3, "eval_steps": None, "rl": "dpo", "datasets": [data], "test_datasets": None}
+    config = write_config(tmp_path, **{**SHORT, **changes})
+    _, _, trainer = train_here(config)
+    assert losses(trainer)[1] == pytest.approx(0.6931, abs=1e-3)  # log 2: policy and reference agree at the start
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert any(tensor.abs().max() > 0 for name, tensor in saved.items() if name.endswith("mpo_b_1"))
+
+
+def test_merge_is_refused_with_a_circuit_and_exact_without(uninterrupted, tmp_path):
+    config = next(Path(uninterrupted[2]).parent.glob("qtha-*.yml"))
+    done = run(
+        ["axolotl", "merge-lora", str(config), "--output-dir", str(tmp_path / "m"), "--lora-model-dir", str(uninterrupted[2])],
+        tmp_path,
+    )
+    assert done.returncode != 0
+    assert "not linear in x" in done.stdout
+    assert "quantum: none" in done.stdout
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+    plain = write_config(tmp_path, **{**SHORT, "qtha": {"rank": 4, "param_budget": 0.4, "quantum": "none"}, "max_steps": 4})
+    model, _, _ = train_here(plain)
+    with torch.no_grad():
+        expected = model.eval()(IDS).logits
+    out = tmp_path / "out"
+    done = run(["axolotl", "merge-lora", str(plain), "--lora-model-dir", str(out)], tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:]
+    from transformers import AutoModelForCausalLM
+
+    merged = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        # one rounding of the merged float32 weights per layer
+        assert (merged(IDS).logits - expected).abs().max() < 1e-4

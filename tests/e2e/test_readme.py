@@ -1,0 +1,58 @@
+"""Every command of the README runs as it is printed, from a folder that holds example_configs/."""
+
+import json
+import re
+
+import pytest
+
+from .commands import REPOSITORY, run
+
+pytestmark = pytest.mark.e2e
+
+README = (REPOSITORY / "README.md").read_text()
+SETUP = re.findall(r"^pip install .*? && (axolotl .*)$", README, flags=re.MULTILINE)
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL) for line in block.splitlines() if line]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clone")
+    (folder / "example_configs").symlink_to(REPOSITORY / "example_configs")
+    return folder
+
+
+def test_the_readme_has_its_two_setup_lines():
+    assert SETUP == ["axolotl train example_configs/quickstart/qtha.yml"]
+    assert 'pip install -e ".[test]" && pytest' in README.splitlines()
+    assert SETUP[0] in COMMANDS
+
+
+# In the README's order: later commands use what earlier ones wrote.
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(clone, command):
+    done = run(["bash", "-c", command], clone)
+    assert done.returncode == 0, done.stdout[-4000:]
+    if "inference" in command:
+        answer = done.stdout.split("### Response:")[-1]
+        assert len(answer.strip()) > 20, done.stdout[-2000:]
+    if "evaluate" in command:
+        value = float(re.findall(r"'?eval_loss'?: '?([\d.]+)", done.stdout)[-1])
+        assert value < 3.8  # the base alone has 4.35
+
+
+def test_quickstart_loss_falls(clone):
+    state = json.loads((clone / "outputs/quickstart-qtha/checkpoint-90/trainer_state.json").read_text())
+    train = [row["loss"] for row in state["log_history"] if "loss" in row]
+    held_out = [row["eval_loss"] for row in state["log_history"] if "eval_loss" in row]
+    assert len(train) == 90
+    assert sum(train[-10:]) / 10 < sum(train[:3]) / 3 - 0.5
+    assert held_out[-1] < held_out[0] - 0.5
+
+
+def test_resumed_quickstart_ends_as_the_uninterrupted_one(clone):
+    def log(folder):
+        state = json.loads((clone / f"outputs/{folder}/checkpoint-90/trainer_state.json").read_text())
+        return {row["step"]: row["loss"] for row in state["log_history"] if "loss" in row}
+
+    first, resumed = log("quickstart-qtha"), log("quickstart-resumed")
+    assert max(abs(first[step] - resumed[step]) for step in range(46, 91)) < 1e-3

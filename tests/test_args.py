@@ -1,0 +1,167 @@
+"""The `qtha:` block: what it accepts, what it connects, and what it refuses."""
+
+import subprocess
+import sys
+
+import pytest
+from axolotl.utils.config import prepare_plugins, validate_config
+from axolotl.utils.dict import DictDefault
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from axolotl_qtha.args import QTHABlock
+from axolotl_qtha.cli import config_schema
+
+BASE = {
+    "base_model": "some/model",
+    "plugins": ["axolotl_qtha.QTHAPlugin"],
+    "adapter": "qtha",
+    "datasets": [{"path": "data.jsonl", "type": "alpaca"}],
+    "micro_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 1e-3,
+    "output_dir": "unused",
+}
+
+
+def validated(**changes):
+    config = DictDefault({key: value for key, value in {**BASE, **changes}.items() if value is not None})
+    prepare_plugins(config)
+    return validate_config(config)
+
+
+def test_no_block_means_defaults():
+    assert validated().adapter == "qtha"
+    assert validated(qtha={"rank": 4}).qtha.quantum == "qtha"
+
+
+def test_circuit_lr_becomes_a_learning_rate_group():
+    config = validated(qtha={"circuit_lr": "1e-2"}, lr_groups=[{"name": "mine", "modules": ["mlp"], "lr": 1e-4}])
+    groups = {group["name"]: group for group in config.lr_groups}
+    assert set(groups) == {"mine", "qtha_circuit"}
+    assert groups["qtha_circuit"]["lr"] == 0.01
+    assert "qtha_adapter.default.angles" in groups["qtha_circuit"]["modules"]
+
+
+def test_merge_method_is_the_one_that_cannot_write_an_unmerged_base():
+    assert validated().merge_method == "legacy"
+
+
+def test_modules_to_save_reaches_axolotl():
+    assert validated(qtha={"modules_to_save": ["lm_head"]}).lora_modules_to_save == ["lm_head"]
+
+
+# block -> what the message must hold: the key, the value and something that works
+BAD_BLOCKS = [
+    ({"rnak": 4}, ["qtha.rnak", "4", "`rank`"]),
+    ({"rank": 0}, ["qtha.rank", "0", "rank: 8"]),
+    ({"rank": -3}, ["qtha.rank", "-3", "rank: 8"]),
+    ({"rank": 13}, ["qtha.rank", "13", "rank: 12", "quantum: none"]),
+    ({"rank": 13, "quantum": "frozen"}, ["qtha.rank", "13", "frozen"]),
+    ({"rank": True}, ["qtha.rank", "True", "integer"]),
+    ({"rank": "eight"}, ["qtha.rank", "eight", "integer"]),
+    ({"num_cores": 13}, ["qtha.num_cores", "13", "num_cores: 2"]),
+    ({"seed": -1}, ["qtha.seed", "-1", "seed: 42"]),
+    ({"alpha": float("nan")}, ["qtha.alpha", "nan", "finite"]),
+    ({"alpha": 0}, ["qtha.alpha", "0", "alpha: 16"]),
+    ({"dropout": 1.0}, ["qtha.dropout", "1.0", "0.05"]),
+    ({"param_budget": 0}, ["qtha.param_budget", "0", "0.24"]),
+    ({"param_budget": 24}, ["qtha.param_budget", "24", "0.24"]),
+    ({"bond_dim": 0}, ["qtha.bond_dim", "0"]),
+    ({"mid_dim": 3}, ["qtha.mid_dim", "3", "mid_dim: 8"]),
+    ({"num_cores": 0}, ["qtha.num_cores", "0"]),
+    ({"circuit_layers": 0}, ["qtha.circuit_layers", "0"]),
+    ({"circuit_lr": 0}, ["qtha.circuit_lr", "0", "greater than 0"]),
+    ({"circuit_lr": 0.1, "quantum": "none"}, ["qtha.circuit_lr", "0.1", "leave it out"]),
+    ({"quantum": "qbit"}, ["qtha.quantum", "qbit", "'qtha'", "'silu'"]),
+    ({"mpo": "mps"}, ["qtha.mpo", "mps", "'tt'"]),
+    ({"angle_scale": "pi"}, ["qtha.angle_scale", "pi", "'tanh'"]),
+    ({"gate_order": "2024"}, ["qtha.gate_order", "2024", "'2025-06'"]),
+    ({"init": "zeros"}, ["qtha.init", "zeros", "'kaiming'"]),
+    ({"quantum_backend": "aer"}, ["qtha.quantum_backend", "aer", "'torch'"]),
+    ({"in_factors": {3584: [3, 5]}}, ["qtha.in_factors", "3584: [3, 5]", "[64, 56]"]),
+    ({"out_factors": {8: [100, 100]}}, ["qtha.out_factors", "10000", "leave 8 out"]),
+    ({"mpo": "none", "bond_dim": 4}, ["qtha.bond_dim", "4", "mpo: tt"]),
+    ({"mpo": "none", "init": "tt_svd"}, ["qtha.init", "tt_svd", "mpo: tt"]),
+    ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, ["qtha.layers_to_transform", "[0]", "list"]),
+]
+
+
+@pytest.mark.parametrize(("block", "words"), BAD_BLOCKS, ids=lambda value: str(value)[:40] if isinstance(value, dict) else "")
+def test_bad_block(block, words):
+    with pytest.raises(ValueError, match="qtha") as error:
+        validated(qtha=block)
+    for word in words:
+        assert word in str(error.value)
+
+
+BAD_COMBINATIONS = [
+    ({"lora_r": 8}, "qtha: {rank: 8}"),
+    ({"lora_alpha": 16}, "qtha: {alpha: 16}"),
+    ({"lora_dropout": 0.1}, "qtha: {dropout: 0.1}"),
+    ({"lora_target_modules": ["q_proj"]}, "target_modules: ['q_proj']"),
+    ({"lora_target_linear": True}, "target_modules: all-linear"),
+    ({"lora_modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ({"lora_mlp_kernel": True}, "leave it out"),
+    ({"lora_qkv_kernel": True}, "leave it out"),
+    ({"lora_o_kernel": True}, "leave it out"),
+    ({"relora": True}, "adapter: lora"),
+    ({"peft_use_dora": True}, "adapter: lora"),
+    ({"loraplus_lr_ratio": 16}, "circuit_lr"),
+    ({"flash_attn_fuse_mlp": True}, "leave it out"),
+    ({"qat": {"weight_dtype": "int4"}}, "leave it out"),
+    ({"tensor_parallel_size": 2}, "tensor_parallel_size: 1"),
+    ({"unfrozen_parameters": ["lm_head"]}, "modules_to_save"),
+    ({"load_in_4bit": True}, "load_in_4bit: false"),
+    ({"load_in_8bit": True}, "load_in_8bit: false"),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "works"), BAD_COMBINATIONS, ids=lambda value: next(iter(value)) if isinstance(value, dict) else ""
+)
+def test_bad_combination(changes, works):
+    with pytest.raises(ValueError, match=next(iter(changes))) as error:
+        validated(**changes)
+    assert works in str(error.value)
+
+
+def test_block_without_the_adapter():
+    with pytest.raises(ValueError, match=r"qtha: the block has no effect with `adapter: lora`.*`adapter: qtha`"):
+        validated(adapter="lora", qtha={"rank": 8})
+
+
+def test_lora_beside_the_plugin_is_untouched():
+    assert validated(adapter="lora", lora_r=8).merge_method == "memory_efficient"
+
+
+@given(st.dictionaries(st.sampled_from([*QTHABlock.model_fields, "junk"]), st.none() | st.booleans() | st.integers() | st.text()))
+@settings(max_examples=200, deadline=None)
+def test_any_block_is_accepted_or_refused_with_a_value_error(block):
+    try:
+        accepted = QTHABlock.model_validate(block).adapter_settings()
+    except ValueError:  # pydantic's ValidationError is one; anything else fails the test
+        return
+    assert all(value is not None for value in accepted.values())
+
+
+def test_every_key_is_described():
+    result = CliRunner().invoke(config_schema, ["--format", "json"])
+    assert result.exit_code == 0
+    for key, field in QTHABlock.model_fields.items():
+        assert field.description
+        assert f'"{key}"' in result.output
+        one = CliRunner().invoke(config_schema, ["--field", key])
+        assert one.exit_code == 0
+        assert "description" in one.output
+    assert "rank" in CliRunner().invoke(config_schema, ["--field", "rnk"]).output
+
+
+def test_import_starts_neither_qiskit_nor_axolotl_nor_cuda():
+    code = (
+        "import sys, torch, axolotl_qtha; "
+        "loaded = [m for m in ('qiskit', 'qiskit_aer', 'axolotl', 'tensorly') if m in sys.modules]; "
+        "assert not loaded, loaded; assert not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

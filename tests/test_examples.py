@@ -1,0 +1,70 @@
+"""Every YAML in example_configs/ is valid, and the README says what the code says."""
+
+import re
+
+import pytest
+import yaml
+from axolotl.utils.config import prepare_plugins, validate_config
+from axolotl.utils.dict import DictDefault
+
+from axolotl_qtha import QTHAConfig
+from axolotl_qtha.args import QTHABlock
+from axolotl_qtha.plan import count_lora_parameters, count_parameters, resolve
+
+from .e2e.commands import REPOSITORY
+
+README = (REPOSITORY / "README.md").read_text()
+EXAMPLES = sorted((REPOSITORY / "example_configs").rglob("*.yml"))
+# (layers, hidden, intermediate, query width, key/value width), from the models' published configurations
+MODELS = {
+    "Qwen2.5-7B-Instruct": (28, 3584, 18944, 3584, 512),
+    "Llama-3.1-8B": (32, 4096, 14336, 4096, 1024),
+    "Llama-3.2-3B": (28, 3072, 8192, 3072, 1024),
+    "Qwen3-0.6B": (28, 1024, 3072, 2048, 1024),
+    "Mistral-7B-v0.3": (32, 4096, 14336, 4096, 1024),
+}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_example_is_valid(path):
+    raw = yaml.safe_load(path.read_text())
+    config = DictDefault(raw)
+    prepare_plugins(config)
+    valid = validate_config(config)
+    assert valid.adapter == raw["adapter"]
+    assert set(raw) <= set(valid) | {"wandb_project"}, "Axolotl dropped a key it does not know"
+    if raw["adapter"] == "qtha":
+        for key, value in raw["qtha"].items():
+            assert valid.qtha[key] == (float(value) if key == "circuit_lr" else value)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_example_is_named_in_the_readme(path):
+    assert f"`{path.relative_to(REPOSITORY)}`" in README
+
+
+def test_readme_table_of_keys_is_the_schema():
+    for key, field in QTHABlock.model_fields.items():
+        default = "" if field.default is None else f"`{field.default}`"
+        assert f"| `{key}` | {default} | {field.description} |" in README, key
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_readme_table_of_parameters(model):
+    layers, hidden, inter, query, kv = MODELS[model]
+    block = [(hidden, query), (hidden, kv), (hidden, kv), (query, hidden), (hidden, inter), (hidden, inter), (inter, hidden)]
+    sizes = block * layers
+    config = resolve(QTHAConfig(rank=8), sizes)
+    ours, lora = count_parameters(config, sizes), count_lora_parameters(8, sizes)
+    row = f"| {model} | {lora:,} | {ours:,} | {1 - ours / lora:.1%} | {config.bond_dim} | {config.mid_dim} |"
+    assert row in README
+    assert ours <= 0.24 * lora
+
+
+def test_readme_python_example_runs():
+    from .models import llama
+
+    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    names = {"model": llama()}
+    exec(example.replace("rank=8", "rank=4, param_budget=1.0"), names)  # the tiny model is too narrow for rank 8
+    assert names["model"].active_peft_config.peft_type.value == "QTHA"

@@ -1,0 +1,480 @@
+"""The PEFT tuner on tiny transformers: no-op start, saving and loading, switching, merging, and what it refuses."""
+
+import json
+import shutil
+from copy import deepcopy
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from axolotl_qtha import QTHAConfig
+from axolotl_qtha.layer import QTHALinear
+
+from .models import adapted, config, gpt2, gradients, llama, logits, qwen2, tokens, train, trainable
+
+BASES = {"llama": llama, "qwen2": qwen2, "gpt2": gpt2}
+FILE = "adapter_model.safetensors"
+QUANTUM = ("qtha", "none", "silu", "frozen", "qwthn")
+VARIANTS = [{"quantum": quantum, **more} for quantum in QUANTUM for more in ({}, {"init": "tt_svd"}, {"mpo": "none"})]
+
+
+def adapters(model, name="default"):
+    """Return the adapter of every adapted layer, by the layer's name."""
+    return {
+        path.removeprefix("base_model.model."): layer.qtha_adapter[name]
+        for path, layer in model.named_modules()
+        if isinstance(layer, QTHALinear)
+    }
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_starts_bitwise_as_the_base_and_returns_to_it(base, variant):
+    model = BASES[base]()
+    expected = logits(model)
+    model = adapted(model, **variant)
+    assert torch.equal(logits(model), expected)
+    train(model)
+    assert (logits(model) - expected).abs().max() > 1e-3
+    with model.disable_adapter():
+        assert torch.equal(logits(model), expected)
+    assert not torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize(("base", "per_layer"), [("llama", 7), ("qwen2", 7), ("gpt2", 4)])
+def test_all_linear_leaves_out_the_output_head(base, per_layer):
+    model = adapted(BASES[base]())
+    assert len(adapters(model)) == 2 * per_layer
+    assert not any("lm_head" in name or "embed" in name for name in adapters(model))
+    assert all("qtha_adapter" in name for name in trainable(model))
+
+
+# ---- training ----
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, {"angle_scale": "learned"}], ids=str)
+def test_no_parameter_is_dead(variant):
+    model = adapted(llama(), **variant)
+    largest = dict.fromkeys(trainable(model), 0.0)
+    for _ in range(3):
+        for name, gradient in gradients(model).items():
+            largest[name] = max(largest[name], gradient.abs().max().item())
+        train(model, steps=1)
+    assert not [name for name, size in largest.items() if size == 0]
+
+
+@pytest.mark.parametrize("gate_order", ["2025-05", "2025-06"])
+def test_no_angle_is_dead_but_the_last_ring_of_2025_05(gate_order):
+    model = train(adapted(llama(), gate_order=gate_order))
+    angles = [gradient for name, gradient in gradients(model).items() if "angles" in name]
+    assert len(angles) == 14
+    for gradient in angles:
+        assert gradient[:-1].ne(0).all()
+        assert gradient[-1].ne(0).all() if gate_order == "2025-06" else gradient[-1].eq(0).all()
+
+
+def test_frozen_angles_stay_and_are_saved(tmp_path):
+    model = adapted(llama(), quantum="frozen")
+    before = {name: adapter.angles.clone() for name, adapter in adapters(model).items()}
+    train(model).save_pretrained(tmp_path)
+    saved = load_file(tmp_path / FILE)
+    for name, angles in before.items():
+        assert torch.equal(adapters(model)[name].angles, angles)
+        assert torch.equal(saved[f"base_model.model.{name}.qtha_adapter.angles"], angles)
+    assert not any("angles" in name for name in trainable(model))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
+    expected = gradients(adapted(train(adapted(llama())).unload()).train())
+    model = adapted(llama())
+    expected = gradients(train(model).train())
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    parameters = trainable(model)
+    model(input_ids=tokens(), labels=tokens(), use_cache=False).loss.backward()
+    for name, gradient in expected.items():
+        # the same operations on the same numbers, summed in the same order
+        assert torch.equal(parameters[name].grad, gradient), name
+
+
+def test_compiled_model_matches():
+    model = train(adapted(llama(layers=1)))
+    expected, expected_gradients = logits(model), gradients(model)
+    compiled = torch.compile(model)
+    # one layer in float32, fused and so rounded differently
+    assert (compiled(input_ids=tokens()).logits - expected).abs().max() <= 1e-5
+    parameters = list(trainable(model).values())
+    loss = compiled(input_ids=tokens(), labels=tokens()).loss
+    for found, wanted in zip(torch.autograd.grad(loss, parameters), expected_gradients.values(), strict=True):
+        assert (found - wanted).abs().max() <= 1e-5 * max(1.0, wanted.abs().max().item())
+
+
+# ---- precision ----
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("quantum", QUANTUM)
+def test_casting_the_whole_model(quantum, dtype):
+    model = train(adapted(llama(), quantum=quantum))
+    expected = logits(model)
+    model.to(dtype)
+    result = logits(model)
+    assert result.dtype == dtype
+    # bfloat16 keeps 8 bits, through two layers of some ten roundings each; float64 shows the rounding of float32
+    tolerance = 0.1 if dtype == torch.bfloat16 else 1e-5
+    assert (result - expected).abs().max() <= tolerance * expected.abs().max()
+    assert all(gradient.isfinite().all() for gradient in gradients(model).values())
+
+
+def test_a_bfloat16_base_gets_float32_adapters():
+    base = llama().bfloat16()
+    expected = logits(base)
+    model = adapted(base)
+    assert {parameter.dtype for parameter in trainable(model).values()} == {torch.float32}
+    assert torch.equal(logits(model), expected)
+    assert logits(train(model)).dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in trainable(model).values()} == {torch.float32}
+
+
+def test_a_training_step_under_autocast():
+    model = train(adapted(llama()))
+    expected = gradients(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = gradients(model)
+    for name, gradient in mixed.items():
+        assert gradient.dtype == torch.float32
+        # 8 bits in every matrix product of the model
+        assert (gradient - expected[name]).norm() <= 0.2 * expected[name].norm() + 1e-3, name
+
+
+# ---- initial values ----
+
+
+def test_the_seed_decides_and_layers_differ():
+    first, second, other = (adapters(adapted(llama(), seed=seed)) for seed in (5, 5, 6))
+    cores = [adapter.mpo_a_0 for adapter in first.values() if adapter.mpo_a_0.shape == first[next(iter(first))].mpo_a_0.shape]
+    assert len(cores) > 5
+    assert not any(torch.equal(a, b) for k, a in enumerate(cores) for b in cores[:k])
+    for name, adapter in first.items():
+        for key, value in adapter.state_dict().items():
+            assert torch.equal(value, second[name].state_dict()[key])
+            assert not value.any() or not torch.equal(value, other[name].state_dict()[key])
+
+
+def test_tt_svd_sees_the_weight_of_each_layer():
+    for base in (llama, gpt2):  # Conv1D keeps its weight transposed
+        model = adapted(base(), init="tt_svd", bond_dim=10**6)
+        for adapter, layer in [
+            (layer.qtha_adapter["default"], layer) for layer in model.modules() if isinstance(layer, QTHALinear)
+        ]:
+            weight = layer.base_layer.weight.detach()
+            weight = weight.T if base is gpt2 else weight
+            # the leading of a flat spectrum are found only roughly: some directions mix, but none is far from the top
+            gain = (weight @ adapter.fold_a().detach().T).norm(dim=0)
+            values = torch.linalg.svdvals(weight)
+            assert gain.min() > 0.8 * values[3]
+
+
+# ---- quantum: none is linear ----
+
+
+@pytest.mark.parametrize("mpo", ["tt", "none"])
+@pytest.mark.parametrize("base", BASES)
+def test_quantum_none_equals_lora(base, mpo):
+    model = train(adapted(BASES[base](), quantum="none", mpo=mpo, alpha=6.0))
+    targets = sorted(adapters(model))
+    lora = get_peft_model(BASES[base](), LoraConfig(r=4, lora_alpha=6, target_modules=targets)).eval()
+    with torch.no_grad():
+        for name, adapter in adapters(model).items():
+            layer = lora.get_submodule(f"base_model.model.{name}")
+            layer.lora_A["default"].weight.copy_(adapter.fold_a())
+            layer.lora_B["default"].weight.copy_(adapter.fold_b() @ adapter.effective("w_c") / adapter.config.scaling)
+    # the same products up to float32 rounding
+    assert (logits(model) - logits(lora)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_merging_quantum_none(base):
+    model = train(adapted(BASES[base](), quantum="none"))
+    expected, plain = logits(model), logits(BASES[base]())
+    assert (expected - plain).abs().max() > 1e-3
+    model.merge_adapter()
+    assert (logits(model) - expected).abs().max() <= 1e-5  # float32 rounding
+    model.unmerge_adapter()
+    assert (logits(model) - expected).abs().max() <= 1e-5
+    merged = model.merge_and_unload(safe_merge=True)
+    assert type(merged) is type(BASES[base]())
+    assert not any("qtha" in name for name, _ in merged.named_modules())
+    assert (logits(merged) - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("quantum", [quantum for quantum in QUANTUM if quantum != "none"])
+def test_merging_a_nonlinear_adapter_is_refused(quantum):
+    model = train(adapted(llama(), quantum=quantum))
+    expected, weights = logits(model), deepcopy(model.state_dict())
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(ValueError, match=rf"`quantum: {quantum}`, which is not linear.*`?quantum: none"):
+            merge()
+    assert model.state_dict().keys() == weights.keys()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert torch.equal(logits(model), expected)
+
+
+def test_unload_gives_the_base_back():
+    base = llama()
+    expected = logits(base)
+    plain = train(adapted(base)).unload()
+    assert torch.equal(logits(plain), expected)
+    assert not any("qtha" in name for name, _ in plain.named_modules())
+
+
+# ---- saving and loading ----
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("variant", [*VARIANTS, {"angle_scale": "learned"}, {"num_cores": 3, "core_gain": "none"}], ids=str)
+def test_what_is_saved_is_what_comes_back(base, variant, tmp_path):
+    model = train(adapted(BASES[base](), **variant))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(BASES[base](), tmp_path).eval()
+    assert torch.equal(logits(loaded), logits(model))
+    assert not trainable(loaded)
+
+
+def test_auto_model_loads_base_and_adapter(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    base = type(llama()).from_pretrained(tmp_path / "base")
+    model = train(adapted(base))
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()), logits(model))
+
+
+def test_a_loaded_adapter_trains_on_as_if_never_saved(tmp_path):
+    model = train(adapted(llama()))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True).eval()
+    assert torch.equal(logits(train(loaded)), logits(train(model)))
+
+
+def test_the_file_holds_the_adapter_and_nothing_else(tmp_path):
+    model = train(adapted(llama(), target_modules=["q_proj", "down_proj"], angle_scale="learned"))
+    model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.bin"))
+    saved = load_file(tmp_path / FILE)
+    parts = ("mpo_a_0", "mpo_a_1", "mpo_b_0", "mpo_b_1", "w_a", "w_b", "w_c", "w_q", "angles", "scale")
+    layers = [f"model.layers.{k}.{module}" for k in range(2) for module in ("self_attn.q_proj", "mlp.down_proj")]
+    assert saved.keys() == {f"base_model.model.{layer}.qtha_adapter.{part}" for layer in layers for part in parts}
+    for name, parameter in trainable(model).items():
+        assert torch.equal(saved[name.replace(".default.", ".")], parameter)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert settings["peft_type"] == "QTHA"
+    assert (settings["rank"], settings["bond_dim"], settings["mid_dim"]) == (4, 4, 8)
+    assert not list((tmp_path).glob("*.tmp"))
+
+
+def damaged(folder, change):
+    """Save an adapter of a Llama, change its tensors, and return the folder."""
+    train(adapted(llama())).save_pretrained(folder)
+    tensors = load_file(folder / FILE)
+    change(tensors)
+    save_file(tensors, folder / FILE)
+    return folder
+
+
+def load(folder):
+    return PeftModel.from_pretrained(llama(), folder)
+
+
+NAME = "base_model.model.model.layers.1.mlp.up_proj.qtha_adapter.w_a"
+LAYER = "base_model.model.model.layers.0.self_attn.k_proj."
+CHANGES = {
+    "one tensor missing": (lambda tensors: tensors.pop(NAME), r"w_a"),
+    "one layer missing": (
+        lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith(LAYER)],
+        r"9 tensors are missing.*layers\.0\.self_attn\.k_proj",
+    ),
+    "one tensor more": (lambda tensors: tensors.update({NAME[:-1] + "z": torch.ones(3)}), r"w_z"),
+    "one layer more": (lambda tensors: tensors.update({NAME.replace("layers.1", "layers.2"): torch.ones(3)}), r"layers\.2"),
+    "NaN": (lambda tensors: tensors[NAME].view(-1)[5:6].fill_(torch.nan), r"up_proj.*w_a holds NaN or infinite"),
+    "infinity": (lambda tensors: tensors[NAME].view(-1)[5:6].fill_(torch.inf), r"up_proj.*w_a holds NaN or infinite"),
+    "another shape": (lambda tensors: tensors.update({NAME: torch.ones(5, 8)}), r"w_a has shape \(5, 8\).*\(4, 8\)"),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_damaged_tensors_are_refused(kind, tmp_path):
+    change, message = CHANGES[kind]
+    with pytest.raises(ValueError, match=rf"(?s){message}.*What works") as caught:
+        load(damaged(tmp_path, change))
+    assert "default" in str(caught.value)  # the adapter's name
+
+
+def test_an_undamaged_file_is_not_refused(tmp_path):
+    load(damaged(tmp_path, lambda tensors: None))
+
+
+def test_a_truncated_file_is_refused(tmp_path):
+    train(adapted(llama())).save_pretrained(tmp_path)
+    content = (tmp_path / FILE).read_bytes()
+    for size in (0, 100, len(content) // 2, len(content) - 1):
+        (tmp_path / FILE).write_bytes(content[:size])
+        with pytest.raises(ValueError, match=r"is corrupt or truncated.*What works"):
+            load(tmp_path)
+
+
+def test_the_tensors_of_lora_are_refused(tmp_path):
+    get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    train(adapted(llama())).save_pretrained(tmp_path / "qtha")
+    shutil.copy(tmp_path / "lora" / FILE, tmp_path / "qtha" / FILE)
+    with pytest.raises(ValueError, match=r"holds no QTHA adapter.*lora_A.*What works"):
+        load(tmp_path / "qtha")
+
+
+def test_a_file_of_another_base_model_is_refused(tmp_path):
+    train(adapted(qwen2(), target_modules=["q_proj"])).save_pretrained(tmp_path / "two")
+    with pytest.raises(ValueError, match="What works"):
+        PeftModel.from_pretrained(llama(layers=3), tmp_path / "two")
+    with pytest.raises(ValueError, match=r"target_modules.*What works"):
+        PeftModel.from_pretrained(gpt2(), tmp_path / "two")
+
+
+def test_nan_is_not_saved_and_the_earlier_file_stays(tmp_path):
+    model = train(adapted(llama()))
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with torch.no_grad():
+        adapters(model)["model.layers.1.mlp.up_proj"].w_b[2, 1] = torch.nan
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj.*w_b holds NaN or infinite.*not saved.*What works"):
+        model.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+# ---- several adapters ----
+
+
+def test_two_adapters_give_their_own_outputs(tmp_path):
+    first = train(adapted(llama(), seed=1))
+    second = train(adapted(llama(), seed=2, rank=3, quantum="silu", target_modules=["q_proj", "up_proj"]))
+    expected = {"first": logits(first), "second": logits(second)}
+    first.save_pretrained(tmp_path / "first")
+    second.save_pretrained(tmp_path / "second")
+
+    model = PeftModel.from_pretrained(llama(), tmp_path / "first", adapter_name="first").eval()
+    model.load_adapter(tmp_path / "second", adapter_name="second")
+    for name in ("first", "second", "first"):
+        model.set_adapter(name)
+        assert torch.equal(logits(model), expected[name])
+    model.save_pretrained(tmp_path / "both")
+    for name, wanted in expected.items():
+        folder = tmp_path / "both" / name
+        assert torch.equal(logits(PeftModel.from_pretrained(llama(), folder).eval()), wanted)
+
+    model.set_adapter("second")
+    model.delete_adapter("first")
+    assert not any("first" in name for name, _ in model.named_parameters())
+    assert torch.equal(logits(model), expected["second"])
+
+
+def test_adding_an_adapter_leaves_the_first_alone():
+    model = train(adapted(llama()))
+    expected = logits(model)
+    model.add_adapter("second", config(seed=3, target_modules=["q_proj", "up_proj"]))
+    assert torch.equal(logits(model), expected)
+    assert not any(".second." in name for name in trainable(model))
+    model.set_adapter("second")
+    assert trainable(model)
+    assert all(".second." in name for name in trainable(model))
+    assert torch.equal(logits(model), logits(llama()))
+    train(model)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), expected)
+
+
+def test_adapter_names_in_one_batch_are_refused():
+    model = adapted(llama())
+    with pytest.raises(ValueError, match=r"adapter_names|one set of adapters per batch"):
+        model(input_ids=tokens(), adapter_names=["default", "__base__"])
+
+
+# ---- where adapters may go ----
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(11, 6)
+        self.attention = nn.MultiheadAttention(6, 2)
+        self.image = nn.Conv2d(3, 6, 3)
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+@pytest.mark.parametrize(
+    ("target", "named"),
+    [
+        ("out_proj", "attention.out_proj.*NonDynamicallyQuantizableLinear"),
+        ("embedding", "embedding.*Embedding"),
+        ("image", "image.*Conv2d"),
+        ("attention", "attention.*MultiheadAttention"),
+    ],
+)
+def test_modules_that_cannot_carry_an_adapter_are_named(target, named):
+    model = Mixed()
+    with pytest.raises(ValueError, match=rf"qtha.target_modules: '{named}, which cannot carry an adapter"):
+        get_peft_model(model, QTHAConfig(rank=2, bond_dim=2, mid_dim=4, target_modules=["linear", target]))
+    assert type(model.linear) is nn.Linear  # nothing was replaced
+
+
+@pytest.mark.parametrize(
+    ("target_modules", "message"),
+    [
+        (["q_porj"], r"qtha.target_modules: 'q_porj' matches no module.*What works: `q_proj`"),
+        (["q_proj", "v_prj"], r"qtha.target_modules: 'v_prj' matches no module.*What works:.*`v_proj`"),
+        (["query_key_value"], r"'query_key_value' matches no module.*What works:.*`[a-z]+_proj`"),
+        (r".*\.q_porj", r"matches no module.*What works:.*`q_proj`"),
+        (["layers.7.self_attn.q_proj"], r"'layers.7.self_attn.q_proj' matches no module.*`q_proj`"),
+        ([], r"qtha.target_modules.*names no module.*What works: `target_modules: all-linear`"),
+    ],
+)
+def test_targets_that_match_nothing_are_refused(target_modules, message):
+    base = llama()
+    with pytest.raises(ValueError, match=message):
+        adapted(base, target_modules=target_modules)
+    assert not any(isinstance(module, QTHALinear) for module in base.modules())
+
+
+def test_excluded_modules_are_left_out():
+    model = adapted(llama(), exclude_modules=["down_proj", "k_proj"])
+    assert {name.rsplit(".", 1)[1] for name in adapters(model)} == {"q_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}
+    with pytest.raises(ValueError, match=r"qtha.exclude_modules: 'down_porj' matches no module.*`down_proj`"):
+        adapted(llama(), exclude_modules=["down_porj"])
+    with pytest.raises(ValueError, match=r"qtha.target_modules: \['q_proj'\] leaves no module"):
+        adapted(llama(), target_modules=["q_proj"], exclude_modules=["q_proj"])
+
+
+@pytest.mark.parametrize("target_modules", ["all-linear", ["q_proj", "up_proj"]])
+@pytest.mark.parametrize(("layers", "kept"), [([1], {"1"}), (0, {"0"}), ([0, 1], {"0", "1"})])
+def test_layers_to_transform_is_honoured(target_modules, layers, kept):
+    model = adapted(llama(), target_modules=target_modules, layers_to_transform=layers)
+    assert {name.split(".")[2] for name in adapters(model)} == kept
+    per_layer = 7 if target_modules == "all-linear" else 2
+    assert len(adapters(model)) == per_layer * len(kept)
+
+
+@pytest.mark.parametrize("target_modules", ["all-linear", ["q_proj"]])
+@pytest.mark.parametrize(("layers", "missing"), [([0, 2], r"\[2\]"), ([5], r"\[5\]"), (2, r"\[?2\]?")])
+def test_layers_that_do_not_exist_are_refused(target_modules, layers, missing):
+    with pytest.raises(ValueError, match=rf"qtha.layers_to_transform: {missing} matches no .*layer.*What works: indices 0 to 1"):
+        adapted(llama(), target_modules=target_modules, layers_to_transform=layers)
+
+
+def test_names_of_targets_are_endings_not_parts():
+    assert {name.split(".")[2] for name in adapters(adapted(llama(), target_modules=["0.mlp.up_proj"]))} == {"0"}
+    model = adapted(llama(), target_modules=r".*\.1\.self_attn\.[qv]_proj")
+    assert sorted(adapters(model)) == ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]
