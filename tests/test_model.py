@@ -89,28 +89,37 @@ def test_frozen_angles_stay_and_are_saved(tmp_path):
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
-    expected = gradients(adapted(train(adapted(llama())).unload()).train())
-    model = adapted(llama())
-    expected = gradients(train(model).train())
+    model = train(adapted(llama())).train()
+    expected = gradients(model)
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    model.zero_grad()
+    model(input_ids=tokens(), labels=tokens(), use_cache=False).loss.backward()  # reentrant kind: needs backward()
     parameters = trainable(model)
-    model(input_ids=tokens(), labels=tokens(), use_cache=False).loss.backward()
     for name, gradient in expected.items():
         # the same operations on the same numbers, summed in the same order
         assert torch.equal(parameters[name].grad, gradient), name
 
 
-def test_compiled_model_matches():
+def test_compiled_transformer_matches():
     model = train(adapted(llama(layers=1)))
     expected, expected_gradients = logits(model), gradients(model)
-    compiled = torch.compile(model)
-    # one layer in float32, fused and so rounded differently
-    assert (compiled(input_ids=tokens()).logits - expected).abs().max() <= 1e-5
-    parameters = list(trainable(model).values())
-    loss = compiled(input_ids=tokens(), labels=tokens()).loss
-    for found, wanted in zip(torch.autograd.grad(loss, parameters), expected_gradients.values(), strict=True):
-        assert (found - wanted).abs().max() <= 1e-5 * max(1.0, wanted.abs().max().item())
+    # traced forward and backward as for the default backend, whose C++ takes a minute to build for a whole transformer
+    model.compile(backend="aot_eager")
+    assert (logits(model) - expected).abs().max() <= 1e-5  # float32 rounding
+    for name, gradient in gradients(model).items():
+        assert (gradient - expected_gradients[name]).abs().max() <= 1e-5, name
+
+
+def test_compiled_layer_matches():
+    model = get_peft_model(Mixed(), QTHAConfig(rank=2, bond_dim=2, mid_dim=4, target_modules=["linear"]))
+    parameters, x = list(trainable(model).values()), torch.randn(5, 6)
+    torch.nn.init.normal_(adapters(model)["linear"].mpo_b_1, std=0.3)  # the core that starts at zero
+    expected = model(x)
+    compiled = torch.compile(model)(x)
+    assert (compiled - expected).abs().max() <= 1e-5  # float32, fused and so rounded differently
+    pairs = [torch.autograd.grad(result.square().sum(), parameters) for result in (compiled, expected)]
+    assert all((found - wanted).abs().max() <= 1e-5 * max(1, wanted.abs().max()) for found, wanted in zip(*pairs, strict=True))
 
 
 # ---- precision ----
@@ -396,7 +405,7 @@ def test_adding_an_adapter_leaves_the_first_alone():
 
 def test_adapter_names_in_one_batch_are_refused():
     model = adapted(llama())
-    with pytest.raises(ValueError, match=r"adapter_names|one set of adapters per batch"):
+    with pytest.raises(ValueError, match="one set of adapters per batch"):  # PEFT itself drops the argument in silence
         model(input_ids=tokens(), adapter_names=["default", "__base__"])
 
 

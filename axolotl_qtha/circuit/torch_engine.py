@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .ansatz import Ansatz, Kind
 
-CACHE_AMPLITUDES = 2**17  # amplitudes per chunk of tokens: about 1 MiB of float32 state, which fits a core's L2 cache
+CACHE_AMPLITUDES = 2**17  # amplitudes per chunk of tokens: 1 MiB of float32 state, about a core's L2 cache
 
 
 def expectation_values(z: Tensor, angles: Tensor, ansatz: Ansatz) -> Tensor:

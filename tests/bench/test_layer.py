@@ -1,0 +1,38 @@
+"""The layer benchmark measures what it says (its figures are no test)."""
+
+import json
+import sys
+
+import torch
+
+from axolotl_qtha.bench import layer
+
+
+def test_circuit_keeps_the_same_memory_for_any_number_of_layers():
+    kept = [row["kept_bytes"] for row in layer.circuit_rows(torch.device("cpu"), tokens=256, qubits=6)]
+    assert len(kept) == 4
+    assert set(kept) == {256 * 6 * 4}  # z in float32; the angles are a parameter
+
+
+def test_peak_is_what_was_allocated_at_one_time():
+    def run():
+        first = torch.zeros(1000, 1000)
+        del first
+        torch.zeros(500, 1000)
+
+    assert 4_000_000 <= layer.peak_bytes(run, torch.device("cpu")) < 4_200_000
+
+
+def test_variants_have_the_parameters_they_claim(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["layer", "--shapes", "96x128", "--ranks", "4", "--tokens", "8", "--repeats", "1", "--json", str(tmp_path / "o")],
+    )
+    layer.main()
+    rows = {row["variant"]: row for row in json.loads((tmp_path / "o").read_text())["layers"]}
+    assert rows["base"]["parameters"] == 0
+    assert rows["lora"]["parameters"] == 4 * (96 + 128)
+    assert rows["qtha, quantum: none"]["parameters"] <= 0.24 * rows["lora"]["parameters"]
+    assert rows["lora"]["to_lora"] == 1.0
+    assert "x LoRA" in capsys.readouterr().out

@@ -1,0 +1,62 @@
+"""Bad input through the real command line: an exit code, one clear error, nothing written."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from .commands import run, train_here, write_config
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"qtha": {"rnak": 4}}, ["qtha.rnak: 4", "`rank`"]),
+        ({"plugins": None, "qtha": None}, ["Adapter 'qtha'", "plugins"]),
+        ({"load_in_4bit": True}, ["load_in_4bit: True", "load_in_4bit: false"]),
+    ],
+    ids=["unknown key", "no plugin", "4 bit"],
+)
+def test_command_line(tmp_path, changes, words):
+    config = write_config(tmp_path, **changes)
+    done = run(["axolotl", "train", str(config), "--launcher", "python"], tmp_path)
+    assert done.returncode != 0
+    for word in words:
+        assert word in done.stdout, done.stdout[-3000:]
+    assert list(tmp_path.iterdir()) == [config]
+
+
+@pytest.mark.parametrize(
+    ("qtha", "words"),
+    [
+        ({"target_modules": ["q_prj"]}, [r"qtha.target_modules: 'q_prj'", "`q_proj`"]),
+        ({"target_modules": ["q_proj", "vproj"]}, [r"qtha.target_modules: 'vproj'", "`v_proj`"]),
+        ({"target_modules": ["embed_tokens"]}, ["embed_tokens", "Embedding", "modules_to_save"]),
+        ({"param_budget": 0.01}, ["qtha.param_budget: 0.01", "`param_budget: 0."]),
+        ({"layers_to_transform": [1, 9]}, ["qtha.layers_to_transform: [9]", "indices 0 to 3"]),
+        ({"in_factors": {100: [10, 10]}}, ["qtha.in_factors", "[128, 352]"]),
+    ],
+    ids=lambda value: str(value)[:30] if isinstance(value, dict) else "",
+)
+def test_known_once_the_model_is(tmp_path, qtha, words):
+    with pytest.raises(ValueError, match="qtha") as error:
+        train_here(write_config(tmp_path, qtha=qtha, max_steps=1))
+    for word in words:
+        assert word in str(error.value)
+    assert not list(tmp_path.rglob("adapter*"))
+
+
+def test_inference_without_an_adapter(tmp_path):
+    done = run(["axolotl", "inference", str(write_config(tmp_path)), "--launcher", "python"], tmp_path, text="Hello")
+    assert done.returncode != 0
+    assert "--lora-model-dir" in done.stdout
+
+
+def test_the_printed_budget_works(tmp_path):
+    with pytest.raises(ValueError, match="param_budget") as error:
+        train_here(write_config(tmp_path, qtha={"param_budget": 0.01}, max_steps=1))
+    budget = float(str(error.value).split("`param_budget: ")[1].split("`")[0])
+    train_here(write_config(tmp_path, qtha={"param_budget": budget}, max_steps=1, eval_steps=None, save_steps=None))
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in saved.values())
