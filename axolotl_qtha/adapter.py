@@ -27,6 +27,7 @@ class QTHAAdapter(nn.Module):
 
     # what `_add` registers, depending on the configuration
     a: Tensor
+    b: Tensor
     w_a: Tensor
     units: Tensor
     angles: Tensor
@@ -117,6 +118,11 @@ class QTHAAdapter(nn.Module):
     def state_names(self) -> dict[str, Tensor]:
         """Return the tensors a saved adapter holds for this layer, by name."""
         return dict(self.named_parameters(recurse=False)) | dict(self.named_buffers(recurse=False))
+
+    def is_no_op(self) -> bool:
+        """Return whether the adapter changes nothing, as before training."""
+        zero = self.b if self.shape.mpo_b is None else getattr(self, f"mpo_b_{self.config.num_cores - 1}")
+        return zero.numel() > 0 and not bool(zero.any())  # no entries: a partitioned parameter, which cannot tell
 
     def effective(self, name: str) -> Tensor:
         """Return a matrix or core as it acts (its gain applied), in computing precision."""

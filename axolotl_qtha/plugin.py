@@ -11,11 +11,12 @@ from axolotl.utils.train import determine_last_checkpoint
 from peft import PeftModel, get_peft_model
 
 from .config import QTHAConfig, check_adapter_file, differences
+from .guards import RefuseUntrainedEvaluation
 from .plan import describe
 
 if TYPE_CHECKING:
     from axolotl.utils.dict import DictDefault
-    from transformers import PreTrainedModel, Trainer
+    from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 LOG = get_logger(__name__)
 
@@ -72,6 +73,10 @@ class QTHAPlugin(BasePlugin):
         for line in describe(peft_model.active_peft_config, _sizes(peft_model)):
             LOG.info(line)
         return peft_model, peft_model.active_peft_config
+
+    def add_callbacks_pre_trainer(self, cfg: DictDefault, model: PreTrainedModel) -> list[TrainerCallback]:
+        """Add the guard of `axolotl evaluate`."""
+        return [RefuseUntrainedEvaluation()] if cfg.adapter == "qtha" else []
 
     def post_trainer_create(self, cfg: DictDefault, trainer: Trainer) -> None:
         """Refuse to continue from a checkpoint that is damaged or was made with other settings."""

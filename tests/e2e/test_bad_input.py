@@ -47,8 +47,9 @@ def test_known_once_the_model_is(tmp_path, qtha, words):
     assert not list(tmp_path.rglob("adapter*"))
 
 
-def test_inference_without_an_adapter(tmp_path):
-    done = run(["axolotl", "inference", str(write_config(tmp_path)), "--launcher", "python"], tmp_path, text="Hello")
+@pytest.mark.parametrize("command", ["inference", "evaluate"])
+def test_without_a_trained_adapter(tmp_path, command):
+    done = run(["axolotl", command, str(write_config(tmp_path)), "--launcher", "python"], tmp_path, text="Hello")
     assert done.returncode != 0
     assert "--lora-model-dir" in done.stdout
 
