@@ -66,8 +66,6 @@ class QTHALinear(nn.Module, QTHALayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output (.., out_features) in the base layer's dtype."""
-        if "adapter_names" in kwargs:
-            raise ValueError("QTHA runs one set of adapters per batch; choose it with set_adapter instead of adapter_names=.")
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 from peft import PeftConfig
@@ -69,10 +71,36 @@ class QTHAModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        for name in self.active_adapters:
-            refuse_nonlinear_merge(name, cast(QTHAConfig, self.peft_config[name]))
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge linear adapters into the frozen weights; refused as a whole if one of them is not linear."""
+        self._refuse_nonlinear(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._refuse_nonlinear(adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _refuse_nonlinear(self, adapter_names: list[str] | None) -> None:
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            if name in self.peft_config:
+                refuse_nonlinear_merge(name, cast(QTHAConfig, self.peft_config[name]))
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Refuse the one argument of PEFT's forward and generate that would otherwise be dropped."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"adapter_names={kwargs['adapter_names']!r}: QTHA runs one set of adapters per batch. "
+                "What works: set_adapter before each batch."
+            )
+        yield
 
 
 def register() -> None:

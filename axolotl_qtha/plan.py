@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -131,7 +132,7 @@ def resolve(config: QTHAConfig, sizes: list[tuple[int, int]]) -> QTHAConfig:
                 "param_budget",
                 config.param_budget,
                 f"is below bond_dim {config.bond_dim} and mid_dim {config.mid_dim}: {total:,} parameters of LoRA's {lora:,}",
-                f"`param_budget: {_up(total / lora)}`, or leave bond_dim or mid_dim out",
+                _advice(total, lora, "leave bond_dim or mid_dim out"),
             )
         return config
     budget = DEFAULT_BUDGET if config.param_budget is None else config.param_budget
@@ -146,8 +147,7 @@ def resolve(config: QTHAConfig, sizes: list[tuple[int, int]]) -> QTHAConfig:
             "param_budget",
             budget,
             f"cannot be met at rank {config.rank} on these {len(sizes)} modules (LoRA: {lora:,} parameters)",
-            f"`param_budget: {_up(total / lora)}` (bond_dim {smallest.bond_dim}, mid_dim {smallest.mid_dim}) or more, "
-            "a larger rank, or more target_modules",
+            _advice(total, lora, f"a larger rank, wider target_modules or another num_cores (the least here: {total:,})"),
         )
     best = max(
         (candidate for mid in mids if (candidate := _largest(config, mid, sizes, budget * lora)) is not None),
@@ -194,9 +194,10 @@ def _preference(config: QTHAConfig) -> tuple[int, int]:
     return config.bond_dim, config.mid_dim
 
 
-def _up(share: float) -> float:
-    """Round a share up to four digits, so that the printed value works."""
-    return -(-int(share * 1e6) // 100 + -1) / 1e4 if share < 1 else 1.0
+def _advice(total: int, lora: int, otherwise: str) -> str:
+    """Say which param_budget would do, if one can: shares above 1 are not accepted."""
+    share = math.ceil(1e4 * total / lora - 1e-9) / 1e4  # rounded up, so that the printed value works
+    return f"`param_budget: {share}`, or {otherwise}" if total <= lora else otherwise
 
 
 def describe(config: QTHAConfig, sizes: list[tuple[int, int]]) -> list[str]:
