@@ -277,3 +277,25 @@ def test_dropout_acts_on_the_input_in_training_only():
     assert torch.equal(module.eval()(x), moved(adapter())(x))
     torch.manual_seed(0)
     assert not torch.equal(module.train()(x), module.eval()(x))
+
+
+def test_gains_are_part_of_the_file_format():
+    # Stored cores are divided by these numbers, which no file holds: changing them would change every saved adapter.
+    # A new rule needs a new name in `core_gain`. 0.3 * std * sqrt(3 * 3584), and 1 for the core that starts at zero.
+    config = QTHAConfig(rank=8, bond_dim=4, mid_dim=16)
+    gains = QTHAAdapter(config, adapter_shape(config, 3584, 3584), seed=0).gains
+    unit = 0.3 * (3 * 3584) ** 0.5
+    expected = {
+        "mpo_a_0": unit / (64 * 2) ** 0.5,
+        "mpo_a_1": unit / (56 * 2) ** 0.5,
+        "mpo_b_0": unit / (4 * 2) ** 0.5,
+        "mpo_b_1": 1.0,
+        "w_a": unit / 4,
+        "w_b": unit / 8**0.5,
+        "w_c": unit / 2,
+        "w_q": unit / 2,
+        "angles": 1.0,
+    }
+    assert gains == pytest.approx(expected)
+    plain = QTHAConfig(rank=8, bond_dim=4, mid_dim=16, core_gain="none")
+    assert set(QTHAAdapter(plain, adapter_shape(plain, 3584, 3584), seed=0).gains.values()) == {1.0}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -177,7 +178,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cells = [(_shape(shape), rank, tokens) for shape in args.shapes for rank in args.ranks for tokens in args.tokens]
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 110)  # a file takes the whole table
     table = Table(title=f"forward + backward of one layer, {device}, {torch.get_num_threads()} threads, {args.repeats} turns")
     for column in ("layer", "rank", "tokens", "variant", "parameters", "ms (median)", "x LoRA", "peak MiB"):
         table.add_column(column, justify="left" if column in ("layer", "variant") else "right")
