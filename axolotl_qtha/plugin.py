@@ -59,6 +59,11 @@ class QTHAPlugin(BasePlugin):
         if cfg.lora_model_dir:
             _check_saved("lora_model_dir", Path(cfg.lora_model_dir), settings)
         if config_only:
+            if cfg.lora_model_dir:  # the trainer makes its own adapter, and would leave this one out without a word
+                raise ValueError(
+                    f"lora_model_dir: {cfg.lora_model_dir!r} is not read with `rl: {cfg.rl}`. What works: without `rl:`, "
+                    "training on, evaluate and inference."
+                )
             return None, config
         options = {}
         if cfg.peft_autocast_adapter_dtype is not None:

@@ -5,6 +5,7 @@ from peft import get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from axolotl_qtha import QTHAConfig
+from axolotl_qtha.layer import QTHALinear
 
 VOCABULARY = 97
 # 48 and 24 (two of four heads) split evenly over two cores, 89 is a prime and is padded
@@ -76,3 +77,18 @@ def train(model, steps=3):
             parameters[name].grad = gradient
         optimizer.step()
     return model
+
+
+BASES = {"llama": llama, "qwen2": qwen2, "gpt2": gpt2}
+FILE = "adapter_model.safetensors"
+QUANTUM = ("qtha", "none", "silu", "frozen", "qwthn")
+VARIANTS = [{"quantum": quantum, **more} for quantum in QUANTUM for more in ({}, {"init": "tt_svd"}, {"mpo": "none"})]
+
+
+def adapters(model, name="default"):
+    """Return the adapter of every adapted layer, by the layer's name."""
+    return {
+        path.removeprefix("base_model.model."): layer.qtha_adapter[name]
+        for path, layer in model.named_modules()
+        if isinstance(layer, QTHALinear)
+    }

@@ -8,24 +8,21 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from axolotl_qtha.layer import QTHALinear
-
-from .models import adapted, config, gpt2, llama, logits, qwen2, tokens, train, trainable
-
-BASES = {"llama": llama, "qwen2": qwen2, "gpt2": gpt2}
-FILE = "adapter_model.safetensors"
-QUANTUM = ("qtha", "none", "silu", "frozen", "qwthn")
-VARIANTS = [{"quantum": quantum, **more} for quantum in QUANTUM for more in ({}, {"init": "tt_svd"}, {"mpo": "none"})]
-
-
-def adapters(model, name="default"):
-    """Return the adapter of every adapted layer, by the layer's name."""
-    return {
-        path.removeprefix("base_model.model."): layer.qtha_adapter[name]
-        for path, layer in model.named_modules()
-        if isinstance(layer, QTHALinear)
-    }
-
+from .models import (
+    BASES,
+    FILE,
+    VARIANTS,
+    adapted,
+    adapters,
+    config,
+    gpt2,
+    llama,
+    logits,
+    qwen2,
+    tokens,
+    train,
+    trainable,
+)
 
 # ---- saving and loading ----
 

@@ -120,7 +120,7 @@ def test_nan_is_not_saved(tmp_path):
     assert not list(tmp_path.rglob("adapter_model.safetensors"))
 
 
-def test_dpo(tmp_path):
+def dpo(**changes):
     data = {
         "path": str(QUICKSTART / "data" / "preference.jsonl"),
         "ds_type": "json",
@@ -132,9 +132,17 @@ def test_dpo(tmp_path):
             "prompt_format": "### Instruction:\n{prompt}\n\n### Response:\n",
         },
     }
-    changes = {"max_steps": 3, "save_steps": 3, "eval_steps": None, "rl": "dpo", "datasets": [data], "test_datasets": None}
-    config = write_config(tmp_path, **{**SHORT, **changes})
-    _, _, trainer = train_here(config)
+    short = {"max_steps": 3, "save_steps": 3, "eval_steps": None, "rl": "dpo", "datasets": [data], "test_datasets": None}
+    return {**SHORT, **short, **changes}
+
+
+def test_dpo_does_not_drop_an_adapter(uninterrupted, tmp_path):
+    with pytest.raises(ValueError, match=r"lora_model_dir.*is not read with `rl: dpo`"):
+        train_here(write_config(tmp_path, **dpo(lora_model_dir=str(uninterrupted[2]))))
+
+
+def test_dpo(tmp_path):
+    _, _, trainer = train_here(write_config(tmp_path, **dpo()))
     assert losses(trainer)[1] == pytest.approx(0.6931, abs=1e-3)  # log 2: policy and reference agree at the start
     saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert any(tensor.abs().max() > 0 for name, tensor in saved.items() if name.endswith("mpo_b_1"))
