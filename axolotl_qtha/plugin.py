@@ -60,8 +60,9 @@ class QTHAPlugin(BasePlugin):
             _check_saved("lora_model_dir", Path(cfg.lora_model_dir), settings)
         if config_only:
             if cfg.lora_model_dir:  # the trainer makes its own adapter, and would leave this one out without a word
+                method = getattr(cfg.rl, "value", cfg.rl)
                 raise ValueError(
-                    f"lora_model_dir: {cfg.lora_model_dir!r} is not read with `rl: {cfg.rl}`. What works: without `rl:`, "
+                    f"lora_model_dir: {cfg.lora_model_dir!r} is not read with `rl: {method}`. What works: without `rl:`, "
                     "training on, evaluate and inference."
                 )
             return None, config
