@@ -14,17 +14,17 @@ class RefuseUntrainedEvaluation(TrainerCallback):
     """Stops `axolotl evaluate` of an adapter that was just made: it would measure the base model under another name."""
 
     def __init__(self) -> None:
-        self._training = False
+        self._settled = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Let a training run evaluate at its start."""
-        self._training = True
+        self._settled = True
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **_: Any
     ) -> None:
         """Raise ValueError at the first batch of an evaluation outside training, if every adapter is still a no-op."""
-        if self._training or model is None:
+        if self._settled or model is None:
             return
         adapters = [module for module in model.modules() if isinstance(module, QTHAAdapter)]
         if adapters and all(adapter.is_no_op() for adapter in adapters):
@@ -32,4 +32,4 @@ class RefuseUntrainedEvaluation(TrainerCallback):
                 "lora_model_dir: None leaves evaluate an untrained adapter, that is the base model. What works: "
                 "`--lora-model-dir` with the output_dir of a training, or no `adapter:` to measure the base."
             )
-        self._training = True  # looked at once
+        self._settled = True  # one look is enough

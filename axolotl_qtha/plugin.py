@@ -10,8 +10,10 @@ from axolotl.utils.logging import get_logger
 from axolotl.utils.train import determine_last_checkpoint
 from peft import PeftModel, get_peft_model
 
-from .config import QTHAConfig, check_adapter_file, differences
+from .args import QTHABlock
+from .config import QTHAConfig, differences
 from .guards import RefuseUntrainedEvaluation
+from .layer import QTHALayer
 from .plan import describe
 
 if TYPE_CHECKING:
@@ -92,14 +94,10 @@ class QTHAPlugin(BasePlugin):
 
 def _settings(cfg: DictDefault) -> dict[str, Any]:
     """Return the adapter's settings that the YAML names."""
-    from .args import QTHABlock
-
     return QTHABlock.model_validate(dict(cfg.qtha or {})).adapter_settings()
 
 
 def _sizes(model: PeftModel) -> list[tuple[int, int]]:
-    from .layer import QTHALayer
-
     return [(module.in_features, module.out_features) for module in model.modules() if isinstance(module, QTHALayer)]
 
 
@@ -107,10 +105,9 @@ def _check_saved(key: str, folder: Path, settings: dict[str, Any]) -> None:
     """Refuse an adapter folder that is damaged or contradicts the YAML."""
     if not folder.is_dir():
         return  # a Hub name; PEFT says what is wrong with it
-    check_adapter_file(folder)
     if not (folder / "adapter_config.json").is_file():
         raise ValueError(f"{key}: {str(folder)!r} holds no adapter_config.json. What works: a folder written by `adapter: qtha`.")
-    saved = QTHAConfig.from_pretrained(str(folder))
+    saved = QTHAConfig.from_pretrained(str(folder))  # refuses a damaged file beside it
     if not isinstance(saved, QTHAConfig):
         raise ValueError(
             f"{key}: {str(folder)!r} is a {saved.peft_type.value} adapter. What works: a folder written by `adapter: qtha`."
