@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
+from . import quantization
 from .config import QTHAConfig, close_names, refusal
 
 # LoRA keys that `adapter: qtha` does not read, and what to write instead.
@@ -48,10 +49,7 @@ REFUSED = {
     "flash_attn_fuse_mlp": "it replaces the layers that carry adapters; leave it out",
     "use_onebitllms": "it replaces the layers that carry adapters; leave it out",
     "qat": "it replaces the layers that carry adapters; leave it out",
-    "quantize_moe_experts": "quantised bases are not supported yet; leave it out",
-    "gptq": "quantised bases are not supported yet; use the full-precision base",
-    "load_in_4bit": "quantised bases are not supported yet; write `load_in_4bit: false`, or use `adapter: qlora`",
-    "load_in_8bit": "quantised bases are not supported yet; write `load_in_8bit: false`, or use `adapter: lora`",
+    "quantize_moe_experts": "Axolotl has it for `adapter: lora` and `qlora` only; leave it out, experts then stay as they are",
 }
 PARALLEL = ("tensor_parallel_size", "expert_parallel_size", "context_parallel_size")
 # The angles (or their classical twin's weights), by the names the trainer sees.
@@ -131,6 +129,7 @@ class QTHAArgs(BaseModel):
         block = data.get("qtha")
         block = block if isinstance(block, dict) else {}
         _refuse(data, block)
+        quantization.connect(data)
         data["merge_method"] = "legacy"  # the other method reads the adapter as LoRA and may write an unmerged base
         if block.get("modules_to_save"):  # Axolotl asks for this key when tokens are added
             data["lora_modules_to_save"] = block["modules_to_save"]
@@ -151,3 +150,16 @@ def _refuse(data: dict[str, Any], block: dict[str, Any]) -> None:
     for key in PARALLEL:
         if (value := data.get(key) or 1) != 1:
             raise ValueError(f"{key}: {value!r} is not supported by `adapter: qtha` yet. What works: `{key}: 1`, with DDP.")
+    _refuse_reentrant(data)
+
+
+def _refuse_reentrant(data: dict[str, Any]) -> None:
+    """Refuse what Axolotl refuses for `adapter: qlora` alone: it is TRL that cannot do it."""
+    checkpointing = data.get("gradient_checkpointing_kwargs") or {}
+    gpus = (data.get("capabilities") or {}).get("n_gpu") or 1
+    reentrant = data.get("gradient_checkpointing") and checkpointing.get("use_reentrant")
+    if data.get("rl") and data.get("load_in_4bit") and reentrant and gpus > 1:
+        raise ValueError(
+            f"gradient_checkpointing_kwargs: {dict(checkpointing)!r} does not work with `rl:` and `load_in_4bit: true` on "
+            f"{gpus} GPUs. What works: `gradient_checkpointing_kwargs: {{use_reentrant: false}}`."
+        )

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .adapter import QTHAAdapter
-from .config import QTHAConfig
+from .config import QTHAConfig, refusal
 from .plan import adapter_shape
 
 
@@ -31,9 +31,9 @@ class QTHALayer(BaseTunerLayer):
     adapter_layer_names = ("qtha_adapter",)
     other_param_names = ()
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, **quantization: Any) -> None:
         self.base_layer = base_layer
-        self.quantization_backend = resolve_quantization_backend(self.get_base_layer())
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization)
         self.qtha_adapter = nn.ModuleDict()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -48,19 +48,26 @@ class QTHALayer(BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _dense_weight(self) -> Tensor | None:
-        """Return the frozen weight as (out_features, in_features), or None on the meta device."""
-        weight = self.get_base_weight()
-        if weight.device.type == "meta":
+        """Return the frozen weight as (out_features, in_features), dequantised, or None on the meta device."""
+        layer = self.get_base_layer()
+        if any(parameter.device.type == "meta" for parameter in layer.parameters()):
             return None
-        return weight.T if isinstance(self.get_base_layer(), Conv1D) else weight
+        try:
+            weight = self.get_base_weight()
+        except (TypeError, NotImplementedError) as error:
+            raise refusal(
+                "init", "tt_svd", f"reads the frozen weights, and {type(layer).__name__} cannot give them", "`init: kaiming`"
+            ) from error
+        return weight.T if isinstance(layer, Conv1D) else weight
 
 
 class QTHALinear(nn.Module, QTHALayer):
     """A frozen `nn.Linear` (or GPT-2's `Conv1D`) with QTHA adapters."""
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: QTHAConfig, seed: int) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: QTHAConfig, seed: int, **quantization: Any) -> None:
+        """Wrap a frozen layer; `quantization` is what PEFT's quantisation backends need to know of the model."""
         super().__init__()
-        QTHALayer.__init__(self, base_layer)
+        QTHALayer.__init__(self, base_layer, **quantization)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, seed)
 
@@ -96,6 +103,7 @@ class QTHALinear(nn.Module, QTHALayer):
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.qtha_adapter:
                 continue
+            refuse_quantised_merge(self)
             weight = self.get_base_weight()
             merged = (weight + self.get_delta_weight(name)).to(weight.dtype)
             if safe_merge and not bool(merged.isfinite().all()):
@@ -124,4 +132,14 @@ def refuse_nonlinear_merge(adapter_name: str, config: QTHAConfig) -> None:
             f"adapter {adapter_name!r} has `quantum: {config.quantum}`, which is not linear in x: no merged weight equals it, "
             "and none was written. What works: serve the adapter unmerged, or train with `qtha: {quantum: none}`, which "
             "merges exactly."
+        )
+
+
+def refuse_quantised_merge(layer: QTHALayer) -> None:
+    """Refuse to merge into a quantised weight, where rounding to a few bits would take most of the adapter away again."""
+    if layer.quantization_backend is not None:
+        raise ValueError(
+            f"the base is quantised ({layer.quantization_backend.backend_name}): merging would round the adapter to its bits; "
+            "nothing was merged. What works: merge on the full-precision base, as `axolotl merge-lora` does, which loads it with "
+            "`load_in_4bit: false`."
         )

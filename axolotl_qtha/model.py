@@ -11,15 +11,16 @@ from typing import Any, cast
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils import register_peft_method, resolve_quantization_backend
+from peft.utils import get_quantization_kwargs, register_peft_method
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from .config import QTHAConfig, close_names, refusal
-from .layer import QTHALayer, QTHALinear, layer_sizes, refuse_nonlinear_merge
+from .layer import QTHALayer, QTHALinear, layer_sizes, refuse_nonlinear_merge, refuse_quantised_merge
 from .peft_type import QTHA
 from .plan import resolve
+from .quantization import is_quantised, keep_trainable
 
 CONTAINER = "qtha_adapter"
 
@@ -43,11 +44,8 @@ class QTHAModel(BaseTuner):
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Check every target and settle bond_dim and mid_dim, before any layer is replaced."""
         config = cast(QTHAConfig, peft_config)
-        candidates = _candidates(model)
-        _expand_all_linear(config, model)
-        matched = [name for name in candidates if self._check_target_module_exists(config, name)]
-        _check_matches(config, candidates, matched)
-        settled = resolve(config, [layer_sizes(_supported(name, candidates[name])) for name in matched])
+        keep_trainable(model)
+        settled = resolve(config, list(select_targets(config, model).values()))
         config.bond_dim, config.mid_dim = settled.bond_dim, settled.mid_dim
 
     def _create_and_replace(
@@ -66,14 +64,14 @@ class QTHAModel(BaseTuner):
         if isinstance(target, QTHALinear):
             target.update_layer(adapter_name, config, seed)
             return
-        layer = QTHALinear(target, adapter_name, config, seed)
+        layer = QTHALinear(target, adapter_name, config, seed, **get_quantization_kwargs(self.model))
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge linear adapters into the frozen weights; refused as a whole if one of them is not linear."""
-        self._refuse_nonlinear(adapter_names)
+        """Merge linear adapters into full-precision weights; refused as a whole where one is not linear or quantised."""
+        self._refuse_merge(adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
 
     def _unload_and_optionally_merge(
@@ -84,13 +82,16 @@ class QTHAModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> Any:
         if merge:
-            self._refuse_nonlinear(adapter_names)
+            self._refuse_merge(adapter_names)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
-    def _refuse_nonlinear(self, adapter_names: list[str] | None) -> None:
+    def _refuse_merge(self, adapter_names: list[str] | None) -> None:
         for name in self.active_adapters if adapter_names is None else adapter_names:
             if name in self.peft_config:
                 refuse_nonlinear_merge(name, cast(QTHAConfig, self.peft_config[name]))
+        for module in self.modules():
+            if isinstance(module, QTHALayer):
+                refuse_quantised_merge(module)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -109,6 +110,21 @@ def register() -> None:
         register_peft_method(name="qtha", config_cls=QTHAConfig, model_cls=QTHAModel)
 
 
+def select_targets(config: QTHAConfig, model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return (in_features, out_features) of every layer an adapter will be placed on, by name.
+
+    `all-linear` in the configuration is replaced by the names it stands for.
+
+    Raises:
+        ValueError: if a name matches nothing, or a layer cannot carry an adapter.
+    """
+    candidates = _candidates(model)
+    _expand_all_linear(config, model)
+    matched = [name for name in candidates if QTHAModel._check_target_module_exists(config, name)]
+    _check_matches(config, candidates, matched)
+    return {name: layer_sizes(_supported(name, candidates[name], model)) for name in matched}
+
+
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules an adapter may be placed on: all but the insides of layers that have one already."""
     inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
@@ -120,6 +136,9 @@ def _expand_all_linear(config: QTHAConfig, model: nn.Module) -> None:
     if not (isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"):
         return
     _maybe_include_all_linear_layers(config, model)
+    # PEFT names nn.Linear and its subclasses; HQQ's, GPTQ's and AWQ's layers are none
+    others = {name for name, module in _candidates(model).items() if not _is_linear(module) and is_quantised(module, model)}
+    config.target_modules = cast(list[str], set(config.target_modules) | others)
     if config.layers_to_transform is not None:
         wanted = _indices(config)
         kept = {name for name in config.target_modules if _layer_index(name, config) in wanted}
@@ -177,21 +196,17 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D, QTHALinear))
 
 
-def _supported(name: str, module: nn.Module) -> nn.Module:
+def _supported(name: str, module: nn.Module, model: nn.Module) -> nn.Module:
     """Return the frozen layer itself, or refuse a kind of layer that cannot carry an adapter."""
     layer = module.get_base_layer() if isinstance(module, QTHALinear) else module
-    if resolve_quantization_backend(layer) is not None:
-        raise ValueError(
-            f"{name} is a quantised {type(layer).__name__}, which QTHA does not support yet. What works: the full-precision "
-            "base (`load_in_4bit: false`, `load_in_8bit: false`)."
-        )
     # torch's attention reads this layer's weight without calling it, so an adapter there would do nothing
-    if not isinstance(layer, (nn.Linear, Conv1D)) or isinstance(layer, NonDynamicallyQuantizableLinear):
+    linear = isinstance(layer, (nn.Linear, Conv1D)) and not isinstance(layer, NonDynamicallyQuantizableLinear)
+    if not linear and not is_quantised(layer, model):
         raise refusal(
             "target_modules",
             name,
             f"is a {type(layer).__name__}, which cannot carry an adapter",
-            "linear layers (nn.Linear, GPT-2's Conv1D); train others in full with modules_to_save",
+            "linear layers (nn.Linear, GPT-2's Conv1D, quantised ones PEFT knows); train others in full with modules_to_save",
         )
     return layer
 

@@ -9,7 +9,9 @@ from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from axolotl.utils.logging import get_logger
 from axolotl.utils.train import determine_last_checkpoint
 from peft import PeftModel, get_peft_model
+from torch import nn
 
+from . import quantization
 from .args import QTHABlock
 from .config import QTHAConfig, differences
 from .guards import RefuseUntrainedEvaluation
@@ -41,6 +43,16 @@ class QTHAPlugin(BasePlugin):
     def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
         """Name the adapter."""
         return [AdapterCapabilities(name="qtha")]
+
+    def pre_model_load(self, cfg: DictDefault) -> None:
+        """Complete the base's quantisation, now that the model's type and dtype are known."""
+        if cfg.adapter == "qtha":
+            quantization.complete(cfg)
+
+    def post_model_build(self, cfg: DictDefault, model: PreTrainedModel) -> None:
+        """Refuse a full-precision base where a quantised one was asked for."""
+        if cfg.adapter == "qtha" and (count := quantization.check_base(cfg, model)):
+            LOG.info(f"quantised base: {count} layers, {model.get_memory_footprint() / 2**20:,.1f} MiB of weights in all.")
 
     def load_adapter(
         self, model: PreTrainedModel, cfg: DictDefault, inference: bool = False, config_only: bool = False
@@ -78,6 +90,7 @@ class QTHAPlugin(BasePlugin):
             peft_model = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=trainable, **options)
         else:
             peft_model = cast(PeftModel, get_peft_model(model, config, **options))
+        _check_targets(cfg, peft_model)
         for line in describe(peft_model.active_peft_config, _sizes(peft_model)):
             LOG.info(line)
         return peft_model, peft_model.active_peft_config
@@ -87,14 +100,27 @@ class QTHAPlugin(BasePlugin):
         return [RefuseUntrainedEvaluation()] if cfg.adapter == "qtha" else []
 
     def post_trainer_create(self, cfg: DictDefault, trainer: Trainer) -> None:
-        """Refuse to continue from a checkpoint that is damaged or was made with other settings."""
-        if cfg.adapter == "qtha" and (checkpoint := determine_last_checkpoint(cfg)):
+        """Check the adapter that the trainer made itself (DPO), and the checkpoint a run continues from."""
+        if cfg.adapter != "qtha":
+            return
+        _check_targets(cfg, cast(nn.Module, trainer.model))
+        if checkpoint := determine_last_checkpoint(cfg):
             _check_saved("resume_from_checkpoint", Path(checkpoint), _settings(cfg))
 
 
 def _settings(cfg: DictDefault) -> dict[str, Any]:
     """Return the adapter's settings that the YAML names."""
     return QTHABlock.model_validate(dict(cfg.qtha or {})).adapter_settings()
+
+
+def _check_targets(cfg: DictDefault, model: nn.Module) -> None:
+    layers = {
+        name.removeprefix("base_model.model."): module.get_base_layer()
+        for name, module in model.named_modules()
+        if isinstance(module, QTHALayer)
+    }
+    if full := quantization.check_targets(cfg, layers, model):
+        LOG.info(f"{len(full)} of {len(layers)} adapted layers are in full precision, as llm_int8_skip_modules says.")
 
 
 def _sizes(model: PeftModel) -> list[tuple[int, int]]:
