@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.utils.generic import maybe_autocast
 
 from .circuit.torch_engine import expectation_values
 from .config import QTHAConfig
@@ -138,24 +139,23 @@ class QTHAAdapter(nn.Module):
             return self.effective("a")
         return fold_rows(self.effective("w_a"), self.cores("mpo_a"), self.shape.in_features)
 
-    def fold_b(self) -> Tensor:
-        """Return (alpha / r) * MPO_B W_B, (o, r)."""
+    def fold_b(self, fusion: Tensor | None = None) -> Tensor:
+        """Return (alpha / r) * MPO_B W_B, (o, r); times `fusion` (r, r), if given."""
+        w_b = self.effective("b" if self.shape.mpo_b is None else "w_b") * self.config.scaling
+        w_b = w_b if fusion is None else w_b @ fusion
         if self.shape.mpo_b is None:
-            return self.effective("b") * self.config.scaling
-        w_b = self.effective("w_b") * self.config.scaling
+            return w_b
         return fold_columns(self.cores("mpo_b"), w_b, self.shape.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the change of the output, (.., o), in the dtype of the products with x."""
-        with torch.autocast(x.device.type, enabled=False):
-            a, b = self.fold_a(), self.fold_b()
+        with maybe_autocast(x.device.type, enabled=False):  # also knows the meta device
             w_c = self.effective("w_c")
-            if not self.shape.has_branch:
-                b = b @ w_c
+            a, b = self.fold_a(), self.fold_b(None if self.shape.has_branch else w_c)
         z = F.linear(self.dropout(x), a.to(x.dtype))
         if not self.shape.has_branch:
             return F.linear(z, b.to(z.dtype))
-        with torch.autocast(x.device.type, enabled=False):
+        with maybe_autocast(x.device.type, enabled=False):
             h = self._fuse(z.to(a.dtype), w_c)
         return F.linear(h.to(z.dtype), b.to(z.dtype))
 
@@ -174,7 +174,24 @@ class QTHAAdapter(nn.Module):
         """Return the encoding angles in radians, (.., r)."""
         if self.config.angle_scale == "learned":
             return z * _precise(self.scale)
-        return math.pi * torch.tanh(z / math.pi) if self.config.angle_scale == "tanh" else z
+        angles: Tensor = _Bounded.apply(z) if self.config.angle_scale == "tanh" else z
+        return angles
+
+
+class _Bounded(torch.autograd.Function):
+    """pi * tanh(z / pi), which keeps for backward only its result: the circuit keeps that too."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        angles = math.pi * torch.tanh(z / math.pi)
+        ctx.save_for_backward(angles)
+        return angles
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (angles,) = ctx.saved_tensors
+        result: Tensor = grads[0] * (1 - (angles / math.pi).square())
+        return result
 
 
 def _silu_ring(z: Tensor, units: Tensor) -> Tensor:

@@ -140,6 +140,17 @@ class QTHAArgs(BaseModel):
         return data
 
 
+def adapter_settings(cfg: Any) -> dict[str, Any]:
+    """Return the adapter's settings that a validated Axolotl configuration names."""
+    return QTHABlock.model_validate(dict(cfg.qtha or {})).adapter_settings()
+
+
+def adapter_config(cfg: Any) -> QTHAConfig:
+    """Return the adapter that a validated Axolotl configuration describes."""
+    settings = {"seed": cfg.seed, **adapter_settings(cfg)}
+    return QTHAConfig(**settings, task_type="CAUSAL_LM", base_model_name_or_path=cfg.base_model)
+
+
 def _refuse(data: dict[str, Any], block: dict[str, Any]) -> None:
     for key, ours in LORA_KEYS.items():
         if (value := data.get(key)) and value != block.get(ours):

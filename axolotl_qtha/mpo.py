@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,17 +113,53 @@ def fold_rows(weight: Tensor, cores: Sequence[Tensor], size: int) -> Tensor:
     Returns:
         (rows, size).
     """
-    rows, rest = weight.shape
-    state = weight.reshape(rows, 1, rest)  # (rows * inputs done, bond, outputs to do)
-    for core in cores:
-        left, out, inp, right = core.shape
-        rest //= out
-        state = state.reshape(-1, left * out, rest).transpose(1, 2)  # (rows * done, to do, bond * o_k)
-        # Two-dimensional: torch.matmul runs batches differently with and without gradients, and rounds differently.
-        state = state.reshape(-1, left * out) @ core.reshape(left * out, inp * right)
-        state = state.reshape(-1, rest, inp, right)
-        state = state.permute(0, 2, 3, 1).reshape(-1, right, rest)
-    return state.reshape(rows, -1)[:, :size]
+    result: Tensor = _Fold.apply(weight, *cores)
+    return result[:, :size]
+
+
+class _Fold(torch.autograd.Function):
+    """`weight @ M`; backward contracts once more instead of keeping what lies between the cores, which is as large as M's rows.
+
+    The state is (rows * inputs done, bond * outputs to do). All products are two-dimensional: torch.matmul runs batches
+    differently with and without gradients, and rounds differently.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, *cores: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, *cores)
+        state = weight
+        for core in cores:
+            state = _joined(_opened(state, core) @ core.reshape(-1, core.shape[2] * core.shape[3]), core, state)
+        return state.reshape(weight.shape[0], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        weight, *cores = ctx.saved_tensors
+        states = [weight]
+        for core in cores[:-1]:
+            product = _opened(states[-1], core) @ core.reshape(-1, core.shape[2] * core.shape[3])
+            states.append(_joined(product, core, states[-1]))
+        grad, of_cores = grads[0], list[Tensor]()
+        for state, core in zip(reversed(states), reversed(cores), strict=True):
+            left, out, inp, right = core.shape
+            rest = state.shape[1] // (left * out)
+            grad = grad.reshape(-1, inp, right, rest).permute(0, 3, 1, 2).reshape(-1, inp * right)
+            of_cores.append((_opened(state, core).T @ grad).reshape(core.shape))
+            grad = grad @ core.reshape(left * out, inp * right).T
+            grad = grad.reshape(-1, rest, left * out).transpose(1, 2).reshape(state.shape)
+        return grad, *reversed(of_cores)
+
+
+def _opened(state: Tensor, core: Tensor) -> Tensor:
+    """(rows * done, bond * o_k * to do) -> (rows * done * to do, bond * o_k)."""
+    bond = core.shape[0] * core.shape[1]
+    return state.reshape(state.shape[0], bond, -1).transpose(1, 2).reshape(-1, bond)
+
+
+def _joined(product: Tensor, core: Tensor, state: Tensor) -> Tensor:
+    """(rows * done * to do, i_k * bond) -> (rows * done * i_k, bond * to do)."""
+    _, _, inp, right = core.shape
+    return product.reshape(state.shape[0], -1, inp, right).permute(0, 2, 3, 1).reshape(state.shape[0] * inp, -1)
 
 
 def fold_columns(cores: Sequence[Tensor], weight: Tensor, size: int) -> Tensor:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
+from axolotl.utils.distributed import is_main_process
 from axolotl.utils.logging import get_logger
 from axolotl.utils.train import determine_last_checkpoint
 from peft import PeftModel, get_peft_model
 from torch import nn
 
 from . import quantization
-from .args import QTHABlock
+from .args import adapter_config, adapter_settings
 from .config import QTHAConfig, differences
 from .guards import RefuseUntrainedEvaluation
 from .layer import QTHALayer
@@ -31,6 +33,7 @@ class QTHAPlugin(BasePlugin):
     def __init__(self) -> None:
         super().__init__()
         self._inference = False
+        self._training = False
 
     def register(self, cfg: dict[str, Any]) -> None:
         """Keep what Axolotl's validation drops: whether this is `axolotl inference`."""
@@ -44,10 +47,17 @@ class QTHAPlugin(BasePlugin):
         """Name the adapter."""
         return [AdapterCapabilities(name="qtha")]
 
+    def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> None:
+        """Load nothing; only `axolotl train` comes here without `preprocess`."""
+        self._training = not preprocess
+
     def pre_model_load(self, cfg: DictDefault) -> None:
-        """Complete the base's quantisation, now that the model's type and dtype are known."""
-        if cfg.adapter == "qtha":
-            quantization.complete(cfg)
+        """Complete the base's quantisation, now that its type and dtype are known, and show what a training will need."""
+        if cfg.adapter != "qtha":
+            return
+        quantization.complete(cfg)
+        if self._training and is_main_process():
+            _show_plan(cfg)
 
     def post_model_build(self, cfg: DictDefault, model: PreTrainedModel) -> None:
         """Refuse a full-precision base where a quantised one was asked for."""
@@ -60,12 +70,7 @@ class QTHAPlugin(BasePlugin):
         """Return the model with a new adapter, or with the one of `lora_model_dir`; for DPO the configuration alone."""
         if cfg.adapter != "qtha":
             return None
-        settings = _settings(cfg)
-        config = QTHAConfig(
-            **{"seed": cfg.seed, **settings},
-            task_type="CAUSAL_LM",
-            base_model_name_or_path=cfg.base_model,
-        )
+        settings, config = adapter_settings(cfg), adapter_config(cfg)
         if self._inference and not cfg.lora_model_dir:
             raise ValueError(
                 "lora_model_dir: None gives inference no adapter. What works: `--lora-model-dir` with the output_dir."
@@ -105,12 +110,24 @@ class QTHAPlugin(BasePlugin):
             return
         _check_targets(cfg, cast(nn.Module, trainer.model))
         if checkpoint := determine_last_checkpoint(cfg):
-            _check_saved("resume_from_checkpoint", Path(checkpoint), _settings(cfg))
+            _check_saved("resume_from_checkpoint", Path(checkpoint), adapter_settings(cfg))
 
 
-def _settings(cfg: DictDefault) -> dict[str, Any]:
-    """Return the adapter's settings that the YAML names."""
-    return QTHABlock.model_validate(dict(cfg.qtha or {})).adapter_settings()
+def _show_plan(cfg: DictDefault) -> None:
+    """Print what `axolotl qtha-plan` prints; wrong `qtha:` settings stop here, before the weights are downloaded."""
+    from .planner.base import UnknownBase
+    from .planner.estimate import local_gpus, make_plan
+    from .planner.show import console, show_plan
+
+    try:
+        with torch.random.fork_rng(devices=[]):
+            plan = make_plan(cfg, local_gpus(), advise=False)
+    except UnknownBase as error:  # the run itself may yet know how to load it
+        LOG.info(f"no plan: {error}")
+        return
+    show_plan(plan, console())
+    if plan.fits is False:
+        LOG.warning("this may not fit the GPU; `axolotl qtha-plan` with this configuration says what would.")
 
 
 def _check_targets(cfg: DictDefault, model: nn.Module) -> None:

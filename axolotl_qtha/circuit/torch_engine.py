@@ -223,7 +223,8 @@ def _rotate_phase(state: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return result
 
 
-def _chunk(qubits: int) -> int:
+def chunk_tokens(qubits: int) -> int:
+    """Return how many tokens are simulated at one time."""
     return max(1, CACHE_AMPLITUDES >> qubits)
 
 
@@ -233,8 +234,8 @@ def _circuit_forward(z: Tensor, angles: Tensor, qubits: int, layers: int, gate_o
     ansatz = Ansatz(qubits, layers, gate_order)
     result = torch.empty_like(z)
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-        for start in range(0, z.shape[0], _chunk(qubits)):
-            tokens = slice(start, start + _chunk(qubits))
+        for start in range(0, z.shape[0], chunk_tokens(qubits)):
+            tokens = slice(start, start + chunk_tokens(qubits))
             run = _Run(z[tokens], angles, ansatz)
             result[tokens] = run.expectations(run.forward())
     return result
@@ -247,8 +248,8 @@ def _circuit_backward(
     ansatz = Ansatz(qubits, layers, gate_order)
     grad_z, grad_angles = torch.empty_like(z), torch.zeros_like(angles)
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-        for start in range(0, z.shape[0], _chunk(qubits)):
-            tokens = slice(start, start + _chunk(qubits))
+        for start in range(0, z.shape[0], chunk_tokens(qubits)):
+            tokens = slice(start, start + chunk_tokens(qubits))
             run = _Run(z[tokens], angles, ansatz)
             grad_z[tokens], chunk_angles = run.gradients(run.forward(), grad[tokens])
             grad_angles += chunk_angles

@@ -1,0 +1,119 @@
+"""The plan as tables, for a person."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+from .estimate import CONTEXT_BYTES, FRAGMENTATION, Memory, Plan, Setting
+
+
+def console() -> Console:
+    """Return a console which does not cut tables that go to a file."""
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def show_plan(plan: Plan, out: Console) -> None:
+    """Print the plan."""
+    out.print(_targets(plan))
+    out.print(_verdict(plan), highlight=False)
+    if plan.memory is None:
+        out.print(f"Memory is not known: the model cannot run without weights ({plan.memory_unknown}).", markup=False)
+    else:
+        out.print(_memory(plan, plan.memory))
+        out.print(_fit(plan), highlight=False, markup=False)
+    if plan.circuits_per_step:
+        gates = ", ".join(f"{count} {gate.upper()}" for gate, count in plan.gates.items())
+        again = "; each is simulated forward twice (checkpointing) and backward once" if plan.gradient_checkpointing else ""
+        out.print(
+            f"Circuits per step and GPU: {plan.circuits_per_step:,} (one per adapted layer and token, {plan.tokens_per_step:,} "
+            f"tokens) of {plan.qubits} qubits and {gates}{again}.",
+            highlight=False,
+        )
+
+
+def show_settings(settings: list[Setting], budget: float, rank: int, out: Console) -> None:
+    """Print the shapes that meet a budget."""
+    table = Table(title=f"settings within {budget:.0%} of LoRA's parameters at the same rank")
+    for column in ("rank", "num_cores", "bond_dim", "mid_dim", "parameters", "of LoRA"):
+        table.add_column(column, justify="right")
+    for i, row in enumerate(settings):
+        style = "bold" if row.rank == rank else None
+        cells = (row.rank, row.num_cores, row.bond_dim, row.mid_dim, f"{row.parameters:,}", f"{row.share:.1%}")
+        last = i + 1 == len(settings) or settings[i + 1].rank != row.rank
+        table.add_row(*map(str, cells), style=style, end_section=last)
+    out.print(table)
+    out.print("Each has the widest bond_dim, then the widest mid_dim, that its rank and num_cores allow.", highlight=False)
+
+
+def _targets(plan: Plan) -> Table:
+    table = Table(title=f"{plan.base_model}: {sum(target.count for target in plan.targets)} adapted layers")
+    for column in ("layer", "in x out", "in factors", "out factors", "bond", "mid", "parameters", "LoRA", "ratio"):
+        table.add_column(column, justify="left" if column == "layer" else "right")
+    for target in plan.targets:
+        bonds = sorted(set(target.bonds))  # small sizes cannot fill the widest bond
+        table.add_row(
+            f"{target.count} x {target.name}",
+            f"{target.in_features} x {target.out_features}",
+            " x ".join(map(str, target.in_factors)) or "-",
+            " x ".join(map(str, target.out_factors)) or "-",
+            "-".join(map(str, bonds)) or "-",
+            str(plan.mid_dim or "-"),
+            f"{target.parameters:,}",
+            f"{target.lora_parameters:,}",
+            f"{target.parameters / target.lora_parameters:.3f}",
+        )
+    table.add_section()
+    ratio = plan.parameters / plan.lora_parameters
+    table.add_row("all", "", "", "", "", "", f"{plan.parameters:,}", f"{plan.lora_parameters:,}", f"{ratio:.3f}")
+    return table
+
+
+def _verdict(plan: Plan) -> str:
+    network = "full matrices" if plan.bond_dim is None else f"bond_dim {plan.bond_dim}, mid_dim {plan.mid_dim}"
+    share = 1 - plan.parameters / plan.lora_parameters
+    return (
+        f"rank {plan.rank}, {network}, quantum: {plan.quantum}: {abs(share):.1%} {'fewer' if share >= 0 else 'more'} trainable "
+        f"parameters than LoRA of rank {plan.rank}."
+    )
+
+
+def _memory(plan: Plan, memory: Memory) -> Table:
+    table = Table(title=f"expected memory of one GPU, {plan.micro_batch_size} x {plan.sequence_len} tokens")
+    unit, divisor = ("GiB", 2**30) if memory.total >= 2**30 else ("MiB", 2**20)
+    table.add_column("part")
+    table.add_column(unit, justify="right")
+    on = "on" if plan.gradient_checkpointing else "off"
+    for name, size in (
+        (f"frozen weights ({plan.dtype}, quantisation: {plan.quantisation})", memory.weights),
+        ("adapter", memory.adapter),
+        ("gradients", memory.gradients),
+        ("optimiser states", memory.optimiser),
+        (f"activations kept for backward (checkpointing {on})", memory.activations),
+        ("circuit workspace", memory.circuit),
+        ("working memory at the peak (logits, recomputation, dequantised weight)", memory.working),
+    ):
+        table.add_row(name, f"{size / divisor:,.2f}")
+    table.add_section()
+    table.add_row("total", f"{memory.total / divisor:,.2f}", style="bold")
+    with_it, without = memory.activations_with_checkpointing, memory.activations_without_checkpointing
+    table.caption = f"activations: {with_it / divisor:,.2f} {unit} with checkpointing, {without / divisor:,.2f} without"
+    return table
+
+
+def _fit(plan: Plan) -> str:
+    assert plan.needed is not None
+    need = f"{_gib(plan.needed)} GiB with {_gib(CONTEXT_BYTES)} GiB for CUDA and {FRAGMENTATION:.0%} lost in the allocator"
+    if not plan.gpus:
+        return f"No GPU here. A GPU needs about {need}."
+    names = ", ".join(sorted({f"{name} ({_gib(size)} GiB)" for name, size in plan.gpus}))
+    if plan.fits:
+        return f"Fits: about {need}, on {names}."
+    advice = "".join(f"\n  - {text}" for text in plan.advice)
+    return f"Does not fit: about {need}, on {names}." + (f" What would fit:{advice}" if advice else "")
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.2f}"

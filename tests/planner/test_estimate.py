@@ -1,0 +1,190 @@
+"""The plan against the models themselves: parameters exactly, advice by following it."""
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from axolotl_qtha.args import adapter_config
+from axolotl_qtha.circuit.ansatz import Ansatz
+from axolotl_qtha.layer import QTHALayer
+from axolotl_qtha.planner.base import UnknownBase, read_config
+from axolotl_qtha.planner.estimate import find_settings, make_plan
+
+from .bases import CONFIGS, MORE, SIZES, run_on, write_run
+
+GIB = 2**30
+
+
+def trainable(model):
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, *MORE])
+def test_parameters_are_those_of_the_built_model(name, tmp_path):
+    config = {**CONFIGS, **MORE}[name]
+    cfg = run_on(tmp_path, config)
+    plan = make_plan(cfg, [])
+    model = get_peft_model(AutoModelForCausalLM.from_config(config), adapter_config(cfg))
+    assert plan.parameters == trainable(model)
+    layers = [module for module in model.modules() if isinstance(module, QTHALayer)]
+    assert sum(target.count for target in plan.targets) == len(layers)
+    for target in plan.targets:
+        own = [m for m in layers if (m.in_features, m.out_features) == (target.in_features, target.out_features)]
+        assert target.parameters == sum(p.numel() for p in own[0].qtha_adapter.parameters())
+    settled = model.active_peft_config
+    assert (plan.bond_dim, plan.mid_dim) == (settled.bond_dim, settled.mid_dim)
+    if name in CONFIGS:  # PEFT's own LoRA on the same base; on Mixtral it also adapts the experts
+        lora = get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig(r=4, target_modules="all-linear"))
+        assert plan.lora_parameters == trainable(lora)
+
+
+def test_modules_to_save_are_trained_too(tmp_path):
+    cfg = run_on(tmp_path, CONFIGS["llama"], qtha={"rank": 4, "param_budget": 0.5, "modules_to_save": ["lm_head"]})
+    plan = make_plan(cfg, [])
+    assert plan.memory.adapter == 4 * (plan.parameters + 1000 * 192)
+
+
+def test_circuits_are_counted_as_qiskit_counts_them(tmp_path):
+    plan = make_plan(run_on(tmp_path, CONFIGS["llama"]), [])
+    assert plan.circuits_per_step == 3 * 7 * 4 * 128 * 2  # layers, modules of each, batch, length, accumulated batches
+    assert plan.gates == dict(Ansatz(4, 2).circuit().count_ops())
+    none = make_plan(run_on(tmp_path, CONFIGS["llama"], qtha={"rank": 4, "quantum": "none"}), [])
+    assert none.circuits_per_step == 0
+    assert none.memory.circuit == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"load_in_4bit": True}, "4-bit nf4, double quantisation"),
+        ({"load_in_4bit": True, "bnb_config_kwargs": {"bnb_4bit_use_double_quant": False}}, "4-bit nf4"),
+        ({"load_in_8bit": True}, "8-bit"),
+        ({}, "none"),
+    ],
+)
+def test_quantisation_is_named(tmp_path, changes, words):
+    assert make_plan(run_on(tmp_path, CONFIGS["llama"], **changes), []).quantisation == words
+
+
+BIG = {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8}
+
+
+def big(tmp_path, **changes):
+    return run_on(tmp_path, LlamaConfig(**{**SIZES, **BIG}), sequence_len=1024, **changes)
+
+
+def test_a_gpu_that_is_large_enough(tmp_path):
+    plan = make_plan(big(tmp_path), [("large", 80 * GIB), ("large", 80 * GIB)])
+    assert plan.fits is True
+    assert plan.advice == []
+    assert make_plan(big(tmp_path), []).fits is None
+    assert make_plan(big(tmp_path), [("large", 80 * GIB), ("small", GIB)]).fits is False  # one too small is enough
+
+
+def test_advice_fits_when_it_is_followed(tmp_path):
+    cfg = big(tmp_path)
+    needed = make_plan(cfg, []).needed
+    gpu = [("tight", int(0.7 * needed))]
+    plan = make_plan(cfg, gpu)
+    assert plan.fits is False
+    followed = {
+        "gradient_checkpointing: true": {"gradient_checkpointing": True},
+        "load_in_4bit": {"load_in_4bit": True},
+        "micro_batch_size: 1": {"micro_batch_size": 1},
+        "sequence_len: 512": {"sequence_len": 512},
+        "sequence_len: 256": {"sequence_len": 256},
+    }
+    seen = 0
+    for words, changes in followed.items():
+        advised = any(words in text for text in plan.advice)
+        if "sequence_len" in words:
+            changed = run_on(tmp_path, LlamaConfig(**{**SIZES, **BIG}), **changes)
+        else:
+            changed = big(tmp_path, **changes)
+        assert make_plan(changed, gpu).fits is advised, words
+        seen += advised
+    assert seen >= 2
+
+
+def test_advice_combines_changes_or_says_that_none_helps(tmp_path):
+    cfg = big(tmp_path)
+    least = make_plan(big(tmp_path, gradient_checkpointing=True, load_in_4bit=True, micro_batch_size=1), []).needed
+    (together,) = make_plan(cfg, [("small", least + 2**20)]).advice
+    for words in ("gradient_checkpointing: true", "load_in_4bit: true", "micro_batch_size: 1", "gradient_accumulation_steps: 8"):
+        assert words in together
+    (hopeless,) = make_plan(cfg, [("tiny", 2**20)]).advice
+    assert "larger GPU" in hopeless
+
+
+def test_checkpointing_and_fused_losses_take_less(tmp_path):
+    plain, fused = make_plan(big(tmp_path), []), make_plan(big(tmp_path, chunked_cross_entropy=True), [])
+    checkpointed = make_plan(big(tmp_path, gradient_checkpointing=True), [])
+    assert checkpointed.memory.activations == plain.memory.activations_with_checkpointing < plain.memory.activations
+    assert plain.memory.activations_with_checkpointing == checkpointed.memory.activations_with_checkpointing
+    logits = 4 * 1024 * 32000 * 4
+    assert plain.memory.total - fused.memory.total > 2 * logits  # in float32, and their gradient
+
+
+def test_optimiser_states(tmp_path):
+    small = {"qtha": {"rank": 4, "mpo": "none", "quantum": "none"}}  # matrices of more than 4096 entries, mostly
+    states = {name: make_plan(big(tmp_path, optimizer=name, **small), []).memory for name in ("adamw_torch", "adamw_bnb_8bit")}
+    assert states["adamw_torch"].optimiser == 2 * states["adamw_torch"].adapter
+    assert states["adamw_bnb_8bit"].optimiser < 0.35 * states["adamw_torch"].optimiser
+
+
+def test_pairs_of_answers_double_the_batch(tmp_path):
+    data = [{"path": "data.jsonl", "type": "chatml.intel"}]
+    dpo = make_plan(run_on(tmp_path, CONFIGS["llama"], rl="dpo", datasets=data), [])
+    assert dpo.memory.activations > 1.9 * make_plan(run_on(tmp_path, CONFIGS["llama"]), []).memory.activations
+
+
+@pytest.mark.parametrize("budget", [0.24, 1.0])
+def test_settings_that_meet_a_budget(tmp_path, budget):
+    settings = find_settings(big(tmp_path), budget)
+    assert {row.rank for row in settings} >= {4, 8}
+    assert all(row.share <= budget for row in settings)
+    for row in settings[:: len(settings) // 2]:
+        used = {"rank": row.rank, "num_cores": row.num_cores, "bond_dim": row.bond_dim, "mid_dim": row.mid_dim}
+        plan = make_plan(big(tmp_path, qtha=used), [])
+        assert plan.parameters == row.parameters
+        assert plan.parameters / plan.lora_parameters == row.share
+
+
+def test_budgets_that_cannot_be_met(tmp_path):
+    with pytest.raises(ValueError, match=r"qtha.param_budget: 0.0001 cannot be met.*What works"):
+        find_settings(big(tmp_path), 0.0001)
+    with pytest.raises(ValueError, match=r"qtha.param_budget: 24.* is not a share"):
+        find_settings(big(tmp_path), 24.0)
+
+
+def test_a_model_that_cannot_run_without_weights_is_planned_without_memory(tmp_path):
+    plan = make_plan(run_on(tmp_path, MORE["mixtral"]), [("a GPU", GIB)])
+    assert plan.memory is None
+    assert "RuntimeError" in plan.memory_unknown
+    assert plan.fits is None
+    assert plan.parameters > 0
+
+
+def test_wrong_settings_are_refused_without_weights(tmp_path):
+    cfg = run_on(tmp_path, CONFIGS["llama"], qtha={"rank": 4, "param_budget": 0.5, "target_modules": ["q_prj"]})
+    with pytest.raises(ValueError, match=r"qtha.target_modules: 'q_prj'.*`q_proj`"):
+        make_plan(cfg, [])
+
+
+def test_a_base_that_cannot_be_read(tmp_path):
+    run = write_run(tmp_path, CONFIGS["llama"])
+    with pytest.raises(UnknownBase, match=r"base_model: .*empty.*What works"):
+        read_config(write_run(tmp_path, CONFIGS["llama"], base_model=str(tmp_path / "empty")))
+    with pytest.raises(UnknownBase, match=r"base_model: 'nobody/nothing'.*What works"):
+        read_config(write_run(tmp_path, CONFIGS["llama"], base_model="nobody/nothing"))
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "no_such_model"}')
+    with pytest.raises(UnknownBase, match=r"no_such_model.*What works"):
+        read_config(run)
+
+
+@pytest.mark.parametrize("text", ["adapter: lora", "just text", "a: [1", "\x00"])
+def test_no_configuration_of_ours(tmp_path, text):
+    path = tmp_path / "run.yml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="What works"):
+        read_config(path)
