@@ -57,6 +57,7 @@ class QTHAPlugin(BasePlugin):
             return
         quantization.complete(cfg)
         if self._training and is_main_process():
+            self._training = False  # once: DPO and the like may load a second model
             _show_plan(cfg)
 
     def post_model_build(self, cfg: DictDefault, model: PreTrainedModel) -> None:

@@ -15,6 +15,7 @@ from axolotl.utils.config import prepare_plugins, validate_config
 from axolotl.utils.dict import DictDefault
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_utils import set_zero3_state
 from transformers.quantizers import AutoHfQuantizer, AutoQuantizationConfig
 
 from ..quantization import complete
@@ -104,7 +105,7 @@ def _build(cfg: DictDefault, config: Any, attention: str) -> PreTrainedModel:
         make, options = kind.from_config, {"trust_remote_code": bool(cfg.trust_remote_code)}
     else:
         make, options = kind._from_config, {}
-    with torch.device("meta"):
+    with torch.device("meta"), set_zero3_state():  # under ZeRO-3 transformers would partition it over the GPUs
         try:
             return cast(PreTrainedModel, make(config, dtype=cfg.torch_dtype, attn_implementation=attention, **options))
         except ValueError:  # a model with an attention of its own

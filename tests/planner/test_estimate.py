@@ -3,6 +3,7 @@
 import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
 from axolotl_qtha.args import adapter_config
 from axolotl_qtha.circuit.ansatz import Ansatz
@@ -51,6 +52,18 @@ def test_circuits_are_counted_as_qiskit_counts_them(tmp_path):
     none = make_plan(run_on(tmp_path, CONFIGS["llama"], qtha={"rank": 4, "quantum": "none"}), [])
     assert none.circuits_per_step == 0
     assert none.memory.circuit == 0
+
+
+def test_zero3_does_not_partition_the_plan(tmp_path):
+    cfg = run_on(tmp_path, CONFIGS["llama"])
+    alone = make_plan(cfg, [])
+    settings = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    try:
+        assert is_deepspeed_zero3_enabled()
+        assert make_plan(cfg, []) == alone
+    finally:
+        unset_hf_deepspeed_config()
+        del settings
 
 
 @pytest.mark.parametrize(
