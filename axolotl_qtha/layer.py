@@ -15,14 +15,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .adapter import QTHAAdapter
 from .config import QTHAConfig, refusal
 from .plan import adapter_shape
+from .quantization import backend
 
 
 class QTHALayer(BaseTunerLayer):
@@ -33,7 +34,7 @@ class QTHALayer(BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module, **quantization: Any) -> None:
         self.base_layer = base_layer
-        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization)
+        self.quantization_backend = backend(self.get_base_layer(), **quantization)
         self.qtha_adapter = nn.ModuleDict()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -81,11 +82,22 @@ class QTHALinear(nn.Module, QTHALayer):
         if self.merged:
             return result
         if self.quantization_backend is not None:
+            self._refuse_cut_gradient(x, result)
             result = self.quantization_backend.maybe_clone_base_result(result)
         for name in self.active_adapters:
             if name in self.qtha_adapter:
                 result = result + self.qtha_adapter[name](x).to(result.dtype)
         return result
+
+    def _refuse_cut_gradient(self, x: Tensor, result: Tensor) -> None:
+        """Refuse to train on a frozen layer without a backward pass: the adapters before it would learn the wrong gradient."""
+        if x.requires_grad and torch.is_grad_enabled() and not result.requires_grad:
+            layer = self.get_base_layer()
+            kind = f"{type(layer).__name__} with {type(getattr(layer, 'weight', None)).__name__}"
+            raise ValueError(
+                f"the base is quantised in a way that passes no gradient on ({kind}), so nothing before it can be trained. "
+                "What works: a weight-only quantisation, such as `load_in_4bit: true` on the full-precision base."
+            )
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """Return the change of the weight that equals the adapter, in the base weight's layout.
@@ -140,6 +152,6 @@ def refuse_quantised_merge(layer: QTHALayer) -> None:
     if layer.quantization_backend is not None:
         raise ValueError(
             f"the base is quantised ({layer.quantization_backend.backend_name}): merging would round the adapter to its bits; "
-            "nothing was merged. What works: merge on the full-precision base, as `axolotl merge-lora` does, which loads it with "
-            "`load_in_4bit: false`."
+            "nothing was merged. What works: merge on the full-precision base, as `axolotl merge-lora` does, which loads "
+            "`base_model` with `load_in_4bit: false`; where that is a quantised checkpoint, name the one it was made from."
         )

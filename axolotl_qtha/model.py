@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_a
 from peft.utils import get_quantization_kwargs, register_peft_method
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .config import QTHAConfig, close_names, refusal
@@ -136,8 +137,13 @@ def _expand_all_linear(config: QTHAConfig, model: nn.Module) -> None:
     if not (isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"):
         return
     _maybe_include_all_linear_layers(config, model)
-    # PEFT names nn.Linear and its subclasses; HQQ's, GPTQ's and AWQ's layers are none
-    others = {name for name, module in _candidates(model).items() if not _is_linear(module) and is_quantised(module, model)}
+    # PEFT names nn.Linear and its subclasses, but for the head; HQQ's, GPTQ's and AWQ's layers are none
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    others = {
+        name
+        for name, module in _candidates(model).items()
+        if module is not head and not _is_linear(module) and is_quantised(module, model)
+    }
     config.target_modules = cast(list[str], set(config.target_modules) | others)
     if config.layers_to_transform is not None:
         wanted = _indices(config)

@@ -7,14 +7,22 @@ comes back is counted.
 
 from __future__ import annotations
 
+import inspect
 from importlib import metadata
 from typing import Any, cast
 
 from packaging.requirements import Requirement
+from peft.import_utils import is_torchao_available
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.utils.quantization_utils import QuantizationBackend, TorchaoBackend
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from .config import close_names
 
 LOAD_KEYS = ("load_in_4bit", "load_in_8bit")
+SETTINGS = "bnb_config_kwargs (or model_kwargs.quantization_config)"  # where a YAML may hold them
 # Model types whose 4-bit weights Axolotl stores as float32, since bfloat16 puts their loss off (not under DeepSpeed or FSDP).
 FLOAT32_STORAGE = ("jamba", "qwen2_moe", "nemotron_h")
 # Modules that must not be quantised, as Axolotl has them: {model type: (with load_in_4bit, with load_in_8bit)}.
@@ -40,15 +48,23 @@ def connect(data: dict[str, Any]) -> None:
     _check_bitsandbytes(key)
     place = "model_kwargs" if "model_kwargs" in data else "overrides_of_model_kwargs"
     model_kwargs = dict(data.get(place) or {})
-    given = dict(model_kwargs.get("quantization_config") or {})
-    if (method := given.get("quant_method", "bitsandbytes")) != "bitsandbytes":
+    chosen = dict(data.get("bnb_config_kwargs") or {}) | dict(model_kwargs.get("quantization_config") or {})
+    if (method := chosen.get("quant_method", "bitsandbytes")) != "bitsandbytes":
         raise ValueError(
             f"{key}: true asks for bitsandbytes, model_kwargs.quantization_config for {method!r}. What works: one of them."
         )
+    if _quantised_before(data):  # transformers takes the checkpoint's own settings, and check_base looks at the outcome
+        if chosen:
+            raise ValueError(
+                f"{SETTINGS}: {chosen} has no effect on base_model: {data['base_model']!r}, which is quantised already. "
+                "What works: leave it out, or the base in full precision."
+            )
+        return
     settings: dict[str, Any] = {"quant_method": "bitsandbytes", key: True}
     if key == "load_in_4bit":
         settings |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    model_kwargs["quantization_config"] = settings | dict(data.get("bnb_config_kwargs") or {}) | given
+    _check_settings(settings | chosen)
+    model_kwargs["quantization_config"] = settings | chosen
     data[place] = model_kwargs
 
 
@@ -57,9 +73,9 @@ def complete(cfg: Any) -> None:
 
     Axolotl's loader holds the same dictionary, so the change reaches it.
     """
-    if not (key := next((key for key in LOAD_KEYS if cfg[key]), None)):
+    if not (key := _asked(cfg)):
         return
-    settings = cfg.overrides_of_model_kwargs["quantization_config"]
+    settings = (cfg.overrides_of_model_kwargs or {}).get("quantization_config") or {}
     four_bit = key == "load_in_4bit"
     if four_bit:
         sharded = cfg.deepspeed or cfg.fsdp or cfg.fsdp_config
@@ -70,31 +86,47 @@ def complete(cfg: Any) -> None:
         settings.setdefault("llm_int8_skip_modules", skipped)
 
 
+def backend(layer: nn.Module, **quantization: Any) -> QuantizationBackend | None:
+    """Return how PEFT reads a quantised layer (bitsandbytes, HQQ, torchao, GPTQ, AWQ, ...), or None for any other."""
+    if is_torchao_available():
+        from torchao.utils import TorchAOBaseTensor
+
+        if isinstance(getattr(layer, "weight", None), TorchAOBaseTensor):  # PEFT names torchao's older kinds only
+            return TorchaoBackend(quantization.get("get_apply_tensor_subclass"))
+    return resolve_quantization_backend(layer, **quantization)
+
+
 def is_quantised(layer: nn.Module, model: nn.Module) -> bool:
-    """Return whether PEFT knows the layer as quantised (bitsandbytes, HQQ, torchao, GPTQ, AWQ, ...)."""
-    return resolve_quantization_backend(layer, **get_quantization_kwargs(cast(Any, model))) is not None
+    """Return whether the layer is quantised, in a way PEFT can read."""
+    return backend(layer, **get_quantization_kwargs(cast(Any, model))) is not None
 
 
-def check_base(cfg: Any, model: nn.Module) -> int:
+def check_base(cfg: Any, model: PreTrainedModel) -> int:
     """Return the number of quantised layers of the base just loaded.
 
     Raises:
-        ValueError: if `load_in_4bit` or `load_in_8bit` was asked for and no layer is of that kind.
+        ValueError: if `load_in_4bit` or `load_in_8bit` was asked for and no layer is of that kind, or the head cannot be.
     """
-    key = next((key for key in LOAD_KEYS if cfg[key]), None)
+    key = _asked(cfg)
     if key is None:
         return sum(is_quantised(module, model) for module in model.modules())
     import bitsandbytes
 
     kind = bitsandbytes.nn.Linear4bit if key == "load_in_4bit" else bitsandbytes.nn.Linear8bitLt
-    count = sum(isinstance(module, kind) for module in model.modules())
-    if count == 0:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+    if not layers:
         raise ValueError(
             f"{key}: true, but no layer of the base that was loaded is a {kind.__name__}: it would train in full precision. "
-            f"{_skipping(cfg)}What works: a base with linear layers that are not skipped, without a quantisation of its own of "
+            f"{_skipping(model)}What works: a base with linear layers that are not skipped, without a quantisation of its own of "
             f"another kind; or `{key}: false`."
         )
-    return count
+    for name, layer in layers.items():
+        if layer.weight is model.get_input_embeddings().weight:
+            raise ValueError(
+                f"{name}: its weight is the embedding's and cannot be quantised. {_skipping(model)}These names take the place of "
+                f"those that transformers skips by itself. What works: `llm_int8_skip_modules: {[*_skipped(model), name]}`."
+            )
+    return len(layers)
 
 
 def check_targets(cfg: Any, layers: dict[str, nn.Module], model: nn.Module) -> list[str]:
@@ -108,12 +140,11 @@ def check_targets(cfg: Any, layers: dict[str, nn.Module], model: nn.Module) -> l
     Raises:
         ValueError: if a layer stayed in full precision without being named, or all did.
     """
-    key = next((key for key in LOAD_KEYS if cfg[key]), None)
+    key = _asked(cfg)
     full = [name for name, layer in layers.items() if not is_quantised(layer, model)]
     if key is None or not full:
         return []
-    skipped = cfg.overrides_of_model_kwargs["quantization_config"].get("llm_int8_skip_modules") or []
-    unnamed = [name for name in full if not any(part in name for part in skipped)]
+    unnamed = [name for name in full if should_convert_module(name, _skipped(model))]
     if unnamed:
         leaf = unnamed[0].rsplit(".", 1)[-1]
         raise ValueError(
@@ -123,7 +154,7 @@ def check_targets(cfg: Any, layers: dict[str, nn.Module], model: nn.Module) -> l
         )
     if len(full) == len(layers):
         raise ValueError(
-            f"{key}: true, but all {len(layers)} adapted layers stayed in full precision. {_skipping(cfg)}What works: fewer "
+            f"{key}: true, but all {len(layers)} adapted layers stayed in full precision. {_skipping(model)}What works: fewer "
             f"names in llm_int8_skip_modules, other target_modules, or `{key}: false`."
         )
     return full
@@ -148,9 +179,48 @@ def keep_trainable(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = cast(Any, False)
 
 
-def _skipping(cfg: Any) -> str:
-    skipped = cfg.overrides_of_model_kwargs["quantization_config"].get("llm_int8_skip_modules")
-    return f"llm_int8_skip_modules is {list(skipped)}. " if skipped else ""
+def _asked(cfg: Any) -> str | None:
+    return next((key for key in LOAD_KEYS if cfg[key]), None)
+
+
+def _skipped(model: nn.Module) -> list[str]:
+    """Return the names that the loaded model's own quantisation leaves out, be they from the YAML or a quantised checkpoint."""
+    settings = getattr(getattr(model, "config", None), "quantization_config", None)
+    return list(getattr(settings, "llm_int8_skip_modules", None) or [])
+
+
+def _skipping(model: nn.Module) -> str:
+    skipped = _skipped(model)
+    return f"llm_int8_skip_modules is {skipped}. " if skipped else ""
+
+
+def _quantised_before(data: dict[str, Any]) -> bool:
+    """Return whether the base is a quantised checkpoint."""
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(data["base_model"], revision=data.get("revision_of_model"))
+    except (KeyError, OSError):  # Axolotl says what is wrong with it
+        return False
+    return bool(config.get("quantization_config"))
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    """Refuse keys that transformers would ignore, and values that would fail while the base is loaded."""
+    from transformers import BitsAndBytesConfig
+
+    known = sorted(set(inspect.signature(BitsAndBytesConfig.__init__).parameters) - {"self", "kwargs"})
+    for name, value in settings.items():
+        if name not in (*known, "quant_method"):
+            works = ", ".join(f"`{key}`" for key in close_names(name, known) or known)
+            raise ValueError(f"{SETTINGS}: {{{name}: {value!r}}} would be ignored by transformers. What works: {works}.")
+    if (kind := settings.get("bnb_4bit_quant_type", "nf4")) not in ("nf4", "fp4"):
+        raise ValueError(f"{SETTINGS}: {{bnb_4bit_quant_type: {kind!r}}} is not known. What works: `nf4`, `fp4`.")
+    try:
+        BitsAndBytesConfig(**{name: value for name, value in settings.items() if name != "quant_method"})
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{SETTINGS}: {settings} is refused by transformers: {error}. What works: the types named in its "
+            "BitsAndBytesConfig, such as `bnb_4bit_compute_dtype: bfloat16`."
+        ) from error
 
 
 def _check_bitsandbytes(key: str) -> None:

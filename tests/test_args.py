@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 from axolotl.utils.config import prepare_plugins, validate_config
@@ -25,10 +26,13 @@ BASE = {
 }
 
 
-def validated(**changes):
+def validated(gpus=None, **changes):
     config = DictDefault({key: value for key, value in {**BASE, **changes}.items() if value is not None})
     prepare_plugins(config)
-    return validate_config(config)
+    if gpus is None:
+        return validate_config(config)
+    capabilities = {"bf16": True, "fp8": False, "tf32": False, "n_gpu": gpus, "n_node": 1, "compute_capability": "sm_90"}
+    return validate_config(config, capabilities=capabilities, env_capabilities={"torch_version": "2.11.0"})
 
 
 def test_no_block_means_defaults():
@@ -113,8 +117,15 @@ BAD_COMBINATIONS = [
     ({"qat": {"weight_dtype": "int4"}}, "leave it out"),
     ({"tensor_parallel_size": 2}, "tensor_parallel_size: 1"),
     ({"unfrozen_parameters": ["lm_head"]}, "modules_to_save"),
-    ({"load_in_4bit": True}, "load_in_4bit: false"),
-    ({"load_in_8bit": True}, "load_in_8bit: false"),
+    ({"load_in_4bit": True, "load_in_8bit": True}, "one of them"),
+    ({"load_in_4bit": True, "gptq": True}, "one of them"),
+    ({"load_in_8bit": True, "model_kwargs": {"quantization_config": {"quant_method": "hqq"}}}, "one of them"),
+    ({"bnb_config_kwargs": {"bnb_4bit_quant_typ": "fp4"}, "load_in_4bit": True}, "`bnb_4bit_quant_type`"),
+    ({"bnb_config_kwargs": {"blocksize": 128}, "load_in_4bit": True}, "`llm_int8_skip_modules`"),
+    ({"bnb_config_kwargs": {"bnb_4bit_quant_type": "nf5"}, "load_in_4bit": True}, "`nf4`"),
+    ({"bnb_config_kwargs": {"bnb_4bit_compute_dtype": "float99"}, "load_in_4bit": True}, "`bnb_4bit_compute_dtype: bfloat16`"),
+    ({"bnb_config_kwargs": {"load_in_8bit": True}, "load_in_4bit": True}, "only one can be used"),
+    ({"model_kwargs": {"quantization_config": {"nf": 4}}, "load_in_4bit": True}, "`bnb_4bit_quant_type`"),
 ]
 
 
@@ -125,6 +136,48 @@ def test_bad_combination(changes, works):
     with pytest.raises(ValueError, match=next(iter(changes))) as error:
         validated(**changes)
     assert works in str(error.value)
+
+
+@pytest.mark.parametrize("place", ["model_kwargs", "overrides_of_model_kwargs"])
+def test_quantisation_reaches_axolotl_beside_other_model_kwargs(place):
+    config = validated(load_in_4bit=True, **{place: {"use_cache": False}}, bnb_config_kwargs={"bnb_4bit_quant_type": "fp4"})
+    assert config.overrides_of_model_kwargs == {
+        "use_cache": False,
+        "quantization_config": {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "fp4",
+            "bnb_4bit_use_double_quant": True,
+        },
+    }
+    assert validated(**{place: {"use_cache": False}}).overrides_of_model_kwargs == {"use_cache": False}
+
+
+@pytest.mark.parametrize(("found", "words"), [(None, "not installed"), ("0.43.0", "version 0.43.0 is here")])
+def test_bitsandbytes_missing_or_too_old(monkeypatch, found, words):
+    def version(name, real=metadata.version):
+        if name != "bitsandbytes":
+            return real(name)
+        if found is None:
+            raise metadata.PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(metadata, "version", version)
+    with pytest.raises(ValueError, match=rf"load_in_8bit: true needs bitsandbytes.*{words}.*What works: `pip install 'bitsandb"):
+        validated(load_in_8bit=True)
+    assert validated().adapter == "qtha"  # not needed without
+
+
+def test_reentrant_checkpointing_of_dpo_on_several_gpus():
+    keys = {"rl": "dpo", "gradient_checkpointing": True, "datasets": [{"path": "data.jsonl", "split": "train", "type": "chatml"}]}
+    reentrant = {**keys, "load_in_4bit": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    message = r"gradient_checkpointing_kwargs: \{'use_reentrant': True\}.*`rl:`.*on 2 GPUs.*What works:.*use_reentrant: false"
+    with pytest.raises(ValueError, match=message):
+        validated(gpus=2, **reentrant)
+    # one of the three alone is no reason
+    assert validated(gpus=1, **reentrant).rl == "dpo"
+    assert validated(gpus=2, **{**reentrant, "load_in_4bit": None}).rl == "dpo"
+    assert validated(gpus=2, **{**reentrant, "gradient_checkpointing_kwargs": {"use_reentrant": False}}).rl == "dpo"
 
 
 def test_block_without_the_adapter():

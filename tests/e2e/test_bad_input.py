@@ -14,9 +14,9 @@ pytestmark = pytest.mark.e2e
     [
         ({"qtha": {"rnak": 4}}, ["qtha.rnak: 4", "`rank`"]),
         ({"plugins": None, "qtha": None}, ["Adapter 'qtha'", "plugins"]),
-        ({"load_in_4bit": True}, ["load_in_4bit: True", "load_in_4bit: false"]),
+        ({"load_in_4bit": True, "load_in_8bit": True}, ["load_in_4bit, load_in_8bit: both are true", "one of them"]),
     ],
-    ids=["unknown key", "no plugin", "4 bit"],
+    ids=["unknown key", "no plugin", "4 and 8 bit"],
 )
 def test_command_line(tmp_path, changes, words):
     config = write_config(tmp_path, **changes)
@@ -42,6 +42,32 @@ def test_command_line(tmp_path, changes, words):
 def test_known_once_the_model_is(tmp_path, qtha, words):
     with pytest.raises(ValueError, match="qtha") as error:
         train_here(write_config(tmp_path, qtha=qtha, max_steps=1))
+    for word in words:
+        assert word in str(error.value)
+    assert not list(tmp_path.rglob("adapter*"))
+
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "skip", "words"),
+    [
+        (
+            ["q_proj", "v_proj"],
+            ["lm_head", "q_proj", "v_proj"],
+            ["all 8 adapted layers stayed in full precision", "['lm_head', 'q_proj', 'v_proj']", "other target_modules"],
+        ),
+        (["q_proj", "lm_head"], None, ["1 of 5 adapted layers", "exclude_modules: [lm_head]"]),
+        (["q_proj"], LINEAR, ["no layer of the base that was loaded is a Linear4bit", "load_in_4bit: false"]),
+        (["q_proj"], ["k_proj"], ["lm_head: its weight is the embedding's", "['k_proj', 'lm_head']"]),
+    ],
+    ids=["targets skipped", "head", "all skipped", "tied head not skipped"],
+)
+def test_bases_not_quantised_as_asked(tmp_path, targets, skip, words):
+    changes = {"qtha": {"target_modules": targets}, "bnb_config_kwargs": skip and {"llm_int8_skip_modules": skip}}
+    with pytest.raises(ValueError, match="What works") as error:
+        train_here(write_config(tmp_path, "qtha-4bit.yml", **changes, max_steps=1))
     for word in words:
         assert word in str(error.value)
     assert not list(tmp_path.rglob("adapter*"))

@@ -1,5 +1,7 @@
 """The planned memory against what the allocator hands out in a real step on this CPU."""
 
+import copy
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -56,6 +58,26 @@ def test_weights_take_what_they_take(name, bits, tmp_path):
     stand_ins = {n for n, m in planned.named_modules() if isinstance(m, QuantisedLinear)}
     assert stand_ins == {n for n, m in real.named_modules() if type(m).__name__ in ("Linear4bit", "Linear8bitLt")}
     assert bool(stand_ins) == (bits != 16)
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "bits"),
+    [
+        ({"quant_method": "bitsandbytes", **NF4}, 4.13),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True}, 4.16),  # 16-bit scales, 4-bit zero points
+        ({"quant_method": "awq", "bits": 4, "group_size": 64}, 4.31),
+    ],
+    ids=lambda value: value["quant_method"] if isinstance(value, dict) else "",
+)
+def test_checkpoints_quantised_already(quantisation, bits, tmp_path):
+    config = copy.deepcopy(CONFIGS["llama"])
+    config.quantization_config = quantisation
+    cfg = run_on(tmp_path, config)
+    layers = [module for module in meta_base(cfg).modules() if isinstance(module, QuantisedLinear)]
+    assert len(layers) == 21
+    entries = sum(layer.in_features * layer.out_features for layer in layers)
+    assert 8 * sum(layer.stored_bytes for layer in layers) / entries == pytest.approx(bits, abs=0.2)
+    assert quantisation["quant_method"] in make_plan(cfg, []).quantisation or bits == 4.13
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
