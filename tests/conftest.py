@@ -1,4 +1,4 @@
-"""Settings every test runs under: no network, no telemetry, two CPU cores."""
+"""Settings every test runs under: no network, no telemetry, one core for each worker of pytest-xdist."""
 
 import os
 
@@ -10,3 +10,5 @@ os.environ |= {
     "WANDB_MODE": "disabled",
     "TOKENIZERS_PARALLELISM": "false",
 }
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers that share cores would wait for each other inside OpenMP
+    os.environ["OMP_NUM_THREADS"] = "1"

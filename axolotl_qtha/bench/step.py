@@ -1,8 +1,9 @@
 """Memory and time of a whole training step, QTHA beside PEFT's QLoRA on the same quantised base.
 
 Forward, loss, backward and an AdamW step of a decoder with random weights, made on the device layer by layer: nothing is
-downloaded, and a 7B shape never exists in full precision. Both adapters take turns on the same frozen weights, so that a drift
-of the machine's speed hits both alike; printed are medians, and the median of the ratios to QLoRA within each turn.
+downloaded, and a 7B shape never exists in full precision. float32 on a CPU; bfloat16 under autocast on CUDA, as Axolotl trains.
+Both adapters take turns on the same frozen weights, so that a drift of the machine's speed hits both alike; printed are
+medians, and the median of the ratios to QLoRA within each turn.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, cast
 import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -70,8 +72,11 @@ def random_base(config: PreTrainedConfig, bits: int, device: torch.device) -> Pr
             setattr(model.get_submodule(parent), leaf, nn.Parameter(torch.ones_like(value) if "norm" in name else value, False))
     model.tie_weights()
     rotary = model.model.rotary_emb  # its tables are made from the configuration, which the meta device could not
-    model.model.rotary_emb = type(rotary)(config=config, device=device)
+    with device:
+        model.model.rotary_emb = type(rotary)(config=config)
     model.config.use_cache = False
+    # As transformers' loader says it; without this PEFT takes its LoRA layer for full precision, which copies inputs.
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = bits == 4, bits == 8
     return cast(PreTrainedModel, model)
 
 
@@ -106,57 +111,77 @@ def adapters(rank: int, quantum: str) -> dict[str, Any]:
 
 
 class Run:
-    """One adapter on the shared base; the base is itself again after `close`."""
+    """One adapter on the shared base, with its optimiser; the base carries it between `attach` and `detach`."""
 
-    def __init__(self, base: PreTrainedModel, config: Any, ids: torch.Tensor, checkpointing: bool) -> None:
+    def __init__(self, base: PreTrainedModel, config: Any, ids: torch.Tensor) -> None:
         self.model: PeftModel = cast(PeftModel, get_peft_model(base, config))
         self.model.train()
-        base.enable_input_require_grads()
-        if checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
         self.base, self.ids = base, ids
+        self.layers: dict[str, Any] = {
+            name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)
+        }
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-3)
+        self.detach()
+
+    def attach(self) -> None:
+        """Put the adapted layers in the place of the frozen ones."""
+        for name, layer in self.layers.items():
+            self.base.set_submodule(name, layer)
+
+    def detach(self) -> None:
+        """Put the frozen layers back."""
+        for name, layer in self.layers.items():
+            self.base.set_submodule(name, layer.get_base_layer())
+
+    def loss(self) -> torch.Tensor:
+        """Return the loss on the batch; without autocast PEFT's LoRA would keep a float32 copy of every bfloat16 input."""
+        device = self.ids.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            result: torch.Tensor = self.model(input_ids=self.ids, labels=self.ids).loss
+        return result
 
     def step(self) -> None:
         """Train on the batch once."""
-        self.model(input_ids=self.ids, labels=self.ids).loss.backward()
+        self.loss().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def close(self) -> None:
-        """Take the adapter off again."""
-        self.base.gradient_checkpointing_disable()
-        self.base.disable_input_require_grads()
-        self.model.unload()
+    def kept_bytes(self) -> int:
+        """Return the bytes that last from step to step beside the frozen weights: the adapter and the optimiser's states."""
+        states = [value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in [*self.trained, *states])
 
 
 def measure(
     base: PreTrainedModel, rank: int, quantum: str, ids: torch.Tensor, checkpointing: bool, repeats: int
 ) -> list[dict[str, Any]]:
     """Return a row per adapter: parameters, peak bytes, seconds and their ratios to QLoRA."""
-    device = ids.device
     weights = stored_bytes(base)
-    peaks, times, counts = dict[str, int](), dict[str, list[float]](), dict[str, int]()
-    for turn in range(repeats + 1):
-        for name, config in adapters(rank, quantum).items():
-            run = Run(base, config, ids, checkpointing)
-            if turn == 0:  # with the first step's optimiser states; also the warm-up
-                counts[name] = sum(parameter.numel() for parameter in run.trained)
-                adapter = sum(parameter.numel() * parameter.element_size() for parameter in run.trained)
-                peaks[name] = weights + adapter + peak_bytes(run.step, device)
-                times[name] = []
-            else:
+    base.enable_input_require_grads()
+    if checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    runs = {name: Run(base, config, ids) for name, config in adapters(rank, quantum).items()}
+    peaks, times = dict[str, int](), {name: list[float]() for name in runs}
+    for turn in range(repeats + 2):
+        for name, run in runs.items():
+            run.attach()
+            if turn == 0:  # the warm-up makes the optimiser's states and what the libraries allocate once
                 run.step()
-                times[name].append(seconds(run.step, device))
-            run.close()
+            elif turn == 1:
+                peaks[name] = weights + run.kept_bytes() + peak_bytes(run.step, ids.device)
+            else:
+                times[name].append(seconds(run.step, ids.device))
+            run.detach()
+    base.gradient_checkpointing_disable()
+    base.disable_input_require_grads()
     tokens = ids.numel()
     return [
         {
             "rank": rank,
             "adapter": name,
             "checkpointing": checkpointing,
-            "parameters": counts[name],
+            "parameters": sum(parameter.numel() for parameter in runs[name].trained),
             "peak_bytes": peaks[name],
             "step_bytes": peaks[name] - weights,
             "peak_to_qlora": peaks[name] / peaks["qlora"],
@@ -186,21 +211,24 @@ def main() -> None:
     default = "qwen2.5-7b" if device.type == "cuda" else "small"
     parser.add_argument("--model", choices=list(SHAPES), default=default, help=f"shape of the base (default here: {default})")
     parser.add_argument("--bits", type=int, choices=(4, 8, 16), default=4, help="bits of the frozen weights (default 4)")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[8], help="ranks (default 8)")
+    parser.add_argument("--ranks", "--rank", type=int, nargs="+", default=[8], help="ranks (default 8)")
     parser.add_argument("--quantum", default="qtha", help="value of `quantum` (default qtha)")
     parser.add_argument("--batch", type=int, default=2, help="sequences per step (default 2)")
     parser.add_argument("--tokens", type=int, default=2048 if device.type == "cuda" else 512, help="tokens per sequence")
+    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="gradient checkpointing (default: both)")
     parser.add_argument("--repeats", type=int, default=3, help="turns (default 3)")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args()
     base = random_base(SHAPES[args.model], args.bits, device)
     ids = torch.randint(SHAPES[args.model].vocab_size, (args.batch, args.tokens), device=device)
-    console = Console(width=None if sys.stdout.isatty() else 110)  # a file takes the whole table
+    console = Console(width=None if sys.stdout.isatty() else 130)  # a file takes the whole table
     table = Table(title=f"training step, {args.model} in {args.bits} bits, {args.batch} x {args.tokens} tokens, {device}")
-    for column in ("rank", "adapter", "checkpointing", "parameters", "peak MiB", "x QLoRA", "tokens/s", "time x QLoRA"):
+    columns = ("rank", "adapter", "checkpoints", "parameters", "peak MiB", "x QLoRA", "no weights", "tokens/s", "time x QLoRA")
+    for column in columns:
         table.add_column(column, justify="left" if column == "adapter" else "right")
     rows = []
-    cells = [(rank, checkpointing) for rank in args.ranks for checkpointing in (False, True)]
+    both = (False, True) if args.checkpointing is None else (args.checkpointing,)
+    cells = [(rank, checkpointing) for rank in args.ranks for checkpointing in both]
     for rank, checkpointing in track(cells, description="measuring", console=console):
         for row in measure(base, rank, args.quantum, ids, checkpointing, args.repeats):
             rows.append(row)
@@ -211,12 +239,14 @@ def main() -> None:
                 f"{row['parameters']:,}",
                 f"{row['peak_bytes'] / 2**20:,.1f}",
                 f"{row['peak_to_qlora']:.3f}",
+                f"{row['step_bytes'] / 2**20:,.1f}",
                 f"{row['tokens_per_second']:,.0f}",
                 f"{row['time_to_qlora']:.2f}",
             )
         table.add_section()
     console.print(table)
-    console.print("The peak holds the frozen weights, the adapter, the optimiser's states and all of the step.")
+    console.print("The peak holds the frozen weights, the adapter, the optimiser's states and all of the step; on CUDA not what")
+    console.print("the libraries allocate once. `no weights` is the peak without the frozen weights.")
     if args.json:
         args.json.write_text(json.dumps(rows, indent=2))
 

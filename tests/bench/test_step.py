@@ -4,13 +4,16 @@ import json
 import sys
 
 import bitsandbytes as bnb
+import peft.tuners.lora
 import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, Qwen2Config
 
+from axolotl_qtha import QTHAConfig
 from axolotl_qtha.bench import step
-from axolotl_qtha.plan import count_lora_parameters
+from axolotl_qtha.bench.layer import peak_bytes
+from axolotl_qtha.plan import count_lora_parameters, count_parameters, resolve
 
 SIZES = {
     "vocab_size": 300,
@@ -22,6 +25,7 @@ SIZES = {
 }
 LAYERS = 2 * [(256, 256), (256, 128), (256, 128), (256, 256), (256, 512), (256, 512), (512, 256)]
 KINDS = {4: bnb.nn.Linear4bit, 8: bnb.nn.Linear8bitLt, 16: nn.Linear}
+LORA = {4: peft.tuners.lora.Linear4bit, 8: peft.tuners.lora.Linear8bitLt, 16: peft.tuners.lora.Linear}
 CPU = torch.device("cpu")
 
 
@@ -37,23 +41,78 @@ def test_base_is_quantised_and_runs(kind, bits):
     assert torch.isfinite(loss)
 
 
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_lora_is_the_layer_that_peft_makes_for_a_loaded_base(bits):
+    base = step.random_base(LlamaConfig(**SIZES), bits, CPU)
+    run = step.Run(base, step.adapters(4, "qtha")["qlora"], torch.ones(1, 4, dtype=int))
+    assert {type(layer) for layer in run.layers.values()} == {LORA[bits]}
+    assert base.is_loaded_in_4bit == (bits == 4)
+
+
 def test_both_adapters_train_on_the_same_unchanged_base():
     base = step.random_base(LlamaConfig(**SIZES), 4, CPU)
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     ids = torch.randint(300, (2, 16))
-    for config in step.adapters(4, "qtha").values():
-        run = step.Run(base, config, ids, checkpointing=False)
-        start = [parameter.clone() for parameter in run.trained]
-        first = run.model(input_ids=ids, labels=ids).loss.item()
-        for _ in range(5):
+    runs = [step.Run(base, config, ids) for config in step.adapters(4, "qtha").values()]
+    shared = [{name: layer.get_base_layer() for name, layer in run.layers.items()} for run in runs]
+    assert len(shared[0]) == len(LAYERS)
+    assert shared[0] == shared[1]  # modules are equal only if they are the same object
+    assert all(type(layer) is bnb.nn.Linear4bit and layer.weight.quant_state.nested for layer in shared[0].values())
+    starts = [[parameter.clone() for parameter in run.trained] for run in runs]
+    losses = [[], []]
+    for _ in range(5):
+        for run, values in zip(runs, losses, strict=True):
+            run.attach()
+            assert all(base.get_submodule(name) is layer for name, layer in run.layers.items())
+            values.append(run.loss().item())
             run.step()
-        assert run.model(input_ids=ids, labels=ids).loss.item() < first
+            run.detach()
+    assert losses[0][0] == losses[1][0]  # new adapters change nothing: this is the base's loss
+    for run, start, values in zip(runs, starts, losses, strict=True):
+        assert values[-1] < values[0]
         assert any(not torch.equal(a, b) for a, b in zip(start, run.trained, strict=True))
-        run.close()
     after = base.state_dict()
     assert after.keys() == before.keys()
     for name, tensor in before.items():  # as bytes: 4-bit numbers stored as float32 may look like NaN
         assert torch.equal(after[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
+
+
+def test_what_is_kept_is_the_adapter_and_its_two_moments():
+    run = step.Run(step.random_base(LlamaConfig(**SIZES), 4, CPU), step.adapters(4, "qtha")["qlora"], torch.ones(1, 4, dtype=int))
+    entries = count_lora_parameters(4, LAYERS)
+    assert run.kept_bytes() == 4 * entries
+    run.attach()
+    run.step()
+    assert run.kept_bytes() == 4 * 3 * entries + 4 * len(run.trained)  # AdamW counts its steps for each tensor
+
+
+def test_peak_is_of_a_step_that_already_has_the_moments():
+    base, ids = step.random_base(LlamaConfig(**SIZES), 4, CPU), torch.randint(300, (2, 16))
+    row = step.measure(base, 4, "none", ids, False, repeats=1)[0]
+    base.enable_input_require_grads()
+    run = step.Run(base, step.adapters(4, "none")["qlora"], ids)
+    run.attach()
+    run.step()
+    assert row["step_bytes"] == run.kept_bytes() + peak_bytes(run.step, CPU)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_adapter_beside_itself_needs_the_same_memory(monkeypatch, checkpointing):
+    names = ("qlora", "qlora again")
+    same = {name: step.adapters(4, "qtha")["qlora"] for name in names}
+    monkeypatch.setattr(step, "adapters", lambda *_: same)
+    base = step.random_base(LlamaConfig(**SIZES), 4, CPU)
+    rows = step.measure(base, 4, "qtha", torch.randint(300, (2, 64)), checkpointing, repeats=1)
+    assert [row["adapter"] for row in rows] == list(names)
+    assert rows[0]["peak_bytes"] == rows[1]["peak_bytes"]
+
+
+def test_checkpointing_keeps_less():
+    base = step.random_base(LlamaConfig(**SIZES), 4, CPU)
+    ids = torch.randint(300, (2, 64))
+    off, on = (step.measure(base, 4, "none", ids, checkpointing, repeats=1) for checkpointing in (False, True))
+    assert all(b["peak_bytes"] < a["peak_bytes"] for a, b in zip(off, on, strict=True))
+    assert not base.is_gradient_checkpointing
 
 
 def test_command(monkeypatch, tmp_path, capsys):
@@ -71,9 +130,26 @@ def test_command(monkeypatch, tmp_path, capsys):
     lora, qtha = rows[:2]
     assert lora["parameters"] == count_lora_parameters(8, LAYERS)
     assert 0 < qtha["parameters"] <= 0.24 * lora["parameters"]
+    config = QTHAConfig(rank=8)
+    assert qtha["parameters"] == count_parameters(resolve(config, LAYERS), LAYERS)
     assert lora["peak_to_qlora"] == lora["step_to_qlora"] == lora["time_to_qlora"] == 1
+    assert qtha["peak_to_qlora"] == qtha["peak_bytes"] / lora["peak_bytes"]
     assert 0 < qtha["step_bytes"] < qtha["peak_bytes"]
     assert "x QLoRA" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_checkpointing_can_be_chosen(monkeypatch, tmp_path, flag):
+    monkeypatch.setitem(step.SHAPES, "small", LlamaConfig(**SIZES))
+    out = tmp_path / "rows.json"
+    choice = "--checkpointing" if flag else "--no-checkpointing"
+    arguments = ["--rank", "4", "--quantum", "none", "--tokens", "8", "--repeats", "1", choice, "--json", str(out)]
+    monkeypatch.setattr(sys, "argv", ["step", *arguments])
+    step.main()
+    assert [(row["adapter"], row["checkpointing"]) for row in json.loads(out.read_text())] == [
+        ("qlora", flag),
+        ("qtha, quantum: none", flag),
+    ]
 
 
 def test_stored_bytes_count_four_bit_weights_as_four_bits():
