@@ -1,10 +1,7 @@
-"""Exact state-vector engine in PyTorch, batched over tokens, with an adjoint backward.
+"""Exact state-vector engine, batched over tokens, with an adjoint backward: on a CPU compiled (`native.py`), else in PyTorch.
 
-The circuit is run as alternating *walls* (an RY on every qubit) and *diagonals* (a CRZ ring):
-
-* The RYs that follow one another on a qubit add up, so the last trainable RY of a layer and the re-uploading RY(z) of
-  the next are one wall. A wall is a real Kronecker product, applied as two half-size matrices.
-* A CRZ ring is one diagonal exp(i phi(s)), the same for all tokens.
+In PyTorch a wall of the folded circuit (`program.py`) is a real Kronecker product, applied as two half-size matrices, and a
+diagonal is a product with its phases.
 
 Backward un-computes the state from the end (adjoint differentiation, Jones and Gacon, arXiv 2009.02823) and keeps z and
 the angles alone, so the memory kept does not depend on the number of layers, nor on 2**n.
@@ -15,14 +12,14 @@ halves of a wall are plain batched matmuls.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .ansatz import Ansatz, Kind
+from . import native
+from .ansatz import Ansatz
+from .program import Wall, program, tables
 
 CACHE_AMPLITUDES = 2**17  # amplitudes per chunk of tokens: 1 MiB of float32 state, about a core's L2 cache
 
@@ -52,75 +49,6 @@ def expectation_values(z: Tensor, angles: Tensor, ansatz: Ansatz) -> Tensor:
     return result.reshape(z.shape)
 
 
-@dataclass(frozen=True)
-class _Wall:
-    """RY(encodes * z_i + sum of the `rows`) on every qubit."""
-
-    encodes: int  # 0 or 1; with one qubit, which has no rings in between, the number of layers
-    rows: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _Program:
-    """The moments of an ansatz, folded: wall, diagonal, wall, ... A diagonal is (row of angles, its kind)."""
-
-    walls: tuple[_Wall, ...]
-    diagonals: tuple[tuple[int, Kind], ...]
-
-
-@lru_cache(maxsize=64)
-def _program(ansatz: Ansatz) -> _Program:
-    walls: list[_Wall] = []
-    diagonals: list[tuple[int, Kind]] = []
-    encodes, rows = 0, list[int]()
-    for moment in ansatz.moments():
-        if moment.row is None:
-            encodes += 1
-        elif moment.kind == "rotate":
-            rows.append(moment.row)
-        else:
-            walls.append(_Wall(encodes, tuple(rows)))
-            diagonals.append((moment.row, moment.kind))
-            encodes, rows = 0, []
-    if encodes or rows:
-        walls.append(_Wall(encodes, tuple(rows)))
-    # A last diagonal commutes with the Z read-out (gate order 2025-05): it is left out, its gradient is zero.
-    return _Program(tuple(walls), tuple(diagonals[: len(walls) - 1]))
-
-
-@dataclass(frozen=True)
-class _Tables:
-    """Constants of n qubits on one device."""
-
-    signs: Tensor  # (2**n, n): +1 where the bit of qubit i is 0, else -1
-    phases: dict[Kind, Tensor]  # (n, 2**n): phi(s) = theta @ phases
-    generators: tuple[Tensor, Tensor]  # (4**half, qubits of the half): -iY of each qubit, flattened
-
-
-@lru_cache(maxsize=64)
-def _tables(ansatz: Ansatz, device: torch.device, dtype: torch.dtype) -> _Tables:
-    n = ansatz.qubits
-    states = torch.arange(2**n)
-    bits = torch.stack([(states >> (n - 1 - i)) & 1 for i in range(n)]).to(dtype)  # (n, 2**n)
-    phases: dict[Kind, Tensor] = {}
-    if n > 1:
-        for kind in ("ring", "counter"):
-            # CRZ(t) = diag(1, 1, exp(-it/2), exp(it/2)) on (control, target)
-            rows = [bits[control] * (bits[target] - 0.5) for control, target in ansatz.pairs(kind)]
-            phases[kind] = torch.stack(rows).to(device)
-    generator = torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=dtype)
-
-    def generators(qubits: int) -> Tensor:
-        columns = [
-            torch.kron(torch.kron(torch.eye(2**i, dtype=dtype), generator), torch.eye(2 ** (qubits - 1 - i), dtype=dtype))
-            for i in range(qubits)
-        ]
-        flat = [column.flatten() for column in columns]
-        return torch.stack(flat, dim=1).to(device) if flat else torch.zeros(1, 0, dtype=dtype, device=device)
-
-    return _Tables((1 - 2 * bits).T.contiguous().to(device), phases, (generators(n // 2), generators(n - n // 2)))
-
-
 class _Run:
     """One circuit on one chunk of tokens."""
 
@@ -128,10 +56,10 @@ class _Run:
         self.z, self.angles = z, angles
         self.left = ansatz.qubits // 2
         self.right = ansatz.qubits - self.left
-        self.program = _program(ansatz)
-        self.tables = _tables(ansatz, z.device, z.dtype)
+        self.program = program(ansatz)
+        self.tables = tables(ansatz, z.device, z.dtype)
 
-    def wall(self, wall: _Wall) -> tuple[Tensor, Tensor]:
+    def wall(self, wall: Wall) -> tuple[Tensor, Tensor]:
         """Return the two halves of a wall, (tokens or 1, 2**half, 2**half) each."""
         angle = self.angles[list(wall.rows)].sum(0, keepdim=True)  # (1, n)
         if wall.encodes:
@@ -234,6 +162,8 @@ def _circuit_forward(z: Tensor, angles: Tensor, qubits: int, layers: int, gate_o
     ansatz = Ansatz(qubits, layers, gate_order)
     result = torch.empty_like(z)
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+        if native.runs(z):
+            return native.forward(z, angles, ansatz)
         for start in range(0, z.shape[0], chunk_tokens(qubits)):
             tokens = slice(start, start + chunk_tokens(qubits))
             run = _Run(z[tokens], angles, ansatz)
@@ -248,6 +178,8 @@ def _circuit_backward(
     ansatz = Ansatz(qubits, layers, gate_order)
     grad_z, grad_angles = torch.empty_like(z), torch.zeros_like(angles)
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+        if native.runs(z):
+            return native.backward(grad, z, angles, ansatz)
         for start in range(0, z.shape[0], chunk_tokens(qubits)):
             tokens = slice(start, start + chunk_tokens(qubits))
             run = _Run(z[tokens], angles, ansatz)

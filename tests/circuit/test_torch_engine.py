@@ -1,4 +1,4 @@
-"""The PyTorch engine against Qiskit's state vector, parameter shift and finite differences."""
+"""The exact engine, compiled and in PyTorch, against Qiskit's state vector, parameter shift and finite differences."""
 
 import math
 
@@ -8,6 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from axolotl_qtha.bench.layer import kept_bytes
+from axolotl_qtha.circuit import native
 from axolotl_qtha.circuit.ansatz import GATE_ORDERS, Ansatz
 from axolotl_qtha.circuit.torch_engine import expectation_values
 
@@ -15,6 +16,16 @@ from .reference import FOUR_TERMS, SHIFTS, TWO_TERMS, angles_and_inputs, expecta
 
 # Rounding: up to 240 gates on 4096 amplitudes, each off by about 1e-7 (float32) or 2e-16 (float64) in random directions.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+@pytest.fixture(autouse=True, params=["compiled", "torch"])
+def engine(request, monkeypatch):
+    """Run each test on both; without a C++ compiler the first is skipped."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "runs", lambda z: False)
+    elif native.library() is None:
+        pytest.skip("no C++ compiler")
+    return request.param
 
 
 def tensors(ansatz, tokens, dtype=torch.float64, seed=0):
