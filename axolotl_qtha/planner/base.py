@@ -73,6 +73,13 @@ def base_config(cfg: DictDefault) -> Any:
         ) from error
 
 
+def quantisation_settings(cfg: DictDefault) -> dict[str, Any]:
+    """Return how the base is quantised: the checkpoint's own settings, else those of the YAML, else nothing."""
+    given = (cfg.overrides_of_model_kwargs or {}).get("quantization_config")
+    settings = getattr(base_config(cfg), "quantization_config", None) or given or {}
+    return dict(settings) if isinstance(settings, dict) else settings.to_dict()
+
+
 def meta_base(cfg: DictDefault) -> PreTrainedModel:
     """Return the base without weights: linear layers to be quantised are `QuantisedLinear`, attention a stand-in.
 
@@ -82,7 +89,6 @@ def meta_base(cfg: DictDefault) -> PreTrainedModel:
     config = base_config(cfg)
     attention = cfg.attn_implementation or "sdpa"
     attention = attention if attention == "eager" else SDPA if attention == "sdpa" else FUSED
-    quantised = getattr(config, "quantization_config", None) or (cfg.overrides_of_model_kwargs or {}).get("quantization_config")
     try:
         model = _build(cfg, config, attention)
     except Exception as error:
@@ -91,8 +97,8 @@ def meta_base(cfg: DictDefault) -> PreTrainedModel:
             "that transformers knows, or `trust_remote_code: true` for one with code of its own."
         ) from error
     model.config.use_cache = False
-    if quantised:
-        _quantise(model, quantised if isinstance(quantised, dict) else quantised.to_dict())
+    if settings := quantisation_settings(cfg):
+        _quantise(model, settings)
     return model
 
 
@@ -142,7 +148,7 @@ def _quantise(model: PreTrainedModel, settings: dict[str, Any]) -> None:
     dtype = model.dtype
     before = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     try:
-        quantizer = AutoHfQuantizer.from_config(AutoQuantizationConfig.from_dict(dict(settings)))
+        quantizer = AutoHfQuantizer.from_config(AutoQuantizationConfig.from_dict(settings))
         quantizer.preprocess_model(model, device_map=None)
         changed = {name: m for name, m in model.named_modules() if name in before and type(m) is not nn.Linear}
     except Exception:

@@ -17,7 +17,7 @@ from ..config import QTHAConfig
 from ..layer import QTHALayer
 from ..model import select_targets
 from ..plan import adapter_shape, ansatz, count_lora_parameters, count_parameters, resolve
-from .base import base_config, meta_base
+from .base import meta_base, quantisation_settings
 from .memory import activations, optimiser_bytes, weight_bytes, workspace_bytes
 
 CONTEXT_BYTES = 2**29  # what CUDA itself takes of a GPU, about
@@ -264,12 +264,9 @@ def _gates(config: QTHAConfig) -> dict[str, int]:
 
 
 def _quantisation(cfg: DictDefault) -> str:
-    settings = getattr(base_config(cfg), "quantization_config", None) or (cfg.overrides_of_model_kwargs or {}).get(
-        "quantization_config"
-    )
+    settings = quantisation_settings(cfg)
     if not settings:
         return "none"
-    settings = settings if isinstance(settings, dict) else settings.to_dict()
     if settings.get("load_in_4bit"):
         double = ", double quantisation" if settings.get("bnb_4bit_use_double_quant") else ""
         return f"4-bit {settings.get('bnb_4bit_quant_type', 'fp4')}{double}"
@@ -279,12 +276,11 @@ def _quantisation(cfg: DictDefault) -> str:
 def _advice(cfg: DictDefault, plan: Plan) -> list[str]:
     """Return changes that make it fit: each that does alone, or else the first few together."""
     changes = _changes(cfg, plan)
-    texts = [text for text, change in changes if (other := _changed(cfg, plan, [change])) and other.fits]
+    texts = [text for text, change in changes if _changed(cfg, plan, [change]).fits]
     if texts:
         return texts
     for count in range(2, len(changes) + 1):
-        other = _changed(cfg, plan, [change for _, change in changes[:count]])
-        if other and other.fits:
+        if _changed(cfg, plan, [change for _, change in changes[:count]]).fits:
             return ["; and ".join(text for text, _ in changes[:count])]
     return ["a larger GPU, a smaller base_model, or the base shared over several GPUs (DeepSpeed ZeRO-3, FSDP2)"]
 
@@ -296,7 +292,8 @@ def _changes(cfg: DictDefault, plan: Plan) -> list[tuple[str, dict[str, Any]]]:
     if plan.quantisation == "none":
         changes.append(("`load_in_4bit: true`", {"load_in_4bit": True}))
     if cfg.micro_batch_size > 1:
-        text = f"`micro_batch_size: 1` (and `gradient_accumulation_steps: {plan.tokens_per_step // plan.sequence_len}`)"
+        steps = cfg.micro_batch_size * (cfg.gradient_accumulation_steps or 1)
+        text = f"`micro_batch_size: 1` (and `gradient_accumulation_steps: {steps}`)"
         changes.append((text, {"micro_batch_size": 1}))
     if not any(cfg[key] for key in FUSED_LOSSES):
         text = "`plugins: [axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin]` with `cut_cross_entropy: true`"
@@ -308,8 +305,8 @@ def _changes(cfg: DictDefault, plan: Plan) -> list[tuple[str, dict[str, Any]]]:
     return changes
 
 
-def _changed(cfg: DictDefault, plan: Plan, changes: list[dict[str, Any]]) -> Plan | None:
-    """Return the plan with the changes made, or None if it cannot be made so."""
+def _changed(cfg: DictDefault, plan: Plan, changes: list[dict[str, Any]]) -> Plan:
+    """Return the plan with the changes made."""
     merged: dict[str, Any] = {}
     for change in changes:
         merged |= change
