@@ -129,7 +129,7 @@ class _Fold(torch.autograd.Function):
         ctx.save_for_backward(weight, *cores)
         state = weight
         for core in cores:
-            state = _joined(_opened(state, core) @ core.reshape(-1, core.shape[2] * core.shape[3]), core, state)
+            state = _contracted(state, core)
         return state.reshape(weight.shape[0], -1)
 
     @staticmethod
@@ -137,8 +137,7 @@ class _Fold(torch.autograd.Function):
         weight, *cores = ctx.saved_tensors
         states = [weight]
         for core in cores[:-1]:
-            product = _opened(states[-1], core) @ core.reshape(-1, core.shape[2] * core.shape[3])
-            states.append(_joined(product, core, states[-1]))
+            states.append(_contracted(states[-1], core))
         grad, of_cores = grads[0], list[Tensor]()
         for state, core in zip(reversed(states), reversed(cores), strict=True):
             left, out, inp, right = core.shape
@@ -156,9 +155,10 @@ def _opened(state: Tensor, core: Tensor) -> Tensor:
     return state.reshape(state.shape[0], bond, -1).transpose(1, 2).reshape(-1, bond)
 
 
-def _joined(product: Tensor, core: Tensor, state: Tensor) -> Tensor:
-    """(rows * done * to do, i_k * bond) -> (rows * done * i_k, bond * to do)."""
+def _contracted(state: Tensor, core: Tensor) -> Tensor:
+    """Contract one core: (rows * done, bond * o_k * to do) -> (rows * done * i_k, bond * to do)."""
     _, _, inp, right = core.shape
+    product = _opened(state, core) @ core.reshape(-1, inp * right)
     return product.reshape(state.shape[0], -1, inp, right).permute(0, 2, 3, 1).reshape(state.shape[0] * inp, -1)
 
 

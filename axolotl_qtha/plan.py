@@ -200,13 +200,18 @@ def _advice(total: int, lora: int, otherwise: str) -> str:
     return f"`param_budget: {share}`, or {otherwise}" if total <= lora else otherwise
 
 
+def compared(total: int, lora: int) -> str:
+    """Return how many parameters fewer or more than LoRA's, in per cent."""
+    return f"{abs(1 - total / lora):.1%} {'fewer' if total <= lora else 'more'}"
+
+
 def describe(config: QTHAConfig, sizes: list[tuple[int, int]]) -> list[str]:
     """Return lines for the log: what was chosen, the parameters against LoRA's, and which sizes were padded."""
     total, lora = count_parameters(config, sizes), count_lora_parameters(config.rank, sizes)
     network = "full matrices (mpo: none)" if config.mpo == "none" else f"bond_dim {config.bond_dim}, mid_dim {config.mid_dim}"
     lines = [
         f"QTHA on {len(sizes)} modules: rank {config.rank}, {network}, quantum: {config.quantum}; {total:,} trainable "
-        f"parameters, {abs(1 - total / lora):.1%} {'fewer' if total <= lora else 'more'} than LoRA of the same rank ({lora:,})."
+        f"parameters, {compared(total, lora)} than LoRA of the same rank ({lora:,})."
     ]
     if config.mpo == "tt":
         shapes = {size: adapter_shape(config, *size) for size in sorted(set(sizes))}

@@ -109,7 +109,8 @@ class QTHAPlugin(BasePlugin):
         """Check the adapter that the trainer made itself (DPO), and the checkpoint a run continues from."""
         if cfg.adapter != "qtha":
             return
-        _check_targets(cfg, cast(nn.Module, trainer.model))
+        if cfg.rl:  # else load_adapter has checked them
+            _check_targets(cfg, cast(nn.Module, trainer.model))
         if checkpoint := determine_last_checkpoint(cfg):
             _check_saved("resume_from_checkpoint", Path(checkpoint), adapter_settings(cfg))
 

@@ -217,9 +217,20 @@ template <typename T> class Block {
     int count_ = 0;
 };
 
-template <typename Work> void parallel(int64_t chunks, int threads, Work work) {
+// Calls work(block, chunk) for every block of tokens; a chunk's blocks come in order and on one thread.
+template <typename T, typename Work>
+void each_block(const Circuit<T> &c, int64_t chunk, int threads, bool adjoint, Work work) {
+    const int64_t chunks = (c.tokens + chunk - 1) / chunk;
     std::atomic<int64_t> next{0};
-    auto run = [&] { work(next); };
+    auto run = [&] {
+        Block<T> block(c, adjoint);
+        for (int64_t k; (k = next++) < chunks;)
+            for (int64_t t = k * chunk; t < c.tokens && t < (k + 1) * chunk; t += Block<T>::lanes()) {
+                block.load(t);
+                block.forward();
+                work(block, k);
+            }
+    };
     std::vector<std::thread> others;
     for (int t = 1; t < threads && t < chunks; ++t) others.emplace_back(run);
     run();
@@ -227,30 +238,14 @@ template <typename Work> void parallel(int64_t chunks, int threads, Work work) {
 }
 
 template <typename T> void forward(const Circuit<T> &c, int64_t chunk, T *out, int threads) {
-    const int64_t chunks = (c.tokens + chunk - 1) / chunk;
-    parallel(chunks, threads, [&](std::atomic<int64_t> &next) {
-        Block<T> block(c, false);
-        for (int64_t k; (k = next++) < chunks;)
-            for (int64_t t = k * chunk; t < c.tokens && t < (k + 1) * chunk; t += Block<T>::lanes()) {
-                block.load(t);
-                block.forward();
-                block.expectations(out);
-            }
-    });
+    each_block(c, chunk, threads, false, [&](Block<T> &block, int64_t) { block.expectations(out); });
 }
 
 template <typename T>
 void backward(const Circuit<T> &c, int64_t chunk, const T *grad, T *grad_z, double *of_walls, double *of_diags, int threads) {
-    const int64_t chunks = (c.tokens + chunk - 1) / chunk;
     const int64_t wall_size = int64_t(c.walls) * c.qubits, diag_size = int64_t(c.walls - 1) << c.qubits;
-    parallel(chunks, threads, [&](std::atomic<int64_t> &next) {
-        Block<T> block(c, true);
-        for (int64_t k; (k = next++) < chunks;)
-            for (int64_t t = k * chunk; t < c.tokens && t < (k + 1) * chunk; t += Block<T>::lanes()) {
-                block.load(t);
-                block.forward();
-                block.backward(grad, grad_z, of_walls + k * wall_size, of_diags + k * diag_size);
-            }
+    each_block(c, chunk, threads, true, [&](Block<T> &block, int64_t k) {
+        block.backward(grad, grad_z, of_walls + k * wall_size, of_diags + k * diag_size);
     });
 }
 

@@ -57,20 +57,19 @@ def _built(compiler: str, flags: tuple[str, ...]) -> Path:
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
     key = hashlib.sha256("\n".join([SOURCE.read_text(), version, *flags, _processor()]).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "axolotl-qtha"
+    path = cache / f"circuit-{key}.so"
+    if path.exists():
+        return path
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=cache))
+        scratch = tempfile.TemporaryDirectory(dir=cache)
     except OSError:  # no home to write to
-        cache = scratch = Path(tempfile.mkdtemp())
-    path = cache / f"circuit-{key}.so"
-    try:
-        if not path.exists():
-            command = [compiler, *flags, str(SOURCE), "-o", str(scratch / path.name)]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            os.replace(scratch / path.name, path)  # at once: other ranks may build it too
-    finally:
-        if scratch != cache:
-            shutil.rmtree(scratch, ignore_errors=True)
+        path = Path(tempfile.mkdtemp()) / path.name
+        scratch = tempfile.TemporaryDirectory(dir=path.parent)
+    with scratch as folder:
+        built = Path(folder) / path.name
+        subprocess.run([compiler, *flags, str(SOURCE), "-o", str(built)], check=True, capture_output=True, text=True)
+        os.replace(built, path)  # at once: other ranks may build it too
     return path
 
 

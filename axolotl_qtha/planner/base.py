@@ -73,32 +73,36 @@ def base_config(cfg: DictDefault) -> Any:
         ) from error
 
 
-def quantisation_settings(cfg: DictDefault) -> dict[str, Any]:
+def _quantisation_settings(cfg: DictDefault, config: Any) -> dict[str, Any]:
     """Return how the base is quantised: the checkpoint's own settings, else those of the YAML, else nothing."""
     given = (cfg.overrides_of_model_kwargs or {}).get("quantization_config")
-    settings = getattr(base_config(cfg), "quantization_config", None) or given or {}
+    settings = getattr(config, "quantization_config", None) or given or {}
     return dict(settings) if isinstance(settings, dict) else settings.to_dict()
 
 
 def meta_base(cfg: DictDefault) -> PreTrainedModel:
     """Return the base without weights: linear layers to be quantised are `QuantisedLinear`, attention a stand-in.
 
+    As on a loaded model, `config.quantization_config` says how it is quantised, if it is.
+
     Raises:
         UnknownBase: if the model cannot be built from its configuration alone.
     """
     config = base_config(cfg)
+    settings = _quantisation_settings(cfg, config)
     attention = cfg.attn_implementation or "sdpa"
     attention = attention if attention == "eager" else SDPA if attention == "sdpa" else FUSED
     try:
         model = _build(cfg, config, attention)
+        if settings:
+            _quantise(model, settings)
+            model.config.quantization_config = settings
     except Exception as error:
         raise UnknownBase(
             f"base_model: {cfg.base_model!r} cannot be built from its config.json ({error}). What works: a causal language model "
             "that transformers knows, or `trust_remote_code: true` for one with code of its own."
         ) from error
     model.config.use_cache = False
-    if settings := quantisation_settings(cfg):
-        _quantise(model, settings)
     return model
 
 
@@ -151,7 +155,7 @@ def _quantise(model: PreTrainedModel, settings: dict[str, Any]) -> None:
         quantizer = AutoHfQuantizer.from_config(AutoQuantizationConfig.from_dict(settings))
         quantizer.preprocess_model(model, device_map=None)
         changed = {name: m for name, m in model.named_modules() if name in before and type(m) is not nn.Linear}
-    except Exception:
+    except ImportError:
         changed = {}
     if not changed:
         head = model.get_output_embeddings()

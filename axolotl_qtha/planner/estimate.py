@@ -17,7 +17,8 @@ from ..config import QTHAConfig
 from ..layer import QTHALayer
 from ..model import select_targets
 from ..plan import adapter_shape, ansatz, count_lora_parameters, count_parameters, resolve
-from .base import meta_base, quantisation_settings
+from ..quantization import complete, connect
+from .base import meta_base
 from .memory import activations, optimiser_bytes, weight_bytes, workspace_bytes
 
 CONTEXT_BYTES = 2**29  # what CUDA itself takes of a GPU, about
@@ -145,7 +146,7 @@ def make_plan(cfg: DictDefault, gpus: list[tuple[str, int]], advise: bool = True
     plan = Plan(
         base_model=cfg.base_model,
         dtype=str(cfg.torch_dtype).removeprefix("torch."),
-        quantisation=_quantisation(cfg),
+        quantisation=_quantisation(getattr(model.config, "quantization_config", {})),
         rank=config.rank,
         bond_dim=config.bond_dim,
         mid_dim=config.mid_dim,
@@ -263,8 +264,7 @@ def _gates(config: QTHAConfig) -> dict[str, int]:
     return {gate: moments * config.rank for gate, moments in kinds.items()}
 
 
-def _quantisation(cfg: DictDefault) -> str:
-    settings = quantisation_settings(cfg)
+def _quantisation(settings: dict[str, Any]) -> str:
     if not settings:
         return "none"
     if settings.get("load_in_4bit"):
@@ -311,8 +311,7 @@ def _changed(cfg: DictDefault, plan: Plan, changes: list[dict[str, Any]]) -> Pla
     for change in changes:
         merged |= change
     changed = DictDefault({**cfg, **merged})
-    if merged.get("load_in_4bit"):
-        settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-        kwargs = {**(cfg.overrides_of_model_kwargs or {}), "quantization_config": {"quant_method": "bitsandbytes", **settings}}
-        changed.overrides_of_model_kwargs = kwargs
+    if merged.get("load_in_4bit"):  # as the YAML's own key would
+        connect(changed)
+        complete(changed)
     return make_plan(changed, plan.gpus, advise=False)

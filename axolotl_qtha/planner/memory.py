@@ -24,9 +24,7 @@ STATE_BYTES = (
     ("4bit", 1),
     ("fp8", 2),
     ("ademamix", 12),
-    ("paged_lion", 4),
     ("lion", 4),
-    ("flash_sgd", 4),
     ("sgd", 4),
     ("rmsprop", 4),
     ("adagrad", 4),
@@ -49,7 +47,7 @@ class Activations:
 class _Ledger(TorchDispatchMode):
     """Counts the bytes of tensors alive, by their storages."""
 
-    def __init__(self, ignored: Iterator[Tensor]) -> None:
+    def __init__(self, ignored: list[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
         self._bytes = {tensor.untyped_storage()._cdata: 0 for tensor in ignored}
@@ -86,7 +84,7 @@ def activations(model: PeftModel, batch: int, length: int, checkpointing: bool, 
     ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     held = [*model.parameters(), *model.buffers(), ids, inputs["attention_mask"]]
-    with _checkpointing(model, checkpointing), _Ledger(iter(held)) as ledger:
+    with _checkpointing(model, checkpointing), _Ledger(held) as ledger:
         if logits:
             loss = model(**inputs, labels=ids).loss
         else:

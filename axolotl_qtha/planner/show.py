@@ -7,6 +7,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
+from ..plan import compared
 from .estimate import CONTEXT_BYTES, FRAGMENTATION, Memory, Plan, Setting
 
 
@@ -73,11 +74,8 @@ def _targets(plan: Plan) -> Table:
 
 def _verdict(plan: Plan) -> str:
     network = "full matrices" if plan.bond_dim is None else f"bond_dim {plan.bond_dim}, mid_dim {plan.mid_dim}"
-    share = 1 - plan.parameters / plan.lora_parameters
-    return (
-        f"rank {plan.rank}, {network}, quantum: {plan.quantum}: {abs(share):.1%} {'fewer' if share >= 0 else 'more'} trainable "
-        f"parameters than LoRA of rank {plan.rank}."
-    )
+    compare = compared(plan.parameters, plan.lora_parameters)
+    return f"rank {plan.rank}, {network}, quantum: {plan.quantum}: {compare} trainable parameters than LoRA of rank {plan.rank}."
 
 
 def _memory(plan: Plan, memory: Memory) -> Table:
