@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils.generic import maybe_autocast
 
-from .circuit.torch_engine import expectation_values
+from .circuit.engine import expectation_values
 from .config import QTHAConfig
 from .mpo import decompose, fold_columns, fold_rows
 from .plan import AdapterShape, ansatz
@@ -168,7 +168,7 @@ class QTHAAdapter(nn.Module):
         """Return q (.., r): <Z_i> of the circuit, or its classical twin."""
         if self.config.quantum == "silu":
             return _silu_ring(z, _precise(self.units))
-        return expectation_values(self.encode(z), _precise(self.angles), ansatz(self.config))
+        return expectation_values(self.encode(z), _precise(self.angles), ansatz(self.config), self.config.simulation)
 
     def encode(self, z: Tensor) -> Tensor:
         """Return the encoding angles in radians, (.., r)."""

@@ -12,7 +12,9 @@ from typing import Any, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from . import quantization
-from .config import QTHAConfig, close_names, refusal
+from .circuit import noise
+from .config import QTHAConfig
+from .errors import close_names, refusal
 
 # LoRA keys that `adapter: qtha` does not read, and what to write instead.
 LORA_KEYS = {
@@ -81,6 +83,8 @@ class _Block(BaseModel):
         config = QTHAConfig(**self.adapter_settings())
         if self.circuit_lr is not None and config.quantum in ("none", "frozen"):
             raise refusal("circuit_lr", self.circuit_lr, f"has nothing to train with `quantum: {config.quantum}`", "leave it out")
+        if config.has_circuit and config.noise_model != "none":
+            noise.check(config.noise_model, config.rank)
         return self
 
     def adapter_settings(self) -> dict[str, Any]:

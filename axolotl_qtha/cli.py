@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+from .errors import refusal
+
+if TYPE_CHECKING:
+    from .circuit.ansatz import Ansatz
+    from .config import QTHAConfig
 
 
 @click.command("qtha-config-schema")
@@ -18,7 +27,7 @@ def config_schema(output_format: str, field: str | None) -> None:
     Axolotl's own `config-schema` shows Axolotl's keys only: it loads no plugin.
     """
     from .args import QTHABlock
-    from .config import close_names
+    from .errors import close_names
 
     schema = QTHABlock.model_json_schema()
     if field is not None:
@@ -47,7 +56,7 @@ def plan(config: Path, json_file: Path | None, find_budget: float | None, gpu_me
     from .planner.estimate import find_settings, local_gpus, make_plan
     from .planner.show import console, show_plan, show_settings
 
-    try:
+    with _errors():
         cfg = read_config(config)
         if find_budget is not None:
             settings = find_settings(cfg, find_budget)
@@ -58,7 +67,75 @@ def plan(config: Path, json_file: Path | None, find_budget: float | None, gpu_me
             result = make_plan(cfg, gpus)
             show_plan(result, console())
             content = result.as_dict()
-    except ValueError as error:
-        raise click.ClickException(str(error)) from error
     if json_file:
         json_file.write_text(json.dumps(content, indent=2))
+
+
+@click.command("qtha-draw")
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--output", type=click.Path(dir_okay=False, path_type=Path), help="Also write a picture to FILE (.png, .pdf, .svg)."
+)
+@click.option(
+    "--backend",
+    default=None,
+    help="Gates to count in: `simulator` (RY, RZ, CX) or an IBM device as `fake:NAME`, e.g. fake:torino.  [default: that of "
+    "noise_model, else simulator]",
+)
+def draw(config: Path, output: Path | None, backend: str | None) -> None:
+    """Draw the circuit of CONFIG, and count its gates before and after transpiling."""
+    with _errors():
+        from .circuit.draw import SIMULATOR, costs, picture, table, text
+        from .planner.show import console
+
+        settings, circuit = _circuit(config)
+        out = console()
+        if backend is None:
+            backend = settings.noise_model if settings.noise_model.startswith("fake:") else SIMULATOR
+        rows = costs(circuit, backend)
+        out.print(text(circuit, out.width), markup=False, highlight=False, soft_wrap=True)
+        out.print(table(rows))
+        if output:
+            picture(circuit, output)
+            out.print(f"{output} written.", markup=False, highlight=False)
+
+
+@click.command("qtha-verify")
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--tokens", type=click.IntRange(min=1), default=4, show_default=True, help="Random inputs.")
+@click.option("--tolerance", type=click.FloatRange(min=0, min_open=True), default=1e-5, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the random angles.")
+def verify(config: Path, tokens: int, tolerance: float, seed: int) -> None:
+    """Compare every circuit engine of this machine with Qiskit, on the circuit of CONFIG; exits with 1 if one is off."""
+    with _errors():
+        from .circuit.verify import compare, table, verdict
+        from .planner.show import console
+
+        settings, circuit = _circuit(config)
+        rows = list(compare(circuit, settings.simulation, tokens, tolerance, seed))
+        out = console()
+        out.print(table(rows, circuit))
+        out.print(verdict(rows, tolerance), markup=False, highlight=False)
+    if not all(row.passed for row in rows):
+        raise SystemExit(1)
+
+
+def _circuit(config: Path) -> tuple[QTHAConfig, Ansatz]:
+    """Return the adapter of a configuration and its circuit."""
+    from .args import adapter_config
+    from .plan import ansatz
+    from .planner.base import read_yaml
+
+    settings = adapter_config(read_yaml(config))
+    if not settings.has_circuit:
+        raise refusal("quantum", settings.quantum, "runs no circuit", "`quantum: qtha`, `frozen` or `qwthn`")
+    return settings, ansatz(settings)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Show what is wrong with a configuration, without a traceback."""
+    try:
+        yield
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error

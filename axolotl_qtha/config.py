@@ -5,10 +5,8 @@ The `qtha:` block of an Axolotl YAML is generated from these fields (see `args.p
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,6 +14,8 @@ from typing import Any, Literal, get_args
 from peft import PeftConfig
 
 from .circuit.ansatz import GATE_ORDERS, MAX_QUBITS
+from .circuit.simulation import Backend, Gradient, Precision, Simulation
+from .errors import refusal
 from .peft_type import QTHA
 
 Quantum = Literal["qtha", "none", "silu", "frozen", "qwthn"]
@@ -24,19 +24,11 @@ AngleScale = Literal["raw", "learned", "tanh"]
 GateOrder = Literal["2025-06", "2025-05"]
 CoreGain = Literal["balanced", "none"]
 Init = Literal["kaiming", "tt_svd"]
-Backend = Literal["torch"]
+MAX_SHOTS = 1_000_000  # as Aer itself
 MAX_CORES = 12  # more would split any layer into factors of 2 and 1
+# How circuits are run is no part of a trained adapter: it may be loaded and run in another way.
+SIMULATION_KEYS = ("quantum_backend", "shots", "seed_simulator", "noise_model", "precision", "gradient")
 CIRCUIT_MODES = ("qtha", "frozen", "qwthn")  # values of `quantum` that run a circuit
-
-
-def refusal(key: str, value: Any, why: str, works: str) -> ValueError:
-    """Return the error for a bad `qtha:` key: it names the key, the value and what would work."""
-    return ValueError(f"qtha.{key}: {value!r} {why}. What works: {works}.")
-
-
-def close_names(name: str, names: Iterable[str]) -> list[str]:
-    """Return up to five of `names` that look like `name`, the closest first."""
-    return difflib.get_close_matches(name, sorted(set(names)), n=5, cutoff=0.5)
 
 
 def _key(default: Any, text: str) -> Any:
@@ -117,7 +109,26 @@ class QTHAConfig(PeftConfig):
         "`balanced`: cores are stored divided by a constant, so that at one learning rate they learn as fast as "
         "LoRA's matrices; `none`: stored as they are, as the authors (wants a 3 to 10 times larger learning rate).",
     )
-    quantum_backend: Backend = _key("torch", "What runs the circuit: `torch`, the exact simulator in PyTorch.")
+    quantum_backend: Backend = _key(
+        "torch",
+        "What runs the circuit: `torch`, the exact simulator of this project (compiled, or fused on a GPU); `aer` or `aer_gpu`, "
+        "Qiskit Aer: thousands of times slower, for shots, noise and second opinions.",
+    )
+    shots: int | None = _key(None, "Aer: measurements per circuit. Default: exact expectation values.")
+    seed_simulator: int | None = _key(
+        None, "Aer: seed of the shots, which are a function of it and of the angles. Default: seed."
+    )
+    noise_model: str = _key(
+        "none",
+        "Aer: `none`, `depolarizing` (0.001 after each RY, 0.01 after each CX, a CRZ being two CX), or `fake:` and the name of "
+        "an IBM device, e.g. `fake:manila`: its gates, coupling and measured noise (needs the `ibm` extra).",
+    )
+    precision: Precision | None = _key(None, "Aer: `single` or `double` precision. Default: double.")
+    gradient: Gradient | None = _key(
+        None,
+        "Aer: `parameter_shift`, from shifted circuits run in the same way, exact in expectation; or `adjoint`, the exact "
+        "engine's, without noise and shots, at no extra circuits. Default: parameter_shift.",
+    )
     seed: int | None = _key(None, "Seed of the adapter's initial values. Default: Axolotl's `seed`, else 42.")
 
     def __post_init__(self) -> None:
@@ -144,6 +155,28 @@ class QTHAConfig(PeftConfig):
         """Whether the quantum branch runs a circuit."""
         return self.quantum in CIRCUIT_MODES
 
+    @property
+    def simulation(self) -> Simulation:
+        """How the circuit is run."""
+        if self.quantum_backend == "torch":
+            return Simulation()
+        seed = self.seed if self.seed_simulator is None else self.seed_simulator
+        assert seed is not None
+        return Simulation(
+            self.quantum_backend,
+            self.shots,
+            seed,
+            self.noise_model,
+            self.precision or "double",
+            self.gradient or "parameter_shift",
+        )
+
+    def run_as(self, other: QTHAConfig) -> None:
+        """Take over from another configuration how circuits are run."""
+        for key in SIMULATION_KEYS:
+            setattr(self, key, getattr(other, key))
+        self._check_simulation()
+
     def _check_values(self) -> None:
         choices: dict[str, Any] = {
             "quantum": Quantum,
@@ -164,10 +197,17 @@ class QTHAConfig(PeftConfig):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise refusal(key, value, "is not a positive whole number", f"`{key}: 8`")
+        for key, kind in {"precision": Precision, "gradient": Gradient}.items():
+            if (value := getattr(self, key)) is not None and value not in get_args(kind):
+                raise refusal(key, value, "is not a choice", ", ".join(f"`{choice}`" for choice in get_args(kind)))
+        if self.shots is not None and (type(self.shots) is not int or not 1 <= self.shots <= MAX_SHOTS):
+            raise refusal("shots", self.shots, f"is not a whole number from 1 to {MAX_SHOTS:,}", "`shots: 1024`, or none: exact")
         if self.num_cores > MAX_CORES:
             raise refusal("num_cores", self.num_cores, f"is more than {MAX_CORES}", "`num_cores: 2`")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
-            raise refusal("seed", self.seed, "is not a whole number from 0 to 2**32 - 1", "`seed: 42`")
+        for key in ("seed", "seed_simulator"):
+            value = getattr(self, key)
+            if (value is not None or key == "seed") and (type(value) is not int or not 0 <= value < 2**32):
+                raise refusal(key, value, "is not a whole number from 0 to 2**32 - 1", f"`{key}: 42`")
         if self.has_circuit and self.rank > MAX_QUBITS:
             raise refusal(
                 "rank",
@@ -207,6 +247,7 @@ class QTHAConfig(PeftConfig):
                     raise refusal(key, value, "needs the matrix product operators, which `mpo: none` leaves out", "`mpo: tt`")
             if self.init == "tt_svd":
                 raise refusal("init", self.init, "decomposes into cores, which `mpo: none` leaves out", "`mpo: tt`")
+        self._check_simulation()
         is_regex = isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear"
         if is_regex and self.layers_to_transform is not None:
             raise refusal(
@@ -215,6 +256,16 @@ class QTHAConfig(PeftConfig):
                 "has no effect beside a regular expression in target_modules",
                 "name the layers in the expression, or give target_modules as a list",
             )
+
+    def _check_simulation(self) -> None:
+        if self.quantum_backend != "torch" and not self.has_circuit:
+            why = f"has no circuit to run with `quantum: {self.quantum}`"
+            raise refusal("quantum_backend", self.quantum_backend, why, "leave it out")
+        for key in SIMULATION_KEYS[1:] if self.quantum_backend == "torch" else ():
+            if (value := getattr(self, key)) not in (None, "none"):
+                raise refusal(
+                    key, value, "is Aer's: `quantum_backend: torch` is exact", f"leave {key} out, or `quantum_backend: aer`"
+                )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:

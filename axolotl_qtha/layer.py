@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .adapter import QTHAAdapter
-from .config import QTHAConfig, refusal
+from .circuit.torch_engine import NonFiniteAngle
+from .config import QTHAConfig
+from .errors import refusal
 from .plan import adapter_shape
 from .quantization import backend
 
@@ -34,6 +36,7 @@ class QTHALayer(BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module, **quantization: Any) -> None:
         self.base_layer = base_layer
+        self.name = type(self).__name__  # in errors; its place in the model, once it has one
         self.quantization_backend = backend(self.get_base_layer(), **quantization)
         self.qtha_adapter = nn.ModuleDict()
         self._disable_adapters = False
@@ -86,8 +89,16 @@ class QTHALinear(nn.Module, QTHALayer):
             result = self.quantization_backend.maybe_clone_base_result(result)
         for name in self.active_adapters:
             if name in self.qtha_adapter:
-                result = result + self.qtha_adapter[name](x).to(result.dtype)
+                result = result + self._change(name, x).to(result.dtype)
         return result
+
+    def _change(self, name: str, x: Tensor) -> Tensor:
+        """Return what an adapter adds; its errors name this layer."""
+        try:
+            change: Tensor = self.qtha_adapter[name](x)
+        except NonFiniteAngle as error:
+            raise NonFiniteAngle(f"{self.name}: {error}") from None
+        return change
 
     def _refuse_cut_gradient(self, x: Tensor, result: Tensor) -> None:
         """Refuse to train on a frozen layer without a backward pass: the adapters before it would learn the wrong gradient."""

@@ -17,10 +17,12 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .config import QTHAConfig, close_names, refusal
+from .circuit.engine import prepare
+from .config import QTHAConfig
+from .errors import close_names, refusal
 from .layer import QTHALayer, QTHALinear, layer_sizes, refuse_nonlinear_merge, refuse_quantised_merge
 from .peft_type import QTHA
-from .plan import resolve
+from .plan import ansatz, resolve
 from .quantization import is_quantised, keep_trainable
 
 CONTAINER = "qtha_adapter"
@@ -48,6 +50,8 @@ class QTHAModel(BaseTuner):
         keep_trainable(model)
         settled = resolve(config, list(select_targets(config, model).values()))
         config.bond_dim, config.mid_dim = settled.bond_dim, settled.mid_dim
+        if config.has_circuit and next(model.parameters()).device.type != "meta":
+            prepare(ansatz(config), config.simulation)
 
     def _create_and_replace(
         self,
@@ -66,6 +70,7 @@ class QTHAModel(BaseTuner):
             target.update_layer(adapter_name, config, seed)
             return
         layer = QTHALinear(target, adapter_name, config, seed, **get_quantization_kwargs(self.model))
+        layer.name = current_key
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from .circuit.ansatz import Ansatz
-from .config import QTHAConfig, refusal
+from .config import QTHAConfig
+from .errors import refusal
 from .mpo import Factors, MPOShape, factorize
 
 DEFAULT_BUDGET = 0.24

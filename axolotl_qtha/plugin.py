@@ -15,7 +15,7 @@ from torch import nn
 
 from . import quantization
 from .args import adapter_config, adapter_settings
-from .config import QTHAConfig, differences
+from .config import SIMULATION_KEYS, QTHAConfig, differences
 from .guards import RefuseUntrainedEvaluation
 from .layer import QTHALayer
 from .plan import describe
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 LOG = get_logger(__name__)
+
+NOT_OF_THE_ADAPTER = ("target_modules", "seed", "dropout", *SIMULATION_KEYS)  # keys a trained one may be loaded without
 
 
 class QTHAPlugin(BasePlugin):
@@ -86,12 +88,15 @@ class QTHAPlugin(BasePlugin):
                     "training on, evaluate and inference."
                 )
             return None, config
-        options = {}
+        options: dict[str, Any] = {}
         if cfg.peft_autocast_adapter_dtype is not None:
             options["autocast_adapter_dtype"] = cfg.peft_autocast_adapter_dtype
         if cfg.lora_model_dir:
             if cfg.lora_on_cpu:
                 options |= {"max_memory": {"cpu": "256GiB"}, "device_map": {"": "cpu"}}
+            saved = QTHAConfig.from_pretrained(cfg.lora_model_dir)
+            saved.run_as(config)
+            options["config"] = saved
             trainable = not (inference or self._inference)
             peft_model = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=trainable, **options)
         else:
@@ -157,6 +162,6 @@ def _check_saved(key: str, folder: Path, settings: dict[str, Any]) -> None:
         raise ValueError(
             f"{key}: {str(folder)!r} is a {saved.peft_type.value} adapter. What works: a folder written by `adapter: qtha`."
         )
-    settings = {name: value for name, value in settings.items() if name not in ("target_modules", "seed", "dropout")}
+    settings = {name: value for name, value in settings.items() if name not in NOT_OF_THE_ADAPTER}
     if rows := differences(saved, settings):
         raise ValueError(f"{key}: {str(folder)!r} does not fit the YAML. " + "; ".join(rows) + ". What works: the same settings.")

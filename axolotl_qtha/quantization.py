@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from .config import close_names
+from .errors import close_names
 
 LOAD_KEYS = ("load_in_4bit", "load_in_8bit")
 SETTINGS = "bnb_config_kwargs (or model_kwargs.quantization_config)"  # where a YAML may hold them

@@ -56,6 +56,7 @@ def test_modules_to_save_reaches_axolotl():
     assert validated(qtha={"modules_to_save": ["lm_head"]}).lora_modules_to_save == ["lm_head"]
 
 
+AER = {"quantum_backend": "aer"}
 # block -> what the message must hold: the key, the value and something that works
 BAD_BLOCKS = [
     ({"rnak": 4}, ["qtha.rnak", "4", "`rank`"]),
@@ -83,7 +84,21 @@ BAD_BLOCKS = [
     ({"angle_scale": "pi"}, ["qtha.angle_scale", "pi", "'tanh'"]),
     ({"gate_order": "2024"}, ["qtha.gate_order", "2024", "'2025-06'"]),
     ({"init": "zeros"}, ["qtha.init", "zeros", "'kaiming'"]),
-    ({"quantum_backend": "aer"}, ["qtha.quantum_backend", "aer", "'torch'"]),
+    ({"quantum_backend": "aergpu"}, ["qtha.quantum_backend", "aergpu", "'torch'", "'aer_gpu'"]),
+    ({"quantum_backend": "aer", "quantum": "none"}, ["qtha.quantum_backend", "aer", "quantum: none", "leave it out"]),
+    ({**AER, "shots": 0}, ["qtha.shots", "0", "shots: 1024"]),
+    ({**AER, "shots": -5}, ["qtha.shots", "-5", "shots: 1024"]),
+    ({**AER, "shots": 10**7}, ["qtha.shots", "10000000", "1 to 1,000,000"]),
+    ({**AER, "shots": 10.5}, ["qtha.shots", "10.5", "integer"]),
+    ({**AER, "seed_simulator": -1}, ["qtha.seed_simulator", "-1", "seed_simulator: 42"]),
+    ({**AER, "precision": "half"}, ["qtha.precision", "half", "'single'"]),
+    ({**AER, "gradient": "spsa"}, ["qtha.gradient", "spsa", "'parameter_shift'", "'adjoint'"]),
+    ({**AER, "noise_model": "bitflip"}, ["qtha.noise_model", "bitflip", "`depolarizing`", "`fake:`"]),
+    ({**AER, "noise_model": "fake:manilla"}, ["qtha.noise_model", "fake:manilla", "`fake:manila`"]),
+    ({**AER, "noise_model": "fake:manila", "rank": 6}, ["qtha.noise_model", "5 qubits", "`rank: 5`", "`fake:torino`"]),
+    ({"shots": 100}, ["qtha.shots", "100", "is Aer's", "`quantum_backend: aer`"]),
+    ({"noise_model": "depolarizing"}, ["qtha.noise_model", "is Aer's", "leave noise_model out"]),
+    ({"gradient": "adjoint"}, ["qtha.gradient", "is Aer's"]),
     ({"in_factors": {3584: [3, 5]}}, ["qtha.in_factors", "3584: [3, 5]", "[64, 56]"]),
     ({"out_factors": {8: [100, 100]}}, ["qtha.out_factors", "10000", "leave 8 out"]),
     ({"mpo": "none", "bond_dim": 4}, ["qtha.bond_dim", "4", "mpo: tt"]),

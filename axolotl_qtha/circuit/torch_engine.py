@@ -1,4 +1,6 @@
-"""Exact state-vector engine, batched over tokens, with an adjoint backward: on a CPU compiled (`native.py`), else in PyTorch.
+"""Exact state-vector engine, batched over tokens, with an adjoint backward.
+
+On a CPU it is compiled (`native.py`), on an NVIDIA GPU fused up to 8 qubits (`triton_kernel.py`), and else in PyTorch.
 
 In PyTorch a wall of the folded circuit (`program.py`) is a real Kronecker product, applied as two half-size matrices, and a
 diagonal is a product with its phases.
@@ -12,44 +14,88 @@ halves of a wall are plain batched matmuls.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import native
+from . import native, triton_kernel
 from .ansatz import Ansatz
 from .program import Wall, program, tables
 
 CACHE_AMPLITUDES = 2**17  # amplitudes per chunk of tokens: 1 MiB of float32 state, about a core's L2 cache
 
 
+_plain: ContextVar[bool] = ContextVar("in_pytorch", default=False)
+
+
+class NonFiniteAngle(ValueError):
+    """An angle of the circuit is NaN or infinite."""
+
+
 def expectation_values(z: Tensor, angles: Tensor, ansatz: Ansatz) -> Tensor:
-    """Return <Z_i> of every qubit for every token, differentiable in `z` and `angles`.
-
-    Args:
-        z: encoded inputs in radians, shape (..., n). float64 is computed in float64, anything else in float32.
-        angles: trainable angles in radians, shape (rows, n), see `Ansatz`.
-        ansatz: the circuit.
-
-    Returns:
-        Tensor in [-1, 1] of z's shape, float32 or float64.
-
-    Raises:
-        ValueError: if the shapes do not fit the ansatz.
-    """
-    if z.shape[-1] != ansatz.qubits or tuple(angles.shape) != (ansatz.rows, ansatz.qubits):
-        raise ValueError(
-            f"z of shape {tuple(z.shape)} and angles of shape {tuple(angles.shape)} do not fit {ansatz}: "
-            f"expected (..., {ansatz.qubits}) and ({ansatz.rows}, {ansatz.qubits})."
-        )
+    """Return <Z_i> exactly; see `engine.expectation_values`. float64 is computed in float64, anything else in float32."""
+    check_shapes(z, angles, ansatz)
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     flat = z.reshape(-1, ansatz.qubits).to(dtype)
     result: Tensor = _Circuit.apply(flat, angles.to(dtype), ansatz.qubits, ansatz.layers, ansatz.gate_order)
     return result.reshape(z.shape)
 
 
-class _Run:
+def gradients(grad: Tensor, z: Tensor, angles: Tensor, ansatz: Ansatz) -> tuple[Tensor, Tensor]:
+    """Return the exact gradients of sum(grad * <Z>): (tokens, n) for z (tokens, n) and (rows, n) for the angles."""
+    circuit = (ansatz.qubits, ansatz.layers, ansatz.gate_order)
+    grad_z, grad_angles = _circuit_backward(grad.contiguous(), z.contiguous(), angles.contiguous(), *circuit)
+    return grad_z, grad_angles
+
+
+def fused(z: Tensor) -> Any:
+    """Return the module whose `forward` and `backward` run the circuit on z (tokens, n) in one go; None: PyTorch does."""
+    if _plain.get():
+        return None
+    if native.runs(z):
+        return native
+    return triton_kernel if triton_kernel.runs(z, z.shape[1]) else None
+
+
+@contextmanager
+def in_pytorch() -> Iterator[None]:
+    """Run circuits in PyTorch inside, to compare."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
+def check_shapes(z: Tensor, angles: Tensor, ansatz: Ansatz) -> None:
+    """Refuse shapes that do not fit the ansatz."""
+    if z.shape[-1] != ansatz.qubits or tuple(angles.shape) != (ansatz.rows, ansatz.qubits):
+        raise ValueError(
+            f"z of shape {tuple(z.shape)} and angles of shape {tuple(angles.shape)} do not fit {ansatz}: "
+            f"expected (..., {ansatz.qubits}) and ({ansatz.rows}, {ansatz.qubits})."
+        )
+
+
+def check_finite(z: Tensor, angles: Tensor) -> None:
+    """Refuse angles that are NaN or infinite; `z` is (tokens, n)."""
+    if math.isfinite((z.sum() + angles.sum()).item()):
+        return
+    for what, values in (("trained angle", angles), ("encoded input", z)):
+        if not bool(torch.isfinite(values).all()):
+            row, qubit = (~torch.isfinite(values)).nonzero()[0].tolist()
+            where = f"row {row}" if values is angles else f"token {row}"
+            raise NonFiniteAngle(
+                f"the circuit's {what} of qubit {qubit} ({where}) is {values[row, qubit].item()}. What works: a smaller "
+                "learning_rate or max_grad_norm, from the last good checkpoint; a base in bfloat16 rather than float16."
+            )
+
+
+class Run:
     """One circuit on one chunk of tokens."""
 
     def __init__(self, z: Tensor, angles: Tensor, ansatz: Ansatz) -> None:
@@ -161,12 +207,14 @@ def chunk_tokens(qubits: int) -> int:
 def _circuit_forward(z: Tensor, angles: Tensor, qubits: int, layers: int, gate_order: str) -> Tensor:
     ansatz = Ansatz(qubits, layers, gate_order)
     result = torch.empty_like(z)
+    if z.device.type == "cpu":  # on a GPU the answer would have to be waited for
+        check_finite(z, angles)
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-        if native.runs(z):
-            return native.forward(z, angles, ansatz)
+        if (kernel := fused(z)) is not None:
+            return kernel.forward(z, angles, ansatz)
         for start in range(0, z.shape[0], chunk_tokens(qubits)):
             tokens = slice(start, start + chunk_tokens(qubits))
-            run = _Run(z[tokens], angles, ansatz)
+            run = Run(z[tokens], angles, ansatz)
             result[tokens] = run.expectations(run.forward())
     return result
 
@@ -178,11 +226,11 @@ def _circuit_backward(
     ansatz = Ansatz(qubits, layers, gate_order)
     grad_z, grad_angles = torch.empty_like(z), torch.zeros_like(angles)
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-        if native.runs(z):
-            return native.backward(grad, z, angles, ansatz)
+        if (kernel := fused(z)) is not None:
+            return kernel.backward(grad, z, angles, ansatz)
         for start in range(0, z.shape[0], chunk_tokens(qubits)):
             tokens = slice(start, start + chunk_tokens(qubits))
-            run = _Run(z[tokens], angles, ansatz)
+            run = Run(z[tokens], angles, ansatz)
             grad_z[tokens], chunk_angles = run.gradients(run.forward(), grad[tokens])
             grad_angles += chunk_angles
     return grad_z, grad_angles

@@ -27,11 +27,11 @@ class UnknownBase(ValueError):
     """The base's configuration cannot be read, or no model be built from it."""
 
 
-def read_config(path: Path) -> DictDefault:
-    """Return a validated Axolotl configuration, without asking what this machine's GPUs can do.
+def read_yaml(path: Path) -> DictDefault:
+    """Return a validated Axolotl configuration, without asking what this machine's GPUs can do, nor for the base.
 
     Raises:
-        ValueError: if the file is not a configuration with `adapter: qtha`, or the base's configuration cannot be read.
+        ValueError: if the file is not a configuration with `adapter: qtha`.
     """
     try:
         raw = yaml.safe_load(path.read_text())
@@ -39,10 +39,19 @@ def read_config(path: Path) -> DictDefault:
         raise ValueError(f"{path} cannot be read as YAML ({error}). What works: an Axolotl configuration.") from error
     if not isinstance(raw, dict) or raw.get("adapter") != "qtha":
         found = raw.get("adapter") if isinstance(raw, dict) else type(raw).__name__
-        raise ValueError(f"adapter: {found!r} in {path} is not planned here. What works: an Axolotl YAML with `adapter: qtha`.")
+        raise ValueError(f"adapter: {found!r} in {path} is none of ours. What works: an Axolotl YAML with `adapter: qtha`.")
     cfg = DictDefault(raw)
     prepare_plugins(cfg)
-    cfg = validate_config(cfg)
+    return validate_config(cfg)
+
+
+def read_config(path: Path) -> DictDefault:
+    """Return a validated Axolotl configuration, completed from the base's own.
+
+    Raises:
+        ValueError: if the file is not a configuration with `adapter: qtha`, or the base's configuration cannot be read.
+    """
+    cfg = read_yaml(path)
     cfg.torch_dtype = _dtype(cfg)
     cfg.model_config_type = base_config(cfg).model_type
     complete(cfg)

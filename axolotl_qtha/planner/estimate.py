@@ -81,6 +81,7 @@ class Plan:
     memory: Memory | None
     memory_unknown: str  # why memory is None
     circuits_per_step: int
+    shift_circuits: int  # further ones for the gradient of each, with the parameter shift
     qubits: int
     gates: dict[str, int]  # of one circuit
     gpus: list[tuple[str, int]]  # name and bytes
@@ -161,6 +162,7 @@ def make_plan(cfg: DictDefault, gpus: list[tuple[str, int]], advise: bool = True
         memory=memory,
         memory_unknown=unknown,
         circuits_per_step=tokens * len(layers) if config.has_circuit else 0,
+        shift_circuits=_shift_circuits(config),
         qubits=config.rank if config.has_circuit else 0,
         gates=_gates(config) if config.has_circuit else {},
         gpus=gpus,
@@ -219,7 +221,8 @@ def _memory(cfg: DictDefault, model: PeftModel, weights: int) -> Memory:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adapter = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     optimiser = optimiser_bytes(getattr(cfg.optimizer, "value", cfg.optimizer) or "adamw_torch", model)
-    circuit = workspace_bytes(config.rank, batch * length, chunk_tokens(config.rank)) if config.has_circuit else 0
+    here = config.has_circuit and config.quantum_backend == "torch"  # Aer has memory of its own, for one chunk of circuits
+    circuit = workspace_bytes(config.rank, batch * length, chunk_tokens(config.rank)) if here else 0
     parts = {
         "weights": weights,
         "adapter": adapter,
@@ -262,6 +265,15 @@ def _targets(config: QTHAConfig, layers: dict[str, Any]) -> list[Target]:
 def _gates(config: QTHAConfig) -> dict[str, int]:
     kinds = Counter("ry" if moment.kind in ("encode", "rotate") else "crz" for moment in ansatz(config).moments())
     return {gate: moments * config.rank for gate, moments in kinds.items()}
+
+
+def _shift_circuits(config: QTHAConfig) -> int:
+    simulation = config.simulation
+    if not config.has_circuit or simulation.backend == "torch" or simulation.gradient == "adjoint":
+        return 0
+    from ..circuit.aer import shift_circuits
+
+    return shift_circuits(ansatz(config))
 
 
 def _quantisation(settings: dict[str, Any]) -> str:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from axolotl.cli.config import load_cfg
+from axolotl.loaders import ModelLoader, load_tokenizer
 from safetensors.torch import load_file, save_file
 
 from .commands import QUICKSTART, losses, run, train_here, write_config
@@ -91,6 +93,18 @@ def test_second_training_starts_from_lora_model_dir(uninterrupted, tmp_path):
     assert model.active_peft_config.bond_dim is not None
 
 
+def test_a_trained_adapter_runs_as_the_yaml_says(uninterrupted, tmp_path):
+    """How circuits are run is no part of an adapter: trained exactly, evaluated with shots and noise."""
+    model, _, out = uninterrupted
+    noisy = {**SHORT["qtha"], "quantum_backend": "aer", "shots": 100, "noise_model": "depolarizing", "gradient": "adjoint"}
+    cfg = load_cfg(str(write_config(tmp_path, **{**SHORT, "qtha": noisy}, lora_model_dir=str(out))))
+    other, _ = ModelLoader(cfg, load_tokenizer(cfg)).load()
+    assert other.active_peft_config.simulation.shots == 100
+    with torch.no_grad():
+        first, second = model(IDS).logits, other.eval()(IDS).logits
+    assert 1e-3 < (first - second).abs().max() < 5
+
+
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "nan", "missing"])
 def test_damaged_adapter_is_refused(uninterrupted, tmp_path, damage):
     adapter = tmp_path / "adapter"
@@ -112,11 +126,19 @@ def test_damaged_adapter_is_refused(uninterrupted, tmp_path, damage):
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
-def test_nan_is_not_saved(tmp_path):
+@pytest.mark.parametrize(
+    ("quantum", "words"),
+    [
+        ("none", r"NaN or infinite values; it was not saved"),
+        ("qtha", r"^model\.layers\.0\.\S+: the circuit's encoded input of qubit \d \(token \d+\) is nan.*What works"),
+    ],
+)
+def test_nan_stops_the_run_and_is_not_saved(tmp_path, quantum, words):
     # a learning rate without bounds drives the adapter to infinity within a step or two
-    config = write_config(tmp_path, **{**SHORT, "learning_rate": 1e38, "max_grad_norm": 0, "max_steps": 4, "eval_steps": 100})
-    with pytest.raises(ValueError, match=r"NaN or infinite values; it was not saved"):
-        train_here(config)
+    adapter = {"rank": 4, "param_budget": 0.4, "target_modules": ["q_proj", "down_proj"], "quantum": quantum}
+    changes = {"learning_rate": 1e38, "max_grad_norm": 0, "max_steps": 4, "eval_steps": 100, "qtha": adapter}
+    with pytest.raises(ValueError, match=words):
+        train_here(write_config(tmp_path, **{**SHORT, **changes}))
     assert not list(tmp_path.rglob("adapter_model.safetensors"))
 
 

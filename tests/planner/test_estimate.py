@@ -10,6 +10,7 @@ from axolotl_qtha.circuit.ansatz import Ansatz
 from axolotl_qtha.layer import QTHALayer
 from axolotl_qtha.planner.base import UnknownBase, read_config
 from axolotl_qtha.planner.estimate import find_settings, make_plan
+from axolotl_qtha.planner.show import console, show_plan
 
 from .bases import CONFIGS, MORE, SIZES, run_on, write_run
 
@@ -52,6 +53,25 @@ def test_circuits_are_counted_as_qiskit_counts_them(tmp_path):
     none = make_plan(run_on(tmp_path, CONFIGS["llama"], qtha={"rank": 4, "quantum": "none"}), [])
     assert none.circuits_per_step == 0
     assert none.memory.circuit == 0
+
+
+def test_parameter_shift_takes_further_circuits(tmp_path, capsys):
+    aer = {"rank": 4, "quantum_backend": "aer"}
+    plan = make_plan(run_on(tmp_path, CONFIGS["llama"], qtha=aer), [])
+    # two layers on four qubits: RY takes two shifts, CRZ four
+    assert plan.shift_circuits == 2 * plan.gates["ry"] + 4 * plan.gates["crz"] == 2 * 24 + 4 * 16
+    show_plan(plan, console())
+    circuits = plan.circuits_per_step * (1 + 112)
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        f"112 shifted ones for its gradient: {circuits:,} circuits, at 0.1 ms each {circuits * 1e-4 / 60:.0f} minutes a step"
+        in said
+    )
+    assert make_plan(run_on(tmp_path, CONFIGS["llama"], qtha=aer | {"gradient": "adjoint"}), []).shift_circuits == 0
+    exact = make_plan(run_on(tmp_path, CONFIGS["llama"], qtha={"rank": 4}), [])
+    assert exact.shift_circuits == 0
+    assert plan.memory.circuit == 0 < exact.memory.circuit  # Aer's states are Aer's
+    assert plan.parameters == exact.parameters
 
 
 def test_zero3_does_not_partition_the_plan(tmp_path):

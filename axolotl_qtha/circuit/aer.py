@@ -1,0 +1,267 @@
+"""The circuit on Qiskit Aer: exact or with shots, with or without noise, on the CPU or a GPU.
+
+Every angle of every gate is a parameter of its own, so one circuit, compiled once, serves the forward pass and the parameter
+shift. A call is one job of many bindings of that circuit, `CIRCUITS` at most at a time.
+
+Gradients by parameter shift are exact in expectation, also under noise, since noise does not depend on angles. For an angle x
+that enters with the frequencies w (the gaps between its generator's eigenvalues) f'(x) = sum_k c_k (f(x + s_k) - f(x - s_k)),
+with c chosen so that the rule holds for sin(w x): RY has w = 1, CRZ 1/2 and 1 (Anselmetti et al., arXiv 2104.05695).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from qiskit.circuit import ClassicalRegister, Parameter, ParameterVector, QuantumCircuit
+from torch import Tensor
+
+from ..errors import refusal
+from . import torch_engine
+from .ansatz import Ansatz
+from .noise import compile_circuit
+from .simulation import Simulation
+
+CIRCUITS = 4096  # of a job at most; fewer where their results would fill RESULT_BYTES
+RESULT_BYTES = 2**26
+SHIFTS = np.array([np.pi / 2, 3 * np.pi / 2])
+RULES = {"ry": np.array([0.5]), "crz": (np.sqrt(2) + np.array([1, -1])) * np.array([1, -1]) / (4 * np.sqrt(2))}
+GPU_BUILD = (
+    "an NVIDIA GPU and Aer's GPU build, which takes the place of the CPU one: `pip uninstall -y qiskit-aer qiskit-aer-gpu && "
+    "pip install qiskit-aer-gpu` (CUDA 12); or `quantum_backend: aer`"
+)
+
+LOG = logging.getLogger(__name__)
+
+
+class Engine:
+    """One circuit, compiled for one way to simulate it."""
+
+    def __init__(self, ansatz: Ansatz, simulation: Simulation, gpu: int | None) -> None:
+        """Compile the circuit.
+
+        Args:
+            ansatz: the circuit.
+            simulation: how to run it.
+            gpu: index of the GPU to run on, None for the CPU.
+
+        Raises:
+            ValueError: if there is no GPU, or the memory it needs.
+        """
+        from qiskit_aer import AerSimulator
+
+        if gpu is not None and "GPU" not in AerSimulator().available_devices():
+            raise refusal("quantum_backend", "aer_gpu", "finds no GPU it can use", GPU_BUILD)
+        self.ansatz, self.simulation = ansatz, simulation
+        shared = ansatz.circuit()
+        angles = ParameterVector("angle", len(shared.data))
+        circuit = QuantumCircuit(ansatz.qubits)
+        self.kinds, from_z, source = [], [], []
+        for gate, angle in zip(shared.data, angles, strict=True):
+            parameter = gate.operation.params[0]
+            circuit.append(type(gate.operation)(angle), gate.qubits)
+            self.kinds.append(gate.operation.name)
+            from_z.append(parameter.vector.name == "z")
+            source.append(parameter.index)
+        # Which entry of z, or of the flattened table of angles, each gate takes.
+        self.from_z, self.source = np.array(from_z), np.array(source)
+
+        compiled = compile_circuit(circuit, simulation.noise_model)
+        self.confusion = compiled.confusion
+        method = self._method(compiled.width)
+        self._check_memory(method, compiled.width, gpu)
+        self.circuit, self.parameters, self.mix, self.offset = _unmixed(compiled.circuit, list(angles))
+        if simulation.shots is None:
+            self.circuit.save_probabilities(compiled.qubits)
+        else:
+            self.circuit.add_register(ClassicalRegister(ansatz.qubits, "z"))
+            self.circuit.measure(compiled.qubits, range(ansatz.qubits))
+        states = np.arange(2**ansatz.qubits)
+        self.signs = 1.0 - 2.0 * ((states[:, None] >> np.arange(ansatz.qubits)) & 1)  # (2**n, n): qubit 0 is the lowest bit
+        options = {} if gpu is None else {"device": "GPU", "batched_shots_gpu": True, "target_gpus": [gpu]}
+        self.simulator = AerSimulator(
+            method=method,
+            noise_model=compiled.noise,
+            precision=simulation.precision,
+            runtime_parameter_bind_enable=True,
+            **options,
+        )
+        self.chunk = max(1, min(CIRCUITS, RESULT_BYTES // (8 * 2**ansatz.qubits)))
+
+    def _method(self, width: int) -> str:
+        """Return Aer's method: with noise the density matrix, unless one state vector per shot is less work."""
+        simulation = self.simulation
+        if simulation.noise_model == "none" or (simulation.shots is not None and simulation.shots < 2**width):
+            return "statevector"
+        return "density_matrix"
+
+    def _check_memory(self, method: str, width: int, gpu: int | None) -> None:
+        import psutil
+
+        amplitudes = 2**width if method == "statevector" else 4**width
+        needed = amplitudes * (8 if self.simulation.precision == "single" else 16)
+        free = psutil.virtual_memory().available if gpu is None else torch.cuda.mem_get_info(gpu)[0]
+        if needed > free:
+            raise refusal(
+                "rank",
+                self.ansatz.qubits,
+                f"needs {needed / 2**30:,.1f} GiB for a {method.replace('_', ' ')} of {width} qubits "
+                f"(`noise_model: {self.simulation.noise_model}`), and {free / 2**30:,.1f} GiB are free",
+                f"a smaller rank, `noise_model: none`, or `shots` below {2**width:,} (one state vector per shot)",
+            )
+
+    def gate_angles(self, z: np.ndarray, angles: np.ndarray) -> np.ndarray:
+        """Return the angle of every gate, (tokens, gates), from z (tokens, n) and angles (rows, n) in radians."""
+        flat = angles.reshape(-1)
+        result = np.empty((len(z), len(self.kinds)))
+        result[:, self.from_z] = z[:, self.source[self.from_z]]
+        result[:, ~self.from_z] = flat[self.source[~self.from_z]]
+        return result
+
+    def expectations(self, gate_angles: np.ndarray) -> np.ndarray:
+        """Return <Z_i>, (circuits, n), of circuits with these gate angles (circuits, gates) in radians."""
+        chunks = [gate_angles[i : i + self.chunk] for i in range(0, len(gate_angles), self.chunk)]
+        return np.concatenate([self._job(chunk) for chunk in chunks]) if chunks else np.empty((0, self.ansatz.qubits))
+
+    def _job(self, gate_angles: np.ndarray) -> np.ndarray:
+        shots = self.simulation.shots
+        columns = (gate_angles @ self.mix + self.offset).T
+        binds = {parameter: column.tolist() for parameter, column in zip(self.parameters, columns, strict=True)}
+        # The seed is made of the inputs: the same call gives the same shots, on any rank and when recomputed for
+        # checkpointing, and no two calls of a training share theirs. Aer itself counts on from circuit to circuit.
+        digest = hashlib.blake2b(gate_angles.tobytes(), digest_size=4, key=self.simulation.seed.to_bytes(8, "big")).digest()
+        seed = int.from_bytes(digest, "big") >> 1
+        job = self.simulator.run([self.circuit], parameter_binds=[binds], shots=shots or 1, seed_simulator=seed)
+        result = job.result()
+        if not result.success:
+            raise RuntimeError(f"Qiskit Aer failed on {len(gate_angles)} circuits: {result.status}")
+        data = [experiment.data for experiment in result.results]
+        if shots is None:
+            values = np.array([entry.probabilities for entry in data]) @ self.signs
+            return values * self.confusion[:, 0] + self.confusion[:, 1]  # shots are read out by Aer
+        values = np.zeros((len(data), self.ansatz.qubits))
+        for row, entry in zip(values, data, strict=True):
+            for state, count in entry.counts.items():
+                row += count * self.signs[int(state, 16)]
+        return values / shots
+
+    def gradients(
+        self, grad: np.ndarray, z: np.ndarray, angles: np.ndarray, wants: tuple[bool, bool] = (True, True)
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the gradients of sum(grad * <Z>) by parameter shift: (tokens, n) for z and (rows, n) for the angles.
+
+        `wants` says which of the two are needed; the other is left zero and costs nothing.
+        """
+        grad_z, flat = np.zeros(z.shape), np.zeros(angles.size)
+        gates = [k for k in range(len(self.kinds)) if wants[0 if self.from_z[k] else 1]]
+        rows = [(k, c, s) for k in gates for c, s in zip(RULES[self.kinds[k]], SHIFTS, strict=False)]
+        shifts = np.zeros((2 * len(rows), len(self.kinds)))
+        for i, (k, _, shift) in enumerate(rows):
+            shifts[2 * i, k], shifts[2 * i + 1, k] = shift, -shift
+        tokens = max(1, self.chunk // max(1, len(shifts)))
+        for start in range(0, len(z) if rows else 0, tokens):
+            part = slice(start, start + tokens)
+            points = self.gate_angles(z[part], angles)
+            shifted = (points[:, None] + shifts).reshape(-1, len(self.kinds))
+            costs = np.einsum("tsn,tn->ts", self.expectations(shifted).reshape(len(points), -1, z.shape[1]), grad[part])
+            for i, (k, coefficient, _) in enumerate(rows):
+                slope = coefficient * (costs[:, 2 * i] - costs[:, 2 * i + 1])
+                if self.from_z[k]:
+                    grad_z[part, self.source[k]] += slope
+                else:
+                    flat[self.source[k]] += slope.sum()
+        return grad_z, flat.reshape(angles.shape)
+
+
+def _unmixed(circuit: QuantumCircuit, angles: list[Parameter]) -> tuple[QuantumCircuit, list[Parameter], np.ndarray, np.ndarray]:
+    """Give every rotation of a compiled circuit a parameter of its own: angles @ mix + offset.
+
+    Compiling leaves expressions such as -angle / 2 + pi in the gates, which Aer would evaluate one by one in Python, most of the
+    time of a job.
+    """
+    parameters: list[Parameter] = []
+    columns, offsets = [], []
+    result = circuit.copy_empty_like()
+    result.global_phase = 0  # <Z> does not see it
+    index = {angle: k for k, angle in enumerate(angles)}
+    for gate in circuit.data:
+        if not gate.operation.is_parameterized():
+            result.append(gate)
+            continue
+        (expression,) = gate.operation.params
+        parameters.append(Parameter(f"rotation_{len(parameters)}"))
+        result.append(type(gate.operation)(parameters[-1]), gate.qubits)
+        zero = dict.fromkeys(expression.parameters, 0.0)
+        offset = float(expression.bind(zero))
+        column = np.zeros(len(angles))
+        for angle in expression.parameters:  # sums of angles: what compilers make of rotations is linear
+            column[index[angle]] = float(expression.bind(zero | {angle: 1.0})) - offset
+        columns.append(column)
+        offsets.append(offset)
+    return result, parameters, np.stack(columns, axis=1), np.array(offsets)
+
+
+def shift_circuits(ansatz: Ansatz) -> int:
+    """Return how many circuits the parameter shift of one token takes."""
+    return sum(2 * len(RULES[gate.operation.name]) for gate in ansatz.circuit().data)
+
+
+@lru_cache(maxsize=16)
+def _engine(ansatz: Ansatz, simulation: Simulation, gpu: int | None) -> Engine:
+    if simulation.gradient == "adjoint":
+        LOG.warning("gradient: adjoint: Aer runs the circuits forward; gradients are those of the exact, noiseless circuit.")
+    return Engine(ansatz, simulation, gpu)
+
+
+def engine(ansatz: Ansatz, simulation: Simulation, device: torch.device | None = None) -> Engine:
+    """Return the compiled circuit; with `aer_gpu`, on the GPU the tensors are on, else on this process's current one."""
+    gpu = None
+    if simulation.backend == "aer_gpu":
+        gpu = device.index if device is not None and device.type == "cuda" else None
+        gpu = gpu if gpu is not None else (torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    return _engine(ansatz, simulation, gpu)
+
+
+class _Circuits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, angles: Tensor, ansatz: Ansatz, simulation: Simulation) -> Tensor:
+        ctx.save_for_backward(z, angles)
+        ctx.circuit = ansatz, simulation
+        if z.device.type == "meta":
+            return torch.empty_like(z)
+        run = engine(ansatz, simulation, z.device)
+        values = run.expectations(run.gate_angles(_array(z), _array(angles)))
+        return torch.from_numpy(values).to(z)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        z, angles = ctx.saved_tensors
+        ansatz, simulation = ctx.circuit
+        if z.device.type == "meta":
+            return torch.empty_like(z), torch.empty_like(angles), None, None
+        if simulation.gradient == "adjoint":
+            return *torch_engine.gradients(grads[0], z, angles, ansatz), None, None
+        run = engine(ansatz, simulation, z.device)
+        grad_z, grad_angles = run.gradients(_array(grads[0]), _array(z), _array(angles), ctx.needs_input_grad[:2])
+        return torch.from_numpy(grad_z).to(z), torch.from_numpy(grad_angles).to(angles), None, None
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    result: np.ndarray = tensor.detach().to("cpu", torch.float64).numpy()
+    return result
+
+
+@torch.compiler.disable
+def expectation_values(z: Tensor, angles: Tensor, ansatz: Ansatz, simulation: Simulation) -> Tensor:
+    """Run the circuit on Aer; see `engine.expectation_values`."""
+    torch_engine.check_shapes(z, angles, ansatz)
+    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    flat, angles = z.reshape(-1, ansatz.qubits).to(dtype), angles.to(dtype)
+    if z.device.type != "meta":
+        torch_engine.check_finite(flat, angles)
+    result: Tensor = _Circuits.apply(flat, angles, ansatz, simulation)
+    return result.reshape(z.shape)

@@ -1,0 +1,148 @@
+"""Noise on Aer: against density matrices, against Aer's own simulator of a device, and gradients by finite differences."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from qiskit import ClassicalRegister, transpile
+from qiskit.quantum_info import DensityMatrix, Pauli, pauli_basis
+from qiskit_aer import AerSimulator
+from qiskit_ibm_runtime.fake_provider import FakeManilaV2
+
+from axolotl_qtha.circuit import aer, noise
+from axolotl_qtha.circuit.ansatz import Ansatz
+from axolotl_qtha.circuit.engine import expectation_values
+from axolotl_qtha.circuit.simulation import Simulation
+
+from .reference import angles_and_inputs, values
+
+NOISES = ["depolarizing", "fake:manila"]
+
+
+def run(ansatz, z, theta, noise_model, shots=None, seed=0):
+    engine = aer.Engine(ansatz, Simulation("aer", shots, seed, noise_model), None)
+    return engine.expectations(engine.gate_angles(z, theta))
+
+
+def depolarise(state, probability, qubits):
+    """(1 - p) rho + p (the average of P rho P over all Paulis P on the qubits), which is p times the maximally mixed state."""
+    paulis = pauli_basis(len(qubits))
+    mixed = sum(state.evolve(pauli, qubits).data for pauli in paulis) / len(paulis)
+    return DensityMatrix((1 - probability) * state.data + probability * mixed)
+
+
+@pytest.mark.parametrize(("qubits", "layers"), [(1, 1), (2, 1), (3, 1)])
+def test_depolarizing_is_what_it_says(qubits, layers):
+    ansatz = Ansatz(qubits, layers)
+    z, theta = angles_and_inputs(ansatz, tokens=1)
+    circuit = ansatz.circuit()
+    circuit = transpile(
+        circuit.assign_parameters(values(circuit, z[0], theta)), basis_gates=["ry", "rz", "cx"], optimization_level=0
+    )
+    state = DensityMatrix.from_label("0" * qubits)
+    for gate in circuit.data:
+        where = [circuit.find_bit(qubit).index for qubit in gate.qubits]
+        state = state.evolve(gate.operation, where)
+        probability = {"ry": 0.001, "cx": 0.01, "rz": 0.0}[gate.operation.name]
+        if probability:
+            state = depolarise(state, probability, where)
+    expected = [state.expectation_value(Pauli("I" * (qubits - 1 - i) + "Z" + "I" * i)).real for i in range(qubits)]
+    assert np.abs(run(ansatz, z, theta, "depolarizing")[0] - expected).max() <= 1e-12  # double precision, tens of gates
+    assert np.abs(run(ansatz, z, theta, "none")[0] - expected).max() > 1e-4  # and that is not nothing
+
+
+def test_a_device_is_simulated_as_aer_does_it():
+    """Our part of the noise model and read-out, against `AerSimulator.from_backend` with bound angles and shots."""
+    ansatz, shots = Ansatz(3, 1), 100_000
+    z, theta = angles_and_inputs(ansatz, tokens=3)
+    exact = run(ansatz, z, theta, "fake:manila")
+    backend = FakeManilaV2()
+    circuit = ansatz.circuit()
+    for row, mine in zip(z, exact, strict=True):
+        bound = transpile(circuit, backend, optimization_level=3, seed_transpiler=0).assign_parameters(
+            values(circuit, row, theta)
+        )
+        bound.add_register(ClassicalRegister(3))
+        bound.measure(bound.layout.final_index_layout(), range(3))
+        counts = AerSimulator.from_backend(backend, seed_simulator=1).run(bound, shots=shots).result().get_counts()
+        signs = {bits: 1 - 2 * np.array([int(bit) for bit in reversed(bits)]) for bits in counts}
+        sampled = sum(count * signs[bits] for bits, count in counts.items()) / shots
+        assert (np.abs(sampled - mine) <= 5 * np.sqrt((1 - mine**2) / shots)).all()
+
+
+@pytest.mark.parametrize("noise_model", NOISES)
+@pytest.mark.parametrize("shots", [5, 400], ids=["one state vector a shot", "density matrix"])
+def test_noisy_shots_are_within_five_standard_errors(noise_model, shots):
+    ansatz = Ansatz(3, 1)
+    z, theta = angles_and_inputs(ansatz, tokens=100)
+    exact = run(ansatz, z, theta, noise_model)
+    scores = (run(ansatz, z, theta, noise_model, shots) - exact) / np.sqrt((1 - exact**2) / shots)
+    assert np.abs(scores).max() <= 5
+    assert scores.std() == pytest.approx(1, abs=0.25)
+
+
+@pytest.mark.parametrize("noise_model", NOISES)
+def test_parameter_shift_is_exact_under_noise(noise_model):
+    ansatz = Ansatz(2, 2)
+    z, theta = angles_and_inputs(ansatz, tokens=2)
+    grad = np.random.default_rng(1).normal(size=z.shape)
+    engine = aer.Engine(ansatz, Simulation("aer", noise_model=noise_model), None)
+    by_z, by_theta = engine.gradients(grad, z, theta)
+    point, step = np.concatenate([z.ravel(), theta.ravel()]), 1e-4
+
+    def cost(point):
+        inputs, angles = point[: z.size].reshape(z.shape), point[z.size :].reshape(theta.shape)
+        return (grad * engine.expectations(engine.gate_angles(inputs, angles))).sum()
+
+    for k, slope in enumerate(np.concatenate([by_z.ravel(), by_theta.ravel()])):
+        shift = step * np.eye(point.size)[k]
+        # central differences: truncation of step^2 / 6 times a third derivative of size 1, about 2e-9
+        assert (cost(point + shift) - cost(point - shift)) / (2 * step) == pytest.approx(slope, abs=1e-7)
+
+
+def test_only_the_noise_of_the_qubits_used_is_translated():
+    compiled = noise.compile_circuit(Ansatz(2, 1).circuit(), "fake:torino")  # 133 qubits
+    assert len(compiled.noise.noise_qubits) == compiled.width == 2
+    assert (compiled.confusion[:, 0] < 1).all()
+
+
+def test_an_adjoint_gradient_leaves_the_noise_out():
+    ansatz = Ansatz(2, 1)
+    z, theta = (torch.tensor(array, requires_grad=True) for array in angles_and_inputs(ansatz, tokens=3))
+    noisy = {
+        gradient: torch.autograd.grad(
+            expectation_values(z, theta, ansatz, Simulation("aer", noise_model="fake:manila", gradient=gradient)).sum(),
+            (z, theta),
+        )
+        for gradient in ("parameter_shift", "adjoint")
+    }
+    clean = torch.autograd.grad(expectation_values(z, theta, ansatz).sum(), (z, theta))
+    assert all(torch.equal(a, b) for a, b in zip(noisy["adjoint"], clean, strict=True))
+    assert (noisy["parameter_shift"][1] - clean[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "qubits", "words"),
+    [
+        ("depolarising", 2, "'depolarising' is unknown. What works: `none`, `depolarizing`, or `fake:`"),
+        ("manila", 2, "'manila' is unknown"),
+        ("fake:manilla", 2, "names no device. What works: `fake:manila`"),
+        ("fake:", 2, "names no device"),
+        ("fake:manila", 6, "has 5 qubits, the circuit 6 .one per rank.. What works: `rank: 5`, or a larger device"),
+    ],
+)
+def test_bad_names(name, qubits, words):
+    with pytest.raises(ValueError, match=f"qtha.noise_model: .*{words}"):
+        noise.check(name, qubits)
+
+
+@pytest.mark.parametrize("name", ["fake:manila", "fake:fake_manila", "fake:Manila"])
+def test_spellings_of_a_device(name):
+    assert noise.device(name, 5).name == "fake_manila"
+
+
+def test_without_ibms_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "qiskit_ibm_runtime", None)
+    with pytest.raises(ValueError, match=r"needs qiskit-ibm-runtime. What works: `pip install \"axolotl-qtha\[ibm\]\"`"):
+        noise.check("fake:manila", 2)
