@@ -70,7 +70,7 @@ def step(model: nn.Module, x: Tensor, grad: Tensor) -> None:
     model(x).backward(grad)
 
 
-def seconds(run: Callable[[], None], device: torch.device) -> float:
+def seconds(run: Callable[[], object], device: torch.device) -> float:
     """Return the wall-clock seconds of one run."""
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from .program import Wall, program, tables
 CACHE_AMPLITUDES = 2**17  # amplitudes per chunk of tokens: 1 MiB of float32 state, about a core's L2 cache
 
 
-_plain: ContextVar[bool] = ContextVar("in_pytorch", default=False)
+_plain = False  # for all threads: on a GPU, backward runs in one of its own
 
 
 class NonFiniteAngle(ValueError):
@@ -55,7 +54,7 @@ def gradients(grad: Tensor, z: Tensor, angles: Tensor, ansatz: Ansatz) -> tuple[
 
 def fused(z: Tensor) -> Any:
     """Return the module whose `forward` and `backward` run the circuit on z (tokens, n) in one go; None: PyTorch does."""
-    if _plain.get():
+    if _plain:
         return None
     if native.runs(z):
         return native
@@ -65,11 +64,12 @@ def fused(z: Tensor) -> Any:
 @contextmanager
 def in_pytorch() -> Iterator[None]:
     """Run circuits in PyTorch inside, to compare."""
-    token = _plain.set(True)
+    global _plain
+    before, _plain = _plain, True
     try:
         yield
     finally:
-        _plain.reset(token)
+        _plain = before
 
 
 def check_shapes(z: Tensor, angles: Tensor, ansatz: Ansatz) -> None:
