@@ -2,7 +2,7 @@
 
 Gradients of sum(weights * <Z>) for inputs and angles. Before it is timed, an engine's values and gradients are compared with ours
 in float64. Engines take turns within a cell, so that a drift of the machine's speed hits all alike; short runs are repeated in a
-turn, since the first after another engine finds cold caches. Printed are medians, and the median of the ratios to ours within each
+turn, since the first after another engine finds cold caches. Printed are medians, and the median of the ratios to ours of each
 turn. Cells that would take an engine more than --limit seconds or the free memory are left out, and said to be.
 """
 

@@ -231,10 +231,17 @@ void each_block(const Circuit<T> &c, int64_t chunk, int threads, bool adjoint, W
                 work(block, k);
             }
     };
+    threads = int(chunks < threads ? chunks : threads);
+#ifdef _OPENMP
+    // PyTorch's own workers: they wait for their next work by spinning, for milliseconds, and would take the cores from others.
+#pragma omp parallel num_threads(threads)
+    run();
+#else
     std::vector<std::thread> others;
-    for (int t = 1; t < threads && t < chunks; ++t) others.emplace_back(run);
+    for (int t = 1; t < threads; ++t) others.emplace_back(run);
     run();
     for (auto &thread : others) thread.join();
+#endif
 }
 
 template <typename T> void forward(const Circuit<T> &c, int64_t chunk, T *out, int threads) {

@@ -43,7 +43,7 @@ def library() -> ctypes.CDLL | None:
         LOG.warning("no C++ compiler (c++, g++, clang++): circuits run in PyTorch, some ten times slower on a CPU.")
         return None
     reason = ""
-    for target in (("-march=native",), ()):
+    for target in (("-march=native", "-fopenmp"), ("-march=native",), ()):  # without OpenMP, with threads of its own
         try:
             return ctypes.CDLL(str(_built(compiler, (*FLAGS, *target))))
         except (subprocess.CalledProcessError, OSError) as error:
