@@ -1,0 +1,153 @@
+"""The exact engine on an NVIDIA GPU: `circuit_triton.py`, one launch forward and one backward, compiled by Triton on first use.
+
+In the GPU's memory are z, the angles, <Z>, their gradients and a few tables, but no states. Without Triton, and with more than
+`MAX_QUBITS` qubits, the same is computed in PyTorch.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ansatz import Ansatz
+from .program import Program, program, tables
+
+MAX_QUBITS = 8  # 4 * 2**8 float32 of a token and its adjoint are 32 registers for each lane of a warp, of 255
+# Amplitudes of a warp, 16 or 8 a lane: backward holds four numbers for each, so 64 registers. Twice as many do not fit with what
+# else is needed; half as many shuffle more, for more of the qubits lie across lanes.
+AMPLITUDES = {torch.float32: 512, torch.float64: 256}
+LANES = 32
+
+LOG = logging.getLogger(__name__)
+
+
+def runs(z: Tensor, qubits: int) -> bool:
+    """Return whether the kernel takes this input."""
+    return z.device.type == "cuda" and qubits <= MAX_QUBITS and works()
+
+
+@lru_cache(maxsize=1)
+def works() -> bool:
+    """Return whether Triton can be used here; if not, the log says so once."""
+    try:
+        if torch.version.cuda is None:
+            raise RuntimeError("not an NVIDIA GPU")  # others have other warps
+        from triton.runtime import driver
+
+        driver.active.get_current_target()  # needs a C compiler
+        return True
+    except (ImportError, RuntimeError, OSError, subprocess.SubprocessError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        LOG.warning(f"Triton cannot be used ({reason}): circuits run in PyTorch, with more memory and more time on a GPU.")
+        return False
+
+
+def block(qubits: int, dtype: torch.dtype) -> int:
+    """Return how many tokens a program of the grid, one warp, takes."""
+    return min(LANES, AMPLITUDES[dtype] >> qubits)
+
+
+def settings(qubits: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, Any]]:
+    """Return the kernels' constants, and how they are compiled."""
+    return (
+        {"N": qubits, "COLUMNS": 1 << (qubits - 1).bit_length(), "T": block(qubits, dtype)},
+        # Without maxnreg the assembler may spill a few registers to fit more warps. Sums of bits as integers may overflow.
+        {"num_warps": 1, "maxnreg": 255, "enable_fp_fusion": True, "sanitize_overflow": False},
+    )
+
+
+@dataclass(frozen=True)
+class _Constants:
+    """What does not depend on the angles, on one device, for W walls."""
+
+    select: Tensor  # (2 W - 1, rows, 1): 1 where a row adds to the angles of a wall, then of a diagonal
+    phases: Tensor  # (W - 1, n, 2**n): of each diagonal, see `Tables`
+    identity: Tensor  # (2**n): a diagonal's phases that are zero
+    encodes: Tensor  # (W) int32
+    steps: Tensor  # (W - 1) int32
+
+
+@lru_cache(maxsize=64)
+def _constants(ansatz: Ansatz, device: torch.device, dtype: torch.dtype) -> _Constants:
+    folded = program(ansatz)
+    walls = len(folded.walls)
+    select = torch.zeros(2 * walls - 1, ansatz.rows, 1, dtype=dtype)
+    for i, wall in enumerate(folded.walls):
+        select[i, list(wall.rows)] = 1
+    for i, (row, _) in enumerate(folded.diagonals):
+        select[walls + i, row] = 1
+    by_kind = tables(ansatz, device, dtype).phases
+    phases = [by_kind[kind] for _, kind in folded.diagonals]
+    encodes = torch.tensor([wall.encodes > 0 for wall in folded.walls], dtype=torch.int32)
+    steps = torch.tensor([1 if kind == "ring" else -1 for _, kind in folded.diagonals], dtype=torch.int32)
+    return _Constants(
+        select.to(device),
+        torch.stack(phases) if phases else select.new_zeros(0, ansatz.qubits, 2**ansatz.qubits, device=device),
+        select.new_zeros(2**ansatz.qubits, device=device),
+        encodes.to(device),
+        steps.to(device),
+    )
+
+
+class _Call:
+    """The arguments that forward and backward share."""
+
+    def __init__(self, z: Tensor, angles: Tensor, ansatz: Ansatz) -> None:
+        self.tokens = z.shape[0]
+        self.program: Program = program(ansatz)
+        self.walls = len(self.program.walls)
+        self.factor = float(max(wall.encodes for wall in self.program.walls))  # with one qubit, the number of layers
+        self.constants = _constants(ansatz, z.device, z.dtype)
+        # Products and sums, no matmul: the user may allow TF32, which rounds an angle of one radian by 5e-4.
+        shared = (self.constants.select * angles).sum(1)
+        phase = (self.constants.phases * shared[self.walls :, :, None]).sum(1)
+        turn = torch.cat([shared[: self.walls].flatten() / 2, self.constants.identity, phase.flatten()])
+        self.turns = torch.stack([turn.cos(), turn.sin()], dim=1)
+        sizes, options = settings(ansatz.qubits, z.dtype)
+        self.options = sizes | options
+        self.programs = -(-self.tokens // sizes["T"])
+
+    def angle_gradients(self, sums: Tensor) -> Tensor:
+        """Return the gradients of the angles, (rows, n), from those of walls and diagonals, (programs, 2 W - 1, n)."""
+        return (self.constants.select * sums.sum(0)[:, None]).sum(0)
+
+
+def forward(z: Tensor, angles: Tensor, ansatz: Ansatz) -> Tensor:
+    """Return <Z_i>, (tokens, n), of contiguous z (tokens, n) and angles (rows, n) in radians, float32 or float64."""
+    from . import circuit_triton
+
+    result = torch.empty_like(z)
+    if z.shape[0] == 0:
+        return result
+    call = _Call(z, angles, ansatz)
+    with torch.cuda.device_of(z):
+        circuit_triton.forward[(call.programs,)](
+            z, call.turns, call.constants.encodes, result, call.tokens, call.walls, call.factor, **call.options
+        )
+    return result
+
+
+def backward(grad: Tensor, z: Tensor, angles: Tensor, ansatz: Ansatz) -> tuple[Tensor, Tensor]:
+    """Return the gradients of sum(grad * <Z>) for z and the angles; all tensors contiguous, as for `forward`."""
+    from . import circuit_triton
+
+    grad_z = torch.empty_like(z)
+    if z.shape[0] == 0:
+        return grad_z, torch.zeros_like(angles)
+    call = _Call(z, angles, ansatz)
+    constants = call.constants
+    # each program has its own place: no atomics, so that the sums do not depend on which comes first
+    sums = z.new_empty(call.programs, 2 * call.walls - 1, ansatz.qubits)
+    with torch.cuda.device_of(z):
+        circuit_triton.backward[(call.programs,)](
+            *(z, grad, call.turns, constants.encodes, constants.steps, grad_z, sums),
+            *(call.tokens, call.walls, call.factor),
+            **call.options,
+        )
+    return grad_z, call.angle_gradients(sums)
