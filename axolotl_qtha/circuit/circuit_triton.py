@@ -15,7 +15,7 @@ Arguments of the two kernels, for W walls; real ones have z's dtype, float32 or 
 
     z, grad, result, grad_z   (tokens, N), z in radians
     turns     (W * N + W * 2**N, 2): cos and sin of half the angles that all tokens share, wall by wall, then of the phases of the
-              diagonal before each wall. Before the first it is the identity: there to be loaded, which settles the lanes of a state
+              diagonal before each wall. Before the first it is the identity: loading it settles the lanes of a state
     encodes   (W) int32, whether z is added to the wall's angles
     steps     (W - 1) int32, whether each qubit of a diagonal's CRZ ring controls the next one (1) or the one before (-1)
     sums      (programs, 2 W - 1, N): the gradients of the walls' and the diagonals' angles, summed over a program's tokens
