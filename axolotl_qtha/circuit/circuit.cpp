@@ -17,6 +17,8 @@ namespace {
 
 constexpr int kBytes = 64;  // of a vector: one AVX-512 register, or what the compiler makes of it
 constexpr int kMaxQubits = 12;
+constexpr int kSliceQubits = 6;  // 64 amplitudes of two states are 16 KiB: they stay in the first-level cache
+constexpr int kGap = 5;  // vectors between arrays: at a power of two apart, all would fall into the same sets of the cache
 
 template <typename T> struct Lanes;
 template <> struct Lanes<float> { typedef float type __attribute__((vector_size(kBytes))); };
@@ -38,12 +40,12 @@ template <typename T> class Block {
   public:
     explicit Block(const Circuit<T> &c, bool adjoint)
         : c_(c), size_(int64_t(1) << c.qubits), memory_(nullptr) {
-        const size_t count = size_ * (adjoint ? 4 : 2);
+        const size_t apart = size_ + kGap, count = apart * (adjoint ? 4 : 2);
         memory_ = static_cast<V *>(std::aligned_alloc(kBytes, count * sizeof(V)));
         re_ = memory_;
-        im_ = re_ + size_;
-        lre_ = adjoint ? im_ + size_ : nullptr;
-        lim_ = adjoint ? lre_ + size_ : nullptr;
+        im_ = re_ + apart;
+        lre_ = adjoint ? im_ + apart : nullptr;
+        lim_ = adjoint ? lre_ + apart : nullptr;
     }
     ~Block() { std::free(memory_); }
     Block(const Block &) = delete;
@@ -65,22 +67,21 @@ template <typename T> class Block {
     }
 
     void forward() {
-        V cos, sin;
+        V cos[kMaxQubits], sin[kMaxQubits];
+        angles(0, cos, sin);
         re_[0] = V{} + T(1);
         for (int q = c_.qubits - 1, filled = 1; q >= 0; --q, filled *= 2) {  // RYs on |0>: a real product state
-            angle(0, q, cos, sin);
             for (int s = 0; s < filled; ++s) {
-                re_[s + filled] = re_[s] * sin;
-                re_[s] *= cos;
+                re_[s + filled] = re_[s] * sin[q];
+                re_[s] *= cos[q];
             }
         }
         std::memset(static_cast<void *>(im_), 0, size_ * sizeof(V));
         for (int w = 1; w < c_.walls; ++w) {
-            phase(re_, im_, w - 1, T(1));
-            for (int q = 0; q < c_.qubits; ++q) {
-                angle(w, q, cos, sin);
-                rotate(stride(q), cos, sin);
-            }
+            phase(w - 1);
+            angles(w, cos, sin);
+            each_pair([&](int q) { rotate(q, cos[q], sin[q]); },
+                      [&](int q, int64_t from, int64_t to) { rotate(q, from, to, cos + q, sin + q); });
         }
     }
 
@@ -101,21 +102,21 @@ template <typename T> class Block {
     // Adds to sums over tokens: of_walls (walls, qubits) and of_diags (walls - 1, 2**qubits), Im of conj(adjoint) * state.
     void backward(const T *grad, T *grad_z, double *of_walls, double *of_diags) {
         observe(grad);
-        V of_z[kMaxQubits];
+        V of_z[kMaxQubits], of_wall[kMaxQubits], cos[kMaxQubits], sin[kMaxQubits];
         for (int q = 0; q < c_.qubits; ++q) of_z[q] = V{};
         for (int w = c_.walls - 1; w >= 0; --w) {
+            for (int q = 0; q < c_.qubits; ++q) of_wall[q] = V{};
+            angles(w, cos, sin);
+            if (w > 0)
+                each_pair([&](int q) { of_wall[q] = undo(q, cos[q], sin[q]); },
+                          [&](int q, int64_t from, int64_t to) { undo(q, from, to, cos + q, sin + q, of_wall + q); });
+            else
+                for (int q = 0; q < c_.qubits; ++q) of_wall[q] = derivative(stride(q));
             for (int q = 0; q < c_.qubits; ++q) {
-                V cos, sin;
-                angle(w, q, cos, sin);
-                const V g = w > 0 ? undo(stride(q), cos, sin) : derivative(stride(q));
-                if (c_.encodes[w]) of_z[q] += g;
-                of_walls[w * c_.qubits + q] += sum(g);
+                if (c_.encodes[w]) of_z[q] += of_wall[q];
+                of_walls[w * c_.qubits + q] += sum(of_wall[q]);
             }
-            if (w == 0) break;
-            double *diag = of_diags + (w - 1) * size_;
-            for (int64_t s = 0; s < size_; ++s) diag[s] += sum(lre_[s] * im_[s] - lim_[s] * re_[s]);
-            phase(re_, im_, w - 1, T(-1));
-            phase(lre_, lim_, w - 1, T(-1));
+            if (w > 0) undo_phase(w - 1, of_diags + (w - 1) * size_);
         }
         for (int q = 0; q < c_.qubits; ++q)
             for (int l = 0; l < count_; ++l) grad_z[(first_ + l) * c_.qubits + q] = of_z[q][l];
@@ -124,26 +125,67 @@ template <typename T> class Block {
   private:
     int64_t stride(int q) const { return int64_t(1) << (c_.qubits - 1 - q); }  // qubit 0 is the most significant bit
 
-    void angle(int w, int q, V &cos, V &sin) const {
-        const T c = c_.cos_wall[w * c_.qubits + q], s = c_.sin_wall[w * c_.qubits + q];
-        if (c_.encodes[w]) {
-            cos = cz_[q] * c - sz_[q] * s;
-            sin = sz_[q] * c + cz_[q] * s;
-        } else {
-            cos = V{} + c;
-            sin = V{} + s;
+    void angles(int w, V *cos, V *sin) const {
+        for (int q = 0; q < c_.qubits; ++q) {
+            const T c = c_.cos_wall[w * c_.qubits + q], s = c_.sin_wall[w * c_.qubits + q];
+            cos[q] = c_.encodes[w] ? cz_[q] * c - sz_[q] * s : V{} + c;
+            sin[q] = c_.encodes[w] ? sz_[q] * c + cz_[q] * s : V{} + s;
         }
     }
 
-    void rotate(int64_t half, V cos, V sin) {
+    // Two qubits at a time, which halves the passes over the state; the last ones slice by slice. one(q); two(q, from, to).
+    template <typename One, typename Two> void each_pair(One one, Two two) const {
+        int q = c_.qubits % 2;
+        if (q) one(0);
+        for (; c_.qubits - q > kSliceQubits; q += 2) two(q, 0, size_);
+        const int64_t slice = int64_t(1) << (c_.qubits - q);
+        for (int64_t from = 0; from < size_; from += slice)
+            for (int p = q; p < c_.qubits; p += 2) two(p, from, from + slice);
+    }
+
+    static void turn(V &a, V &b, V cos, V sin) {
+        const V old = a;
+        a = cos * old - sin * b;
+        b = sin * old + cos * b;
+    }
+
+    void rotate(int q, V cos, V sin) {
+        const int64_t half = stride(q);
         for (int64_t base = 0; base < size_; base += 2 * half)
             for (int64_t i = base; i < base + half; ++i) {
-                const V r0 = re_[i], r1 = re_[i + half], i0 = im_[i], i1 = im_[i + half];
-                re_[i] = cos * r0 - sin * r1;
-                re_[i + half] = sin * r0 + cos * r1;
-                im_[i] = cos * i0 - sin * i1;
-                im_[i + half] = sin * i0 + cos * i1;
+                turn(re_[i], re_[i + half], cos, sin);
+                turn(im_[i], im_[i + half], cos, sin);
             }
+    }
+
+    // Four amplitudes of one array, by the bits of two qubits.
+    struct Four {
+        V *at;
+        int64_t half, next;
+        V a = at[0], b = at[next], c = at[half], d = at[half + next];
+
+        void turn(const V *cos, const V *sin) {
+            Block::turn(a, c, cos[0], sin[0]);
+            Block::turn(b, d, cos[0], sin[0]);
+            Block::turn(a, b, cos[1], sin[1]);
+            Block::turn(c, d, cos[1], sin[1]);
+        }
+        void store() {
+            at[0] = a, at[next] = b;
+            at[half] = c, at[half + next] = d;
+        }
+    };
+
+    void rotate(int q, int64_t from, int64_t to, const V *cosines, const V *sines) {
+        const V cos[2] = {cosines[0], cosines[1]}, sin[2] = {sines[0], sines[1]};  // so that they stay in registers
+        const int64_t half = stride(q), next = half / 2;
+        for (int64_t base = from; base < to; base += 2 * half)
+            for (int64_t i = base; i < base + next; ++i)
+                for (V *array : {re_, im_}) {
+                    Four x{array + i, half, next};
+                    x.turn(cos, sin);
+                    x.store();
+                }
     }
 
     // Re <adjoint| -iY |state> on one qubit.
@@ -156,32 +198,53 @@ template <typename T> class Block {
     }
 
     // The same, and takes the rotation off both.
-    V undo(int64_t half, V cos, V sin) {
-        V total = V{};
-        for (int64_t base = 0; base < size_; base += 2 * half)
-            for (int64_t i = base; i < base + half; ++i) {
-                const V r0 = re_[i], r1 = re_[i + half], i0 = im_[i], i1 = im_[i + half];
-                const V a0 = lre_[i], a1 = lre_[i + half], b0 = lim_[i], b1 = lim_[i + half];
-                total += a1 * r0 - a0 * r1 + b1 * i0 - b0 * i1;
-                re_[i] = cos * r0 + sin * r1;
-                re_[i + half] = cos * r1 - sin * r0;
-                im_[i] = cos * i0 + sin * i1;
-                im_[i + half] = cos * i1 - sin * i0;
-                lre_[i] = cos * a0 + sin * a1;
-                lre_[i + half] = cos * a1 - sin * a0;
-                lim_[i] = cos * b0 + sin * b1;
-                lim_[i + half] = cos * b1 - sin * b0;
-            }
+    V undo(int q, V cos, V sin) {
+        const int64_t half = stride(q);
+        const V total = derivative(half);
+        for (V *array : {re_, im_, lre_, lim_})
+            for (int64_t base = 0; base < size_; base += 2 * half)
+                for (int64_t i = base; i < base + half; ++i) turn(array[i], array[i + half], cos, -sin);
         return total;
     }
 
-    void phase(V *re, V *im, int d, T sign) const {
+    void undo(int q, int64_t from, int64_t to, const V *cosines, const V *sines, V *totals) {
+        const V cos[2] = {cosines[0], cosines[1]}, sin[2] = {-sines[0], -sines[1]};
+        const int64_t half = stride(q), next = half / 2;
+        V first = totals[0], second = totals[1];
+        for (int64_t base = from; base < to; base += 2 * half)
+            for (int64_t i = base; i < base + next; ++i)
+                for (int part = 0; part < 2; ++part) {
+                    Four x{(part ? im_ : re_) + i, half, next}, y{(part ? lim_ : lre_) + i, half, next};
+                    first += y.c * x.a - y.a * x.c + y.d * x.b - y.b * x.d;
+                    second += y.b * x.a - y.a * x.b + y.d * x.c - y.c * x.d;
+                    x.turn(cos, sin);
+                    y.turn(cos, sin);
+                    x.store();
+                    y.store();
+                }
+        totals[0] = first;
+        totals[1] = second;
+    }
+
+    void phase(int d) {
         const T *cos = c_.cos_diag + d * size_, *sin = c_.sin_diag + d * size_;
         for (int64_t s = 0; s < size_; ++s) {
-            const V r = re[s], i = im[s];
-            const T a = cos[s], b = sign * sin[s];
-            re[s] = r * a - i * b;
-            im[s] = r * b + i * a;
+            const V r = re_[s], i = im_[s];
+            re_[s] = r * cos[s] - i * sin[s];
+            im_[s] = r * sin[s] + i * cos[s];
+        }
+    }
+
+    // Adds Im of conj(adjoint) * state, then takes the phases off both.
+    void undo_phase(int d, double *of_diag) {
+        const T *cos = c_.cos_diag + d * size_, *sin = c_.sin_diag + d * size_;
+        for (int64_t s = 0; s < size_; ++s) {
+            const V r = re_[s], i = im_[s], a = lre_[s], b = lim_[s];
+            of_diag[s] += sum(a * i - b * r);
+            re_[s] = r * cos[s] + i * sin[s];
+            im_[s] = i * cos[s] - r * sin[s];
+            lre_[s] = a * cos[s] + b * sin[s];
+            lim_[s] = b * cos[s] - a * sin[s];
         }
     }
 
@@ -203,9 +266,18 @@ template <typename T> class Block {
         }
     }
 
-    T sum(V v) const {
+    // In halves: lane by lane, each addition would wait for the one before.
+    static T sum(V v) {
+        typedef T Half __attribute__((vector_size(kBytes / 2)));
+        typedef T Quarter __attribute__((vector_size(kBytes / 4)));
+        Half halves[2];
+        std::memcpy(halves, &v, sizeof v);
+        halves[0] += halves[1];
+        Quarter quarters[2];
+        std::memcpy(quarters, halves, sizeof quarters);
+        quarters[0] += quarters[1];
         T total = 0;
-        for (int l = 0; l < kLanes; ++l) total += v[l];
+        for (int l = 0; l < kLanes / 4; ++l) total += quarters[0][l];
         return total;
     }
 
