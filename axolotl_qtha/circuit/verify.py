@@ -46,7 +46,7 @@ def compare(ansatz: Ansatz, simulation: Simulation, tokens: int, tolerance: floa
     exact = Engine(ansatz, REFERENCE, None)
     values = _statevector(ansatz, z, angles)
     gradients = exact.gradients(weights, z, angles)
-    for name, dtype, device, how, plain in _engines():
+    for name, dtype, device, how, plain in _engines(ansatz.qubits):
         inputs = [torch.tensor(array, dtype=dtype, device=device, requires_grad=True) for array in (z, angles)]
         with torch_engine.in_pytorch() if plain else nullcontext():
             result = expectation_values(inputs[0], inputs[1], ansatz, how)
@@ -59,7 +59,7 @@ def compare(ansatz: Ansatz, simulation: Simulation, tokens: int, tolerance: floa
         yield _sampled(ansatz, simulation, z, angles)
 
 
-def _engines() -> Iterator[tuple[str, torch.dtype, str, Simulation, bool]]:
+def _engines(qubits: int) -> Iterator[tuple[str, torch.dtype, str, Simulation, bool]]:
     """Yield name, dtype, device, simulation, and whether the exact engine is kept to PyTorch."""
     from qiskit_aer import AerSimulator
 
@@ -67,7 +67,7 @@ def _engines() -> Iterator[tuple[str, torch.dtype, str, Simulation, bool]]:
     for device in devices:
         for dtype in (torch.float32, torch.float64):
             kind = f"{device}, {str(dtype).removeprefix('torch.')}"
-            if torch_engine.fused(torch.empty(1, 1, dtype=dtype, device=device)):
+            if torch_engine.fused(torch.empty(1, qubits, dtype=dtype, device=device)):
                 yield f"torch, {kind}, {'compiled' if device == 'cpu' else 'Triton'}", dtype, device, Simulation(), False
             yield f"torch, {kind}, PyTorch", dtype, device, Simulation(), True
     yield "aer, double", torch.float64, "cpu", REFERENCE, False

@@ -147,6 +147,21 @@ def test_autocast_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
 
 
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_a_lower_matmul_precision_changes_nothing(precision):
+    ansatz = Ansatz(8, 3)
+    z, theta = tensors(ansatz, tokens=64, dtype=torch.float32)
+    plain = value_and_gradients(ansatz, z, theta)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)  # what Axolotl's `tf32: true` sets
+    try:
+        again = value_and_gradients(ansatz, z, theta)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
 def test_chunks_of_tokens_do_not_matter():
     ansatz = Ansatz(8, 2)
     z, theta = tensors(ansatz, tokens=5000, dtype=torch.float64)
