@@ -15,7 +15,11 @@
 
 namespace {
 
-constexpr int kBytes = 64;  // of a vector: one AVX-512 register, or what the compiler makes of it
+#ifdef __AVX512F__
+constexpr int kBytes = 64;  // of a vector: one register; where registers are half as wide, this would take twice the time
+#else
+constexpr int kBytes = 32;
+#endif
 constexpr int kMaxQubits = 12;
 constexpr int kSliceQubits = 6;  // 64 amplitudes of two states are 16 KiB: they stay in the first-level cache
 constexpr int kGap = 5;  // vectors between arrays: at a power of two apart, all would fall into the same sets of the cache
