@@ -12,6 +12,7 @@ from transformers.utils.generic import maybe_autocast
 
 from .circuit.engine import expectation_values
 from .config import QTHAConfig
+from .errors import IncompleteAdapter
 from .mpo import decompose, fold_columns, fold_rows
 from .plan import AdapterShape, ansatz
 
@@ -227,7 +228,7 @@ def _check_saved(module: QTHAAdapter, state_dict: dict[str, Tensor], prefix: str
     for name in module.state_names():
         value = state_dict.get(prefix + name)
         if value is not None and value.device.type != "meta" and not bool(torch.isfinite(value).all()):
-            raise ValueError(
+            raise IncompleteAdapter(
                 f"adapter tensor {prefix}{name} holds NaN or infinite values; it was not saved. What works: a smaller "
                 "learning_rate or max_grad_norm, from the last good checkpoint."
             )

@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
-from . import quantization
+from . import parallel, quantization
 from .circuit import noise
 from .config import QTHAConfig
 from .errors import close_names, refusal
@@ -53,7 +53,6 @@ REFUSED = {
     "qat": "it replaces the layers that carry adapters; leave it out",
     "quantize_moe_experts": "Axolotl has it for `adapter: lora` and `qlora` only; leave it out, experts then stay as they are",
 }
-PARALLEL = ("tensor_parallel_size", "expert_parallel_size", "context_parallel_size")
 # The angles (or their classical twin's weights), by the names the trainer sees.
 CIRCUIT_PARAMETERS = ["qtha_adapter.default.angles", "qtha_adapter.default.units", "qtha_adapter.default.scale"]
 
@@ -133,6 +132,7 @@ class QTHAArgs(BaseModel):
         block = data.get("qtha")
         block = block if isinstance(block, dict) else {}
         _refuse(data, block)
+        parallel.connect(data)
         quantization.connect(data)
         data["merge_method"] = "legacy"  # the other method reads the adapter as LoRA and may write an unmerged base
         if block.get("modules_to_save"):  # Axolotl asks for this key when tokens are added
@@ -162,9 +162,6 @@ def _refuse(data: dict[str, Any], block: dict[str, Any]) -> None:
     for key, advice in REFUSED.items():
         if value := data.get(key):
             raise ValueError(f"{key}: {value!r} does not work with `adapter: qtha`: {advice}.")
-    for key in PARALLEL:
-        if (value := data.get(key) or 1) != 1:
-            raise ValueError(f"{key}: {value!r} is not supported by `adapter: qtha` yet. What works: `{key}: 1`, with DDP.")
     _refuse_reentrant(data)
 
 

@@ -116,7 +116,7 @@ class QTHAConfig(PeftConfig):
     )
     shots: int | None = _key(None, "Aer: measurements per circuit. Default: exact expectation values.")
     seed_simulator: int | None = _key(
-        None, "Aer: seed of the shots, which are a function of it and of the angles. Default: seed."
+        None, "Aer: seed of the shots, which are a function of it, the angles and the rank. Default: seed."
     )
     noise_model: str = _key(
         "none",

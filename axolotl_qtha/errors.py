@@ -7,6 +7,13 @@ from collections.abc import Iterable
 from typing import Any
 
 
+class IncompleteAdapter(RuntimeError):
+    """What would be saved is not the whole adapter.
+
+    No ValueError, which transformers takes for a setting of DeepSpeed's when it saves, and goes on.
+    """
+
+
 def refusal(key: str, value: Any, why: str, works: str) -> ValueError:
     """Return the error for a bad `qtha:` key, or command-line option (--key): it names the key, the value and what would work."""
     return ValueError(f"{key if key.startswith('--') else f'qtha.{key}'}: {value!r} {why}. What works: {works}.")

@@ -1,13 +1,15 @@
-"""Trainer callbacks that stop a run which would mislead."""
+"""Trainer callbacks that keep a run from misleading."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .adapter import QTHAAdapter
+from .checkpoints import ONE_RANKS_SHARD
 
 
 class RefuseUntrainedEvaluation(TrainerCallback):
@@ -33,3 +35,15 @@ class RefuseUntrainedEvaluation(TrainerCallback):
                 "`--lora-model-dir` with the output_dir of a training, or no `adapter:` to measure the base."
             )
         self._settled = True  # one look is enough
+
+
+class DropOneRanksShard(TrainerCallback):
+    """Takes a file out of FSDP2's checkpoints that holds one rank's part of the adapter.
+
+    Accelerate 1.13 writes it (`save_fsdp_model` with adapter_only), and on resuming would load it in place of the whole adapter.
+    """
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Remove the file from the checkpoint just written."""
+        if state.is_world_process_zero:
+            (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / ONE_RANKS_SHARD).unlink(missing_ok=True)

@@ -13,6 +13,7 @@ Everything outside the circuit is linear and passes through r numbers, so tokens
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -57,7 +58,8 @@ class QTHALayer(BaseTunerLayer):
         if any(parameter.device.type == "meta" for parameter in layer.parameters()):
             return None
         try:
-            weight = self.get_base_weight()
+            with _whole(layer):
+                weight = self.get_base_weight().detach().clone()
         except (TypeError, NotImplementedError) as error:
             raise refusal(
                 "init", "tt_svd", f"reads the frozen weights, and {type(layer).__name__} cannot give them", "`init: kaiming`"
@@ -139,6 +141,17 @@ class QTHALinear(nn.Module, QTHALayer):
         while self.merged_adapters:
             weight = self.get_base_weight()
             self.set_base_weight((weight - self.get_delta_weight(self.merged_adapters.pop())).to(weight.dtype))
+
+
+def _whole(layer: nn.Module) -> AbstractContextManager[Any]:
+    """Gather a layer's parameters if ZeRO-3 has partitioned them, on every rank and for this layer alone."""
+    parameters = [parameter for parameter in layer.parameters() if hasattr(parameter, "ds_id")]
+    if not parameters:
+        return nullcontext()
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    result: AbstractContextManager[Any] = GatheredParameters(parameters)
+    return result
 
 
 def layer_sizes(layer: nn.Module) -> tuple[int, int]:

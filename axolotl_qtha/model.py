@@ -8,15 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
+import torch.distributed as dist
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import get_quantization_kwargs, register_peft_method
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .adapter import QTHAAdapter
 from .circuit.engine import prepare
 from .config import QTHAConfig
 from .errors import close_names, refusal
@@ -114,6 +118,24 @@ def register() -> None:
     """Make PEFT know the method; a second call does nothing."""
     if QTHA not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name="qtha", config_cls=QTHAConfig, model_cls=QTHAModel)
+
+
+def synchronise(model: nn.Module) -> None:
+    """Give every rank the adapters of rank 0: what each computes for itself may differ in the last bit.
+
+    To be called on every rank, before the model is sharded.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    adapters = [module for module in model.modules() if isinstance(module, QTHAAdapter)]
+    tensors = [tensor for adapter in adapters for tensor in adapter.state_names().values()]
+    # as objects: these go over any backend, from and to whatever device the adapters are on
+    box = [[tensor.detach().cpu() for tensor in tensors] if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    assert box[0] is not None
+    with torch.no_grad():
+        for tensor, value in zip(tensors, box[0], strict=True):
+            tensor.copy_(value)
 
 
 def select_targets(config: QTHAConfig, model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -224,8 +246,8 @@ def _supported(name: str, module: nn.Module, model: nn.Module) -> nn.Module:
 
 def _check_loaded_file(model: QTHAModel, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Refuse a state dict that holds an adapter only in part, or of other modules, or nothing this model has."""
-    own = {prefix + name for name, _ in model.named_parameters()} | {prefix + name for name, _ in model.named_buffers()}
-    if state_dict and own.isdisjoint(state_dict):
+    own = {prefix + name: tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    if state_dict and own.keys().isdisjoint(state_dict):
         raise ValueError(
             f"these weights belong to another model or method: none of {sorted(state_dict)[:3]}... is in this one. "
             "What works: a folder written by `adapter: qtha` for the same base model."
@@ -240,3 +262,6 @@ def _check_loaded_file(model: QTHAModel, state_dict: dict[str, Tensor], prefix: 
                 f"{sorted(expected - given)[:3]}, {len(given - expected)} have no place {sorted(given - expected)[:3]}. "
                 "What works: the complete adapter folder, on the base model and with the `qtha:` settings it was trained with."
             )
+    for name, value in state_dict.items():
+        if isinstance(target := own.get(name), DTensor) and not isinstance(value, DTensor):  # FSDP2: each rank takes its shard
+            state_dict[name] = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)

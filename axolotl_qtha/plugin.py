@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
-from axolotl.utils.distributed import is_main_process
+from axolotl.utils.distributed import barrier, get_world_size, is_local_main_process, is_main_process
 from axolotl.utils.logging import get_logger
 from axolotl.utils.train import determine_last_checkpoint
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from . import quantization
+from . import checkpoints, quantization
 from .args import adapter_config, adapter_settings
 from .config import SIMULATION_KEYS, QTHAConfig, differences
-from .guards import RefuseUntrainedEvaluation
+from .guards import DropOneRanksShard, RefuseUntrainedEvaluation
 from .layer import QTHALayer
+from .model import synchronise
+from .parallel import deepspeed_settings, zero_stage
 from .plan import describe
+from .saving import guard
 
 if TYPE_CHECKING:
     from axolotl.utils.dict import DictDefault
@@ -26,7 +30,9 @@ if TYPE_CHECKING:
 
 LOG = get_logger(__name__)
 
-NOT_OF_THE_ADAPTER = ("target_modules", "seed", "dropout", *SIMULATION_KEYS)  # keys a trained one may be loaded without
+# Keys that a trained adapter may have otherwise than the YAML: of one that is loaded, and of a checkpoint that a run continues.
+AS_THE_YAML_SAYS = ("seed", "dropout", "param_budget", *SIMULATION_KEYS)
+NOT_OF_THE_ADAPTER = ("target_modules", "seed", "dropout", *SIMULATION_KEYS)
 
 
 class QTHAPlugin(BasePlugin):
@@ -54,13 +60,17 @@ class QTHAPlugin(BasePlugin):
         self._training = not preprocess
 
     def pre_model_load(self, cfg: DictDefault) -> None:
-        """Complete the base's quantisation, now that its type and dtype are known, and show what a training will need."""
+        """Complete the base's quantisation, now that its type and dtype are known; before a training choose the checkpoint it
+        continues from, and show what it will need.
+        """
         if cfg.adapter != "qtha":
             return
         quantization.complete(cfg)
-        if self._training and is_main_process():
+        if self._training:
             self._training = False  # once: DPO and the like may load a second model
-            _show_plan(cfg)
+            _choose_checkpoint(cfg)
+            if is_main_process():
+                _show_plan(cfg)
 
     def post_model_build(self, cfg: DictDefault, model: PreTrainedModel) -> None:
         """Refuse a full-precision base where a quantised one was asked for."""
@@ -102,22 +112,58 @@ class QTHAPlugin(BasePlugin):
         else:
             peft_model = cast(PeftModel, get_peft_model(model, config, **options))
         _check_targets(cfg, peft_model)
+        _share(cfg, peft_model)
         for line in describe(peft_model.active_peft_config, _sizes(peft_model)):
             LOG.info(line)
         return peft_model, peft_model.active_peft_config
 
     def add_callbacks_pre_trainer(self, cfg: DictDefault, model: PreTrainedModel) -> list[TrainerCallback]:
-        """Add the guard of `axolotl evaluate`."""
-        return [RefuseUntrainedEvaluation()] if cfg.adapter == "qtha" else []
+        """Add the guards of `axolotl evaluate` and of FSDP2's checkpoints."""
+        if cfg.adapter != "qtha":
+            return []
+        return [RefuseUntrainedEvaluation(), *([DropOneRanksShard()] if cfg.fsdp_config else [])]
 
     def post_trainer_create(self, cfg: DictDefault, trainer: Trainer) -> None:
         """Check the adapter that the trainer made itself (DPO), and the checkpoint a run continues from."""
         if cfg.adapter != "qtha":
             return
-        if cfg.rl:  # else load_adapter has checked them
-            _check_targets(cfg, cast(nn.Module, trainer.model))
-        if checkpoint := determine_last_checkpoint(cfg):
-            _check_saved("resume_from_checkpoint", Path(checkpoint), adapter_settings(cfg))
+        model = cast(PeftModel, trainer.model)
+        if cfg.rl:  # else load_adapter has seen to them
+            _check_targets(cfg, model)
+            _share(cfg, model)
+        if cfg.resume_from_checkpoint:
+            active = cast(QTHAConfig, model.active_peft_config)
+            settings = {key: value for key, value in active.to_dict().items() if key in QTHAConfig.__annotations__}
+            _check_saved("resume_from_checkpoint", Path(cfg.resume_from_checkpoint), settings, AS_THE_YAML_SAYS)
+
+
+def _choose_checkpoint(cfg: DictDefault) -> None:
+    """Settle what `resume_from_checkpoint` and `auto_resume_from_checkpoints` stand for, on every rank alike."""
+    if cfg.auto_resume_from_checkpoints and cfg.resume_from_checkpoint is None:
+        for folder, why in checkpoints.set_aside_incomplete(cfg.output_dir) if is_local_main_process() else []:
+            LOG.warning(f"{folder} is not complete ({why}): a run was stopped while it was written. It is not used.")
+        barrier()
+    if not (chosen := determine_last_checkpoint(cfg)):
+        return
+    folder, deepspeed = Path(chosen), deepspeed_settings(cfg.deepspeed)
+    ours = "deepspeed" if deepspeed else "fsdp" if cfg.fsdp_config else "plain"
+    checkpoints.check(folder, cfg.output_dir, ours, zero_stage(deepspeed))
+    barrier()  # until every rank has looked at it
+    if ours == "deepspeed" and checkpoints.ranks_of(folder) not in (None, get_world_size()):
+        if is_local_main_process():
+            LOG.info(
+                f"{folder} was written by {checkpoints.ranks_of(folder)} ranks, there are {get_world_size()} now: converting."
+            )
+            checkpoints.convert(folder)
+        barrier()
+        cfg.deepspeed = checkpoints.for_another_number_of_ranks(deepspeed)
+
+
+def _share(cfg: DictDefault, model: PeftModel) -> None:
+    """Start every rank from the same adapter, and guard what it saves."""
+    if not (cfg.fsdp_config and cfg.fsdp_config.cpu_ram_efficient_loading):  # then FSDP2 hands out rank 0's
+        synchronise(model)
+    guard(model)
 
 
 def _show_plan(cfg: DictDefault) -> None:
@@ -151,8 +197,8 @@ def _sizes(model: PeftModel) -> list[tuple[int, int]]:
     return [(module.in_features, module.out_features) for module in model.modules() if isinstance(module, QTHALayer)]
 
 
-def _check_saved(key: str, folder: Path, settings: dict[str, Any]) -> None:
-    """Refuse an adapter folder that is damaged or contradicts the YAML."""
+def _check_saved(key: str, folder: Path, settings: dict[str, Any], free: Collection[str] = NOT_OF_THE_ADAPTER) -> None:
+    """Refuse an adapter folder that is damaged or contradicts the settings, `free` ones aside."""
     if not folder.is_dir():
         return  # a Hub name; PEFT says what is wrong with it
     if not (folder / "adapter_config.json").is_file():
@@ -162,6 +208,6 @@ def _check_saved(key: str, folder: Path, settings: dict[str, Any]) -> None:
         raise ValueError(
             f"{key}: {str(folder)!r} is a {saved.peft_type.value} adapter. What works: a folder written by `adapter: qtha`."
         )
-    settings = {name: value for name, value in settings.items() if name not in NOT_OF_THE_ADAPTER}
+    settings = {name: value for name, value in settings.items() if name not in free}
     if rows := differences(saved, settings):
         raise ValueError(f"{key}: {str(folder)!r} does not fit the YAML. " + "; ".join(rows) + ". What works: the same settings.")

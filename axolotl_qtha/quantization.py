@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from . import parallel
 from .errors import close_names
 
 LOAD_KEYS = ("load_in_4bit", "load_in_8bit")
@@ -79,9 +80,9 @@ def complete(cfg: Any) -> None:
     four_bit = key == "load_in_4bit"
     if four_bit:
         sharded = cfg.deepspeed or cfg.fsdp or cfg.fsdp_config
-        storage = "float32" if cfg.model_config_type in FLOAT32_STORAGE and not sharded else "bfloat16"
+        usual = "float32" if cfg.model_config_type in FLOAT32_STORAGE and not sharded else "bfloat16"
         settings.setdefault("bnb_4bit_compute_dtype", str(cfg.torch_dtype).removeprefix("torch."))
-        settings.setdefault("bnb_4bit_quant_storage", storage)
+        parallel.check_quant_storage(cfg, settings.setdefault("bnb_4bit_quant_storage", parallel.quant_storage(cfg, usual)))
     if skipped := SKIPPED.get(cfg.model_config_type, ([], []))[0 if four_bit else 1]:
         settings.setdefault("llm_int8_skip_modules", skipped)
 

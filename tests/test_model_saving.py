@@ -8,6 +8,8 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from axolotl_qtha.errors import IncompleteAdapter
+
 from .models import (
     BASES,
     FILE,
@@ -140,7 +142,7 @@ def test_nan_is_not_saved_and_the_earlier_file_stays(tmp_path):
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with torch.no_grad():
         adapters(model)["model.layers.1.mlp.up_proj"].w_b[2, 1] = torch.nan
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj.*w_b holds NaN or infinite.*not saved.*What works"):
+    with pytest.raises(IncompleteAdapter, match=r"layers\.1\.mlp\.up_proj.*w_b holds NaN or infinite.*not saved.*What works"):
         model.save_pretrained(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 

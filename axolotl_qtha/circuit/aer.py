@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from qiskit.circuit import ClassicalRegister, Parameter, ParameterVector, QuantumCircuit
 from torch import Tensor
 
@@ -131,9 +132,10 @@ class Engine:
         shots = self.simulation.shots
         columns = (gate_angles @ self.mix + self.offset).T
         binds = {parameter: column.tolist() for parameter, column in zip(self.parameters, columns, strict=True)}
-        # The seed is made of the inputs: the same call gives the same shots, on any rank and when recomputed for
+        # The seed is made of the inputs and the rank: the same call gives the same shots, also when recomputed for
         # checkpointing, and no two calls of a training share theirs. Aer itself counts on from circuit to circuit.
-        digest = hashlib.blake2b(gate_angles.tobytes(), digest_size=4, key=self.simulation.seed.to_bytes(8, "big")).digest()
+        key, rank = self.simulation.seed.to_bytes(8, "big"), dist.get_rank() if dist.is_initialized() else 0
+        digest = hashlib.blake2b(gate_angles.tobytes(), digest_size=4, key=key, salt=rank.to_bytes(8, "big")).digest()
         seed = int.from_bytes(digest, "big") >> 1
         job = self.simulator.run([self.circuit], parameter_binds=[binds], shots=shots or 1, seed_simulator=seed)
         result = job.result()
