@@ -125,8 +125,6 @@ def synchronise(model: nn.Module) -> None:
 
     To be called on every rank, before the model is sharded.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
     adapters = [module for module in model.modules() if isinstance(module, QTHAAdapter)]
     tensors = [tensor for adapter in adapters for tensor in adapter.state_names().values()]
     # as objects: these go over any backend, from and to whatever device the adapters are on

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
-from axolotl.utils.distributed import barrier, get_world_size, is_local_main_process, is_main_process
+from axolotl.utils.distributed import barrier, get_world_size, is_distributed, is_local_main_process, is_main_process
 from axolotl.utils.logging import get_logger
 from axolotl.utils.train import determine_last_checkpoint
 from peft import PeftModel, get_peft_model
@@ -161,7 +161,8 @@ def _choose_checkpoint(cfg: DictDefault) -> None:
 
 def _share(cfg: DictDefault, model: PeftModel) -> None:
     """Start every rank from the same adapter, and guard what it saves."""
-    if not (cfg.fsdp_config and cfg.fsdp_config.cpu_ram_efficient_loading):  # then FSDP2 hands out rank 0's
+    efficient = cfg.fsdp_config and cfg.fsdp_config.cpu_ram_efficient_loading  # then FSDP2 hands out rank 0's
+    if is_distributed() and not efficient:
         synchronise(model)
     guard(model)
 

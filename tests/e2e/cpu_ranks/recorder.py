@@ -1,27 +1,45 @@
-"""A second Axolotl plugin for the tests: writes down what each rank held, so that a test can look at it afterwards."""
+"""A second Axolotl plugin for the tests: writes down what each rank held, and kills a rank where a test says so."""
 
 import hashlib
 import json
+import os
+import signal
 from pathlib import Path
 
 import torch
 from axolotl.integrations.base import BasePlugin
 from safetensors.torch import save_file
+from transformers import TrainerCallback
+
+import axolotl_qtha.saving
 
 TOKENS = torch.arange(2, 34).reshape(2, 16)  # the prompts whose logits are compared
 
 
 class Recorder(BasePlugin):
-    """Writes `rank-<i>.json` (a hash of the adapter it started from) and `logits-<i>.safetensors` into output_dir."""
+    """Writes `rank-<i>.json` (what it started from) and `logits-<i>.safetensors` into output_dir.
+
+    QTHA_KILL=<rank>:<step>:<when> sends that rank SIGKILL: `step` when the step is done, `save` while its adapter is saved.
+    """
 
     def post_lora_load(self, cfg, model):
+        adapter = {name: tensor for name, tensor in model.state_dict().items() if "qtha_" in name}
         digest = hashlib.sha256()
-        for name, tensor in sorted(model.state_dict().items()):
-            if "qtha_" in name and tensor.device.type != "meta":
-                digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+        for name, tensor in sorted(adapter.items()):
+            digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+        quantised = sum(type(module).__name__ == "Linear4bit" for module in model.modules())
         folder = Path(cfg.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"rank-{_rank()}.json").write_text(json.dumps({"adapter": digest.hexdigest()}))
+        seen = {"adapter": digest.hexdigest(), "tensors": len(adapter), "quantised": quantised}
+        (folder / f"rank-{_rank()}.json").write_text(json.dumps(seen))
+
+    def add_callbacks_pre_trainer(self, cfg, model):
+        rank, step, when = os.environ.get("QTHA_KILL", "-1:0:").split(":")
+        if int(rank) != _rank():
+            return []
+        if when == "save":
+            _kill_in_save(f"checkpoint-{step}")
+        return [KillAfter(int(step))] if when == "step" else []
 
     def post_train(self, cfg, model):
         path = Path(cfg.output_dir) / f"logits-{_rank()}.safetensors"
@@ -32,5 +50,25 @@ class Recorder(BasePlugin):
             save_file({"logits": model(input_ids=TOKENS).logits.float().contiguous()}, path)
 
 
+class KillAfter(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _kill_in_save(folder):
+    move = axolotl_qtha.saving._move
+
+    def killed(source, target):
+        if Path(target).name == folder:
+            os.kill(os.getpid(), signal.SIGKILL)
+        move(source, target)
+
+    axolotl_qtha.saving._move = killed
+
+
 def _rank():
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    return int(os.environ["RANK"])
