@@ -13,6 +13,7 @@ from typing import Any
 from .config import check_adapter_file
 from .saving import SCRATCH
 
+UNIVERSAL = "_universal"  # how the folder of converted states ends
 ONE_RANKS_SHARD = "pytorch_model_fsdp.bin"
 KINDS = {"deepspeed": "`deepspeed:`", "fsdp": "`fsdp_version: 2`", "plain": "neither `deepspeed:` nor `fsdp_config:`"}
 
@@ -42,9 +43,11 @@ def fault(folder: Path) -> str | None:
         return str(error)
     if not (folder / "adapter_model.safetensors").is_file():
         return "adapter_model.safetensors is missing"
-    cut = [path for path in folder.rglob("*") if path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path)]
-    if cut:  # PyTorch's files are archives, with the table of contents at the end
-        return f"{cut[0].relative_to(folder)} is cut off"
+    for path in folder.rglob("*"):  # PyTorch's files are archives, with the table of contents at the end
+        inside = path.relative_to(folder)
+        converted = inside.parts[0].endswith(UNIVERSAL)  # made anew where it was not finished
+        if path.suffix in (".pt", ".pth", ".bin") and not converted and not zipfile.is_zipfile(path):
+            return f"{inside} is cut off"
     if (folder / ONE_RANKS_SHARD).exists():
         return f"{ONE_RANKS_SHARD} was not yet taken out"
     return _missing_rank(folder)
@@ -53,19 +56,26 @@ def fault(folder: Path) -> str | None:
 def _missing_rank(folder: Path) -> str | None:
     """Return which rank's file is not there, as far as the others tell."""
     generators = {int(path.stem.rsplit("_", 1)[-1]) for path in folder.glob("rng_state_*.pth")}
-    written = ranks_of(folder)
-    wanted = max(written or 0, max(generators, default=0) + 1, 2) if generators else 0  # one rank alone has no number
-    if missing := sorted(set(range(wanted)) - generators):
-        return f"rng_state_{missing[0]}.pth is missing"
-    if written is not None and not (folder / "latest").is_file():
+    states = [int(found[1]) for path in _optimiser_states(folder) if (found := re.search(r"zero_pp_rank_(\d+)_", path.name))]
+    ranks = max([*generators, *states], default=0) + 1
+    if generators or ranks > 1:  # one rank alone has no number
+        ranks = max(ranks, 2)
+        if missing := sorted(set(range(ranks)) - generators):
+            return f"rng_state_{missing[0]}.pth is missing"
+    if states and (missing := sorted(set(range(ranks)) - set(states))):
+        return f"the optimiser's states of rank {missing[0]} are missing"
+    if kind(folder) == "deepspeed" and not (folder / "latest").is_file():
         return "latest is missing"
     return None
 
 
+def _optimiser_states(folder: Path) -> list[Path]:
+    return list(folder.glob("global_step*/*zero_pp_rank_*_optim_states.pt"))
+
+
 def ranks_of(folder: Path) -> int | None:
     """Return how many ranks wrote a DeepSpeed checkpoint; None for any other."""
-    states = list(folder.glob("global_step*/*zero_pp_rank_*_optim_states.pt"))
-    return len(states) if states else None
+    return len(_optimiser_states(folder)) or None
 
 
 def kind(folder: Path) -> str | None:
@@ -146,7 +156,7 @@ def convert(folder: Path) -> None:
     from deepspeed.checkpoint.ds_to_universal import main
 
     step = (folder / "latest").read_text().strip()
-    output = folder / f"{step}_universal"
+    output = folder / f"{step}{UNIVERSAL}"
     shutil.rmtree(output, ignore_errors=True)  # of a conversion that was killed
     main(
         Namespace(

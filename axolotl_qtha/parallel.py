@@ -58,8 +58,15 @@ def deepspeed_settings(value: Any) -> dict[str, Any]:
 
 
 def zero_stage(settings: dict[str, Any]) -> int:
-    """Return the ZeRO stage of DeepSpeed's settings; 0 where nothing is sharded."""
-    return int((settings.get("zero_optimization") or {}).get("stage") or 0)
+    """Return the ZeRO stage of DeepSpeed's settings; 0 where nothing is sharded.
+
+    Raises:
+        ValueError: if it is none of 0, 1, 2, 3.
+    """
+    stage = (settings.get("zero_optimization") or {}).get("stage") or 0
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(f"deepspeed: zero_optimization.stage is {stage!r}. What works: 1, 2 or 3.")
+    return int(stage)
 
 
 def _check_deepspeed(data: dict[str, Any]) -> None:

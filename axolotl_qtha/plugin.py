@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
-from axolotl.utils.distributed import barrier, get_world_size, is_distributed, is_local_main_process, is_main_process
+from axolotl.utils.distributed import barrier, get_world_size, is_distributed, is_main_process
 from axolotl.utils.logging import get_logger
 from axolotl.utils.train import determine_last_checkpoint
 from peft import PeftModel, get_peft_model
@@ -140,7 +140,7 @@ class QTHAPlugin(BasePlugin):
 def _choose_checkpoint(cfg: DictDefault) -> None:
     """Settle what `resume_from_checkpoint` and `auto_resume_from_checkpoints` stand for, on every rank alike."""
     if cfg.auto_resume_from_checkpoints and cfg.resume_from_checkpoint is None:
-        for folder, why in checkpoints.set_aside_incomplete(cfg.output_dir) if is_local_main_process() else []:
+        for folder, why in checkpoints.set_aside_incomplete(cfg.output_dir) if is_main_process() else []:
             LOG.warning(f"{folder} is not complete ({why}): a run was stopped while it was written. It is not used.")
         barrier()
     if not (chosen := determine_last_checkpoint(cfg)):
@@ -150,7 +150,7 @@ def _choose_checkpoint(cfg: DictDefault) -> None:
     checkpoints.check(folder, cfg.output_dir, ours, zero_stage(deepspeed))
     barrier()  # until every rank has looked at it
     if ours == "deepspeed" and checkpoints.ranks_of(folder) not in (None, get_world_size()):
-        if is_local_main_process():
+        if is_main_process():  # several nodes have one output_dir
             LOG.info(
                 f"{folder} was written by {checkpoints.ranks_of(folder)} ranks, there are {get_world_size()} now: converting."
             )
