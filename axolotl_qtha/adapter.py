@@ -122,9 +122,9 @@ class QTHAAdapter(nn.Module):
         return dict(self.named_parameters(recurse=False)) | dict(self.named_buffers(recurse=False))
 
     def is_no_op(self) -> bool:
-        """Return whether the adapter changes nothing, as before training."""
+        """Return whether the adapter changes nothing, as before training; its parameters must be whole."""
         zero = self.b if self.shape.mpo_b is None else getattr(self, f"mpo_b_{self.config.num_cores - 1}")
-        return zero.numel() > 0 and not bool(zero.any())  # no entries: a partitioned parameter, which cannot tell
+        return not bool(zero.any())
 
     def effective(self, name: str) -> Tensor:
         """Return a matrix or core as it acts (its gain applied), in computing precision."""

@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .adapter import QTHAAdapter
 from .checkpoints import ONE_RANKS_SHARD
+from .layer import whole
 
 
 class RefuseUntrainedEvaluation(TrainerCallback):
@@ -29,12 +30,17 @@ class RefuseUntrainedEvaluation(TrainerCallback):
         if self._settled or model is None:
             return
         adapters = [module for module in model.modules() if isinstance(module, QTHAAdapter)]
-        if adapters and all(adapter.is_no_op() for adapter in adapters):
+        if adapters and all(_is_no_op(adapter) for adapter in adapters):
             raise ValueError(
                 "lora_model_dir: None leaves evaluate an untrained adapter, that is the base model. What works: "
                 "`--lora-model-dir` with the output_dir of a training, or no `adapter:` to measure the base."
             )
         self._settled = True  # one look is enough
+
+
+def _is_no_op(adapter: QTHAAdapter) -> bool:
+    with whole(adapter):
+        return adapter.is_no_op()
 
 
 class DropOneRanksShard(TrainerCallback):

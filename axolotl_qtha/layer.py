@@ -58,7 +58,7 @@ class QTHALayer(BaseTunerLayer):
         if any(parameter.device.type == "meta" for parameter in layer.parameters()):
             return None
         try:
-            with _whole(layer):
+            with whole(layer):
                 weight = self.get_base_weight().detach().clone()
         except (TypeError, NotImplementedError) as error:
             raise refusal(
@@ -143,9 +143,9 @@ class QTHALinear(nn.Module, QTHALayer):
             self.set_base_weight((weight - self.get_delta_weight(self.merged_adapters.pop())).to(weight.dtype))
 
 
-def _whole(layer: nn.Module) -> AbstractContextManager[Any]:
-    """Gather a layer's parameters if ZeRO-3 has partitioned them, on every rank and for this layer alone."""
-    parameters = [parameter for parameter in layer.parameters() if hasattr(parameter, "ds_id")]
+def whole(module: nn.Module) -> AbstractContextManager[Any]:
+    """Gather a module's parameters if ZeRO-3 has partitioned them; to be called on every rank."""
+    parameters = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
     if not parameters:
         return nullcontext()
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters

@@ -2,8 +2,10 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import yaml
@@ -53,14 +55,47 @@ def config_for(folder: Path, strategy: str | None, **changes: Any) -> Path:
     return write_config(folder, **{**settings, **changes})
 
 
-def train(config: Path, strategy: str, ranks: int = 2, axolotl: bool = False, **env: str):
-    """Train on several ranks: with `axolotl train`, or with the torchrun line it makes of that (8 seconds less)."""
-    torchrun = ["--standalone", f"--nproc_per_node={ranks}"]
-    if axolotl:
-        command = ["axolotl", "train", str(config), "--launcher", "torchrun", "--", *torchrun]
-    else:
-        command = ["torchrun", *torchrun, "-m", "axolotl.cli.train", str(config)]
+def train(config: Path, strategy: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Train on two ranks with `axolotl train`."""
+    command = ["axolotl", "train", str(config), "--launcher", "torchrun", "--", "--standalone", "--nproc_per_node=2"]
     return run(command, config.parent, **environment(STRATEGIES[strategy][1]), **env)
+
+
+class Servers:
+    """Processes that fork ranks, one for each kind: saves the imports. See `cpu_ranks/server.py`."""
+
+    def __init__(self) -> None:
+        self.running: dict[str, tuple[subprocess.Popen[str], TextIO]] = {}
+
+    def train(self, config: Path, strategy: str, ranks: int = 2) -> str:
+        """Train as torchrun would have ranks do, and return what they printed."""
+        kind = STRATEGIES[strategy][1]
+        if kind not in self.running:
+            self.running[kind] = self._start(kind)
+        (server, answers), log = self.running[kind], config.with_suffix(".log")
+        assert server.stdin
+        server.stdin.write(json.dumps({"config": str(config), "ranks": ranks, "log": str(log)}) + "\n")
+        server.stdin.flush()
+        codes = json.loads(answers.readline())
+        assert codes == [0] * ranks, log.read_text()[-6000:]
+        return log.read_text()
+
+    def _start(self, kind: str) -> tuple[subprocess.Popen[str], TextIO]:
+        answers, write = os.pipe()
+        command = [sys.executable, str(SUPPORT / "server.py"), str(write)]
+        env = {**os.environ, **environment(kind)}
+        server = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, pass_fds=[write], cwd=REPOSITORY, env=env
+        )
+        os.close(write)
+        return server, os.fdopen(answers)
+
+    def stop(self) -> None:
+        """End the processes."""
+        for server, answers in self.running.values():
+            server.kill()
+            server.wait()
+            answers.close()
 
 
 def output(config: Path) -> Path:

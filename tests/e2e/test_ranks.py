@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from axolotl_qtha.checkpoints import fault
 
 from .commands import train_here
-from .ranks import assert_follows, config_for, history, logits_in_memory, logits_of, output, train
+from .ranks import Servers, assert_follows, config_for, history, logits_in_memory, logits_of, output, train
 
 pytestmark = pytest.mark.e2e
 
@@ -23,6 +23,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def servers():
+    made = Servers()
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="module")
 def single(folder):
     """The same training on one process, which accumulates over two micro batches."""
     config = config_for(folder / "single", None)
@@ -31,15 +38,18 @@ def single(folder):
 
 
 @pytest.fixture(scope="module")
-def shared(folder):
-    """Output folders of runs on two ranks, through `axolotl train`; each runs once."""
+def shared(folder, servers):
+    """Output folders of runs on two ranks, each of which runs once."""
     done = {}
 
     def get(strategy):
         if strategy not in done:
             config = config_for(folder / strategy, strategy)
-            result = train(config, strategy, axolotl=strategy in ("ddp", "zero3", "fsdp2"))
-            assert result.returncode == 0, result.stdout[-6000:]
+            if strategy in ("ddp", "zero3", "fsdp2"):  # the kinds as users start them, the others in less time
+                result = train(config, strategy)
+                assert result.returncode == 0, result.stdout[-6000:]
+            else:
+                servers.train(config, strategy)
             done[strategy] = output(config)
         return done[strategy]
 
@@ -80,13 +90,12 @@ def test_checkpoints_are_whole(strategy, shared):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero3", "fsdp2"])
-def test_one_rank_goes_on_where_two_left_off(strategy, shared, folder):
+def test_one_rank_goes_on_where_two_left_off(strategy, shared, folder, servers):
     """The optimiser's states included: without them Adam would take other steps at once."""
     checkpoint = shared(strategy) / "checkpoint-3"
     changes = {"resume_from_checkpoint": str(checkpoint), "gradient_accumulation_steps": 2}
     config = config_for(folder / f"{strategy}-resumed", strategy, **changes)
-    result = train(config, strategy, ranks=1)
-    assert result.returncode == 0, result.stdout[-6000:]
+    servers.train(config, strategy, ranks=1)
     assert_follows(history(output(config)), history(shared(strategy)))
     assert torch.equal(logits_in_memory(output(config))[0], logits_of(output(config)))
 
@@ -97,12 +106,11 @@ FOUR_BIT |= {"sample_packing": True, "pad_to_sequence_len": True, "max_steps": 3
 
 # With accumulation, checkpointing and packed sequences, all at once. Packing depends on the number of ranks, so the ranks of the
 # others are compared with DDP's.
-def test_four_bit_base(folder):
+def test_four_bit_base(folder, servers):
     runs = {}
     for strategy in ("ddp", "zero2", "zero3", "fsdp2"):
         config = config_for(folder / f"{strategy}-4bit", strategy, **FOUR_BIT)
-        result = train(config, strategy)
-        assert result.returncode == 0, result.stdout[-6000:]
+        servers.train(config, strategy)
         runs[strategy] = out = output(config)
         assert json.loads((out / "rank-0.json").read_text())["quantised"] == 28
         assert_follows(history(out, 3), history(runs["ddp"], 3))
@@ -112,24 +120,22 @@ def test_four_bit_base(folder):
         }
 
 
-def test_tt_svd_reads_weights_that_zero3_has_partitioned(folder):
+def test_tt_svd_reads_weights_that_zero3_has_partitioned(folder, servers):
     changes = {"qtha": {"init": "tt_svd"}, "max_steps": 3}
     alone, shared = config_for(folder / "svd", None, **changes), config_for(folder / "svd-zero3", "zero3", **changes)
     train_here(alone)
-    result = train(shared, "zero3")
-    assert result.returncode == 0, result.stdout[-6000:]
+    servers.train(shared, "zero3")
     assert_follows(history(output(shared), 3), history(output(alone), 3))
     assert len({path.read_text() for path in output(shared).glob("rank-*.json")}) == 1
 
 
-def test_shots_repeat_from_run_to_run(folder):
+def test_shots_repeat_from_run_to_run(folder, servers):
     small = {"target_modules": ["q_proj"], "rank": 2, "circuit_layers": 1, "layers_to_transform": [0], "param_budget": None}
     changes = {"qtha": {**small, "quantum_backend": "aer", "shots": 20}, "micro_batch_size": 1, "max_steps": 2, "save_steps": 2}
     runs = []
     for name in ("first", "second"):
         config = config_for(folder / name, "ddp", **changes, eval_steps=None, test_datasets=None)
-        result = train(config, "ddp")
-        assert result.returncode == 0, result.stdout[-6000:]
+        servers.train(config, "ddp")
         runs.append(history(output(config), 2))
     assert runs[0] == runs[1]
 
@@ -141,17 +147,18 @@ def test_shots_repeat_from_run_to_run(folder):
         ("zero3", "0:4:save", "checkpoint-2", ["incomplete-checkpoint-4"]),  # rank 0, while it saves at step 4
     ],
 )
-def test_a_killed_run_goes_on_from_the_last_complete_checkpoint(strategy, kill, goes_on_from, leaves, folder, single):
-    config = config_for(folder / f"{strategy}-killed", strategy, save_steps=2, auto_resume_from_checkpoints=True)
+def test_a_killed_run_goes_on_from_the_last_complete_checkpoint(strategy, kill, goes_on_from, leaves, folder, single, servers):
+    config = config_for(
+        folder / f"{strategy}-killed", strategy, save_steps=2, auto_resume_from_checkpoints=True, dataloader_num_workers=0
+    )
     out = output(config)
     killed = train(config, strategy, QTHA_KILL=kill)
     assert killed.returncode != 0
     assert "SIGKILL" in killed.stdout
     assert not (out / ADAPTER).exists()
 
-    again = train(config, strategy)
-    assert again.returncode == 0, again.stdout[-6000:]
-    assert f"resume from checkpoint at {out / goes_on_from}" in again.stdout
+    again = servers.train(config, strategy)
+    assert f"resume from checkpoint at {out / goes_on_from}" in again
     assert [path.name for path in out.glob("incomplete-*")] == leaves
     assert_follows(history(out), history(single))
     assert torch.equal(logits_in_memory(out)[0], logits_of(out))

@@ -1,0 +1,56 @@
+"""Trains on several ranks, again and again: every rank is forked from a process that has done the imports, half of a run's time.
+
+Reads one job a line, {"config": path, "ranks": number, "log": path}, and writes the ranks' exit codes to the file descriptor that
+its argument names.
+"""
+
+import importlib
+import json
+import os
+import socket
+import sys
+import traceback
+
+WANTED = ("accelerate.accelerator", "axolotl.core.builders", "axolotl.loaders", "axolotl.train", "axolotl.utils.data")
+WANTED += ("axolotl_qtha.plugin", "bitsandbytes", "deepspeed", "peft", "transformers.trainer", "trl")
+
+
+def serve(answers):
+    for name in WANTED:
+        importlib.import_module(name)
+    for line in sys.stdin:
+        job = json.loads(line)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        children = [fork(job, rank, port) for rank in range(job["ranks"])]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        print(json.dumps(codes), file=answers, flush=True)
+
+
+def fork(job, rank, port):
+    if child := os.fork():
+        return child
+    code = 1
+    try:
+        log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        world = str(job["ranks"])
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        sys.argv = ["axolotl", "train"]
+        from axolotl.cli.train import do_cli
+
+        do_cli(job["config"])
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":  # not where a rank starts a process of its own
+    with os.fdopen(int(sys.argv[1]), "w") as pipe:
+        serve(pipe)
