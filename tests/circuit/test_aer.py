@@ -8,6 +8,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
 from axolotl_qtha.circuit import aer
@@ -180,6 +182,26 @@ def test_shots_are_a_function_of_seed_and_angles():
     assert not torch.equal(run(0), run(1))
     assert len(set(run(0, same)[:, 0].tolist())) > 1  # tokens with the same angles have shots of their own
     assert not torch.equal(run(0, same), run(0, same + 1e-9))
+
+
+def test_each_rank_has_shots_of_its_own():
+    """Two ranks with the same tokens must not make the same errors; the first has those of a run on its own."""
+    ansatz = Ansatz(3, 1)
+    z, theta = tensors(ansatz, 4)
+
+    def run():
+        return expectation_values(z, theta, ansatz, Simulation("aer", shots=100))
+
+    def run_as(rank):
+        dist.init_process_group("fake", rank=rank, world_size=2, store=FakeStore())
+        try:
+            return run()
+        finally:
+            dist.destroy_process_group()
+
+    assert torch.equal(run_as(0), run())
+    assert torch.equal(run_as(1), run_as(1))
+    assert not torch.equal(run_as(1), run())
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
