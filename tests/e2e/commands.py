@@ -50,9 +50,13 @@ def train_here(config: Path) -> tuple[Any, Any, Any]:
     from axolotl.cli.args import TrainerCliArgs
     from axolotl.cli.config import load_cfg
     from axolotl.common.datasets import load_datasets, load_preference_datasets
+    from axolotl.integrations.base import PluginManager
     from axolotl.train import train
 
     cfg = load_cfg(str(config))
+    assert (
+        PluginManager.get_instance().load_datasets(cfg, preprocess=False) is None
+    )  # by which plugins know that it is a training
     load = load_preference_datasets if cfg.rl else load_datasets
     return train(cfg=cfg, dataset_meta=load(cfg=cfg, cli_args=TrainerCliArgs()))
 

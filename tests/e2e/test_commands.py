@@ -81,11 +81,40 @@ def test_resume_continues_the_uninterrupted_run(uninterrupted, tmp_path):
     assert max((final[name] - again[name]).abs().max().item() for name in final) < 1e-5
 
 
-def test_resume_with_other_settings_is_refused(uninterrupted, tmp_path):
-    settings = {**SHORT, "qtha": {**SHORT["qtha"], "gate_order": "2025-05"}}
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"gate_order": "2025-05"}, r"qtha\.gate_order: the adapter was made with '2025-06', the YAML says '2025-05'"),
+        ({"rank": 2}, r"qtha\.rank: the adapter was made with 4, the YAML says 2"),
+        ({"param_budget": 0.6}, r"qtha\.bond_dim: the adapter was made with 4, the YAML says 7"),
+        ({"param_budget": None, "bond_dim": 3, "mid_dim": 9}, r"qtha\.bond_dim: .* 4, .* 3; qtha\.mid_dim: .* 4, .* 9\."),
+        ({"target_modules": ["q_proj"]}, r"qtha\.target_modules: .* \['down_proj', 'q_proj'\], the YAML says \['q_proj'\]"),
+    ],
+    ids=str,
+)
+def test_resume_with_other_settings_is_refused(uninterrupted, tmp_path, changes, words):
+    settings = {**SHORT, "qtha": {**SHORT["qtha"], **changes}}
     config = write_config(tmp_path, **settings, resume_from_checkpoint=str(uninterrupted[2] / "checkpoint-4"))
-    with pytest.raises(ValueError, match=r"qtha\.gate_order.*2025-06.*2025-05"):
+    with pytest.raises(ValueError, match=rf"resume_from_checkpoint: .*checkpoint-4' does not fit the YAML.*{words}"):
         train_here(config)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "adapter_model.safetensors"])
+def test_resume_from_half_a_checkpoint_is_refused(uninterrupted, tmp_path, name):
+    half = shutil.copytree(uninterrupted[2] / "checkpoint-4", tmp_path / "out" / "checkpoint-4")
+    (half / name).write_bytes((half / name).read_bytes()[:1000])
+    with pytest.raises(ValueError, match=rf"checkpoint-4' is not complete: .*{name}.*What works: to start anew"):
+        train_here(write_config(tmp_path, **SHORT, resume_from_checkpoint=str(half)))
+
+
+def test_auto_resume_passes_over_half_a_checkpoint(uninterrupted, tmp_path):
+    out = shutil.copytree(uninterrupted[2], tmp_path / "out")
+    (out / "checkpoint-8" / "trainer_state.json").unlink()
+    _, _, trainer = train_here(write_config(tmp_path, **SHORT, auto_resume_from_checkpoints=True))
+    assert losses(trainer)[8] == pytest.approx(uninterrupted[1][8], abs=1e-5)
+    assert (out / "incomplete-checkpoint-8").is_dir()
+    assert (out / "checkpoint-8" / "trainer_state.json").is_file()
 
 
 def test_second_training_starts_from_lora_model_dir(uninterrupted, tmp_path):
