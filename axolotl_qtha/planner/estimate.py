@@ -8,23 +8,32 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from axolotl.utils.dict import DictDefault
 from peft import PeftModel, get_peft_model
 
 from ..args import adapter_config
-from ..circuit.torch_engine import chunk_tokens
 from ..config import QTHAConfig
 from ..layer import QTHALayer
 from ..model import select_targets
 from ..plan import adapter_shape, ansatz, count_lora_parameters, count_parameters, resolve
 from ..quantization import complete, connect
 from .base import meta_base
-from .memory import activations, optimiser_bytes, weight_bytes, workspace_bytes
+from .memory import FUSED_LOSSES, Memory, footprint, sequences, weight_bytes
+from .sharding import shards
 
 CONTEXT_BYTES = 2**29  # what CUDA itself takes of a GPU, about
 FRAGMENTATION = 0.05  # of torch's allocator, assumed
-PAIRS = ("dpo", "ipo", "orpo", "simpo")  # `rl:` methods that run a chosen and a rejected answer side by side
-FUSED_LOSSES = ("cut_cross_entropy", "liger_fused_linear_cross_entropy", "chunked_cross_entropy")
+ZERO3 = "example_configs/deepspeed/zero3.json"
+ZERO3_SETTINGS = {  # what that file says of memory
+    "stage": 3,
+    "overlap_comm": True,
+    "contiguous_gradients": True,
+    "reduce_bucket_size": "auto",
+    "stage3_prefetch_bucket_size": "auto",
+    "stage3_param_persistence_threshold": "auto",
+    "stage3_gather_16bit_weights_on_model_save": True,
+}
 SHORTEST = 256  # tokens: no shorter sequence is advised
 RANKS, CORES = (2, 4, 6, 8, 10, 12), (2, 3, 4)
 
@@ -42,22 +51,6 @@ class Target:
     bonds: tuple[int, ...]  # between the cores, of both operators
     parameters: int  # of one layer
     lora_parameters: int
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Expected bytes on one GPU, by part. What is not sharded (DDP, one GPU) is counted whole."""
-
-    weights: int
-    adapter: int
-    gradients: int
-    optimiser: int
-    activations: int  # kept for backward, with checkpointing as configured
-    activations_with_checkpointing: int
-    activations_without_checkpointing: int
-    circuit: int
-    working: int  # what comes on top at the peak: logits, a block computed again, a dequantised weight
-    total: int
 
 
 @dataclass(frozen=True)
@@ -85,12 +78,15 @@ class Plan:
     qubits: int
     gates: dict[str, int]  # of one circuit
     gpus: list[tuple[str, int]]  # name and bytes
+    ranks: int
+    sharing: str  # how they share the run, in short
+    loading: int  # bytes each rank holds while the base is loaded, where that is more than its share
     advice: list[str]
 
     @property
     def needed(self) -> int | None:
         """Bytes a GPU must have: the total, CUDA's own and the allocator's loss."""
-        return None if self.memory is None else int(self.memory.total * (1 + FRAGMENTATION)) + CONTEXT_BYTES
+        return None if self.memory is None else gpu_bytes(max(self.memory.total, self.loading))
 
     @property
     def fits(self) -> bool | None:
@@ -116,34 +112,42 @@ class Setting:
     share: float  # of LoRA of this rank
 
 
+def gpu_bytes(used: int) -> int:
+    """Return the bytes a GPU must have for a run that uses so many."""
+    return int(used * (1 + FRAGMENTATION)) + CONTEXT_BYTES
+
+
 def local_gpus() -> list[tuple[str, int]]:
     """Return name and bytes of this machine's GPUs."""
     every = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
     return [(properties.name, properties.total_memory) for properties in every]
 
 
-def make_plan(cfg: DictDefault, gpus: list[tuple[str, int]], advise: bool = True) -> Plan:
-    """Return the plan of a validated configuration.
+def make_plan(cfg: DictDefault, gpus: list[tuple[str, int]], advise: bool = True, ranks: int | None = None) -> Plan:
+    """Return the plan of a validated configuration; its memory is that of one rank.
 
     Args:
         cfg: Axolotl's configuration.
         gpus: name and bytes of each GPU the run will use.
         advise: whether to work out what to change where it does not fit (several plans more).
+        ranks: processes that share the run, of one GPU each; None for those that run now, else one for each GPU.
 
     Raises:
-        ValueError: if the base cannot be built, or the adapter does not fit it.
+        ValueError: if the base cannot be built, the adapter does not fit it, or `deepspeed:` cannot be read.
     """
-    model, weights = _adapted(cfg)
+    if ranks is None:
+        ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else max(1, len(gpus))
+    model, weights = adapted(cfg)
     config = cast(QTHAConfig, model.active_peft_config)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QTHALayer)}
     targets = _targets(config, layers)
-    batch, length = _batch(cfg), cfg.sequence_len
+    shared = shards(cfg, model)
     memory, unknown = None, ""
     try:
-        memory = _memory(cfg, model, weights)
+        memory = footprint(cfg, model, weights, shared).of_rank(ranks)
     except Exception as error:  # a model whose forward looks at values cannot run on the meta device
         unknown = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-    tokens = batch * length * (cfg.gradient_accumulation_steps or 1)
+    tokens = sequences(cfg) * cfg.sequence_len * (cfg.gradient_accumulation_steps or 1)
     plan = Plan(
         base_model=cfg.base_model,
         dtype=str(cfg.torch_dtype).removeprefix("torch."),
@@ -156,7 +160,7 @@ def make_plan(cfg: DictDefault, gpus: list[tuple[str, int]], advise: bool = True
         parameters=sum(target.count * target.parameters for target in targets),
         lora_parameters=sum(target.count * target.lora_parameters for target in targets),
         micro_batch_size=cfg.micro_batch_size,
-        sequence_len=length,
+        sequence_len=cfg.sequence_len,
         tokens_per_step=tokens,
         gradient_checkpointing=bool(cfg.gradient_checkpointing),
         memory=memory,
@@ -164,8 +168,11 @@ def make_plan(cfg: DictDefault, gpus: list[tuple[str, int]], advise: bool = True
         circuits_per_step=tokens * len(layers) if config.has_circuit else 0,
         shift_circuits=_shift_circuits(config),
         qubits=config.rank if config.has_circuit else 0,
-        gates=_gates(config) if config.has_circuit else {},
+        gates=gate_counts(config) if config.has_circuit else {},
         gpus=gpus,
+        ranks=ranks,
+        sharing=shared.sharing.name(ranks),
+        loading=shared.loading(weights, ranks),
         advice=[],
     )
     return replace(plan, advice=_advice(cfg, plan)) if advise and plan.fits is False else plan
@@ -198,7 +205,7 @@ def find_settings(cfg: DictDefault, budget: float) -> list[Setting]:
     return settings
 
 
-def _adapted(cfg: DictDefault) -> tuple[PeftModel, int]:
+def adapted(cfg: DictDefault) -> tuple[PeftModel, int]:
     """Return the base with adapters on the meta device, and the bytes of the base alone."""
     base = meta_base(cfg)
     weights = weight_bytes(base)
@@ -206,38 +213,6 @@ def _adapted(cfg: DictDefault) -> tuple[PeftModel, int]:
     model.train()
     base.enable_input_require_grads()
     return model, weights
-
-
-def _batch(cfg: DictDefault) -> int:
-    return cfg.micro_batch_size * (2 if getattr(cfg.rl, "value", cfg.rl) in PAIRS else 1)
-
-
-def _memory(cfg: DictDefault, model: PeftModel, weights: int) -> Memory:
-    config = cast(QTHAConfig, model.active_peft_config)
-    batch, length = _batch(cfg), cfg.sequence_len
-    logits = not any(cfg[key] for key in FUSED_LOSSES)
-    runs = {wanted: activations(model, batch, length, wanted, logits) for wanted in (True, False)}
-    mine = runs[bool(cfg.gradient_checkpointing)]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    adapter = sum(parameter.numel() * parameter.element_size() for parameter in trained)
-    optimiser = optimiser_bytes(getattr(cfg.optimizer, "value", cfg.optimizer) or "adamw_torch", model)
-    here = config.has_circuit and config.quantum_backend == "torch"  # Aer has memory of its own, for one chunk of circuits
-    circuit = workspace_bytes(config.rank, batch * length, chunk_tokens(config.rank)) if here else 0
-    parts = {
-        "weights": weights,
-        "adapter": adapter,
-        "gradients": adapter,
-        "optimiser": optimiser,
-        "activations": mine.kept,
-        "circuit": circuit,
-        "working": mine.peak - mine.kept,
-    }
-    return Memory(
-        **parts,
-        activations_with_checkpointing=runs[True].kept,
-        activations_without_checkpointing=runs[False].kept,
-        total=sum(parts.values()),
-    )
 
 
 def _targets(config: QTHAConfig, layers: dict[str, Any]) -> list[Target]:
@@ -262,7 +237,8 @@ def _targets(config: QTHAConfig, layers: dict[str, Any]) -> list[Target]:
     return targets
 
 
-def _gates(config: QTHAConfig) -> dict[str, int]:
+def gate_counts(config: QTHAConfig) -> dict[str, int]:
+    """Return the gates of one circuit, by name."""
     kinds = Counter("ry" if moment.kind in ("encode", "rotate") else "crz" for moment in ansatz(config).moments())
     return {gate: moments * config.rank for gate, moments in kinds.items()}
 
@@ -303,6 +279,8 @@ def _changes(cfg: DictDefault, plan: Plan) -> list[tuple[str, dict[str, Any]]]:
         changes.append(("`gradient_checkpointing: true`", {"gradient_checkpointing": True}))
     if plan.quantisation == "none":
         changes.append(("`load_in_4bit: true`", {"load_in_4bit": True}))
+    if plan.ranks > 1 and not (cfg.deepspeed or cfg.fsdp_config or cfg.load_in_8bit):  # the weights are whole on every rank
+        changes.append((f"`deepspeed: {ZERO3}`", {"deepspeed": {"zero_optimization": ZERO3_SETTINGS}}))
     if cfg.micro_batch_size > 1:
         steps = cfg.micro_batch_size * (cfg.gradient_accumulation_steps or 1)
         text = f"`micro_batch_size: 1` (and `gradient_accumulation_steps: {steps}`)"
@@ -326,4 +304,4 @@ def _changed(cfg: DictDefault, plan: Plan, changes: list[dict[str, Any]]) -> Pla
     if merged.get("load_in_4bit"):  # as the YAML's own key would
         connect(changed)
         complete(changed)
-    return make_plan(changed, plan.gpus, advise=False)
+    return make_plan(changed, plan.gpus, advise=False, ranks=plan.ranks)

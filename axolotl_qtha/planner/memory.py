@@ -6,16 +6,20 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+from axolotl.utils.dict import DictDefault
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import PreTrainedModel
 
+from ..circuit.torch_engine import chunk_tokens
+from ..config import QTHAConfig
 from .base import QuantisedLinear
+from .sharding import Shards
 
 # Bytes of optimiser state per trainable parameter, by what Axolotl's `optimizer:` names contain; the first match counts.
 STATE_BYTES = (
@@ -34,6 +38,56 @@ STATE_BYTES = (
     ("lomo", 0),
 )
 ADAMW_BYTES = 8  # two float32 moments
+PAIRS = ("dpo", "ipo", "orpo", "simpo")  # `rl:` methods that run a chosen and a rejected answer side by side
+FUSED_LOSSES = ("cut_cross_entropy", "liger_fused_linear_cross_entropy", "chunked_cross_entropy")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Expected bytes on one GPU, by part: those of one rank, where ranks share the run."""
+
+    weights: int
+    adapter: int
+    gradients: int
+    optimiser: int
+    activations: int  # kept for backward, with checkpointing as configured
+    activations_with_checkpointing: int
+    activations_without_checkpointing: int
+    circuit: int
+    working: int  # what comes on top at the peak: logits, a block computed again, a dequantised or gathered weight, buckets
+    total: int
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a run, from which those of a rank follow."""
+
+    shards: Shards
+    weights: int  # of the whole base
+    states: int  # of the whole optimiser
+    kept: int  # activations of one micro batch, with checkpointing as configured
+    kept_with_checkpointing: int
+    kept_without_checkpointing: int
+    circuit: int
+    working: int  # at the peak of one micro batch
+
+    def of_rank(self, ranks: int) -> Memory:
+        """Return the memory of one of so many ranks."""
+        parts = {
+            "weights": self.shards.weights(self.weights, ranks),
+            "adapter": self.shards.adapter(ranks),
+            "gradients": self.shards.gradients(ranks),
+            "optimiser": self.shards.optimiser(self.states, ranks),
+            "activations": self.kept,
+            "circuit": self.circuit,
+            "working": self.working + self.shards.gathers.peak + self.shards.buckets,
+        }
+        return Memory(
+            **parts,
+            activations_with_checkpointing=self.kept_with_checkpointing,
+            activations_without_checkpointing=self.kept_without_checkpointing,
+            total=sum(parts.values()),
+        )
 
 
 @dataclass(frozen=True)
@@ -134,3 +188,38 @@ def workspace_bytes(qubits: int, tokens: int, chunk: int) -> int:
     states = 4 * 2 * 2**qubits
     walls = 2 * (4**left + 4**right)
     return 4 * min(tokens, chunk) * (states + walls)
+
+
+def sequences(cfg: DictDefault) -> int:
+    """Return the sequences of a micro batch: two for each example where answers come in pairs."""
+    return int(cfg.micro_batch_size) * (2 if getattr(cfg.rl, "value", cfg.rl) in PAIRS else 1)
+
+
+def footprint(cfg: DictDefault, model: PeftModel, weights: int, shards: Shards) -> Footprint:
+    """Return the footprint of a run.
+
+    Args:
+        cfg: Axolotl's validated configuration.
+        model: its model on the meta device, in train mode, with adapters.
+        weights: bytes of the base alone.
+        shards: what ranks share of the model.
+
+    Raises:
+        Exception: of any kind, if the model's forward looks at values, which are not there.
+    """
+    config = cast(QTHAConfig, model.active_peft_config)
+    batch, length = sequences(cfg), cfg.sequence_len
+    logits = not any(cfg[key] for key in FUSED_LOSSES)
+    runs = {wanted: activations(model, batch, length, wanted, logits) for wanted in (True, False)}
+    mine = runs[bool(cfg.gradient_checkpointing)]
+    here = config.has_circuit and config.quantum_backend == "torch"  # Aer has memory of its own, for one chunk of circuits
+    return Footprint(
+        shards=shards,
+        weights=weights,
+        states=optimiser_bytes(getattr(cfg.optimizer, "value", cfg.optimizer) or "adamw_torch", model),
+        kept=mine.kept,
+        kept_with_checkpointing=runs[True].kept,
+        kept_without_checkpointing=runs[False].kept,
+        circuit=workspace_bytes(config.rank, batch * length, chunk_tokens(config.rank)) if here else 0,
+        working=mine.peak - mine.kept,
+    )

@@ -8,7 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..plan import compared
-from .estimate import CONTEXT_BYTES, FRAGMENTATION, Memory, Plan, Setting
+from .estimate import CONTEXT_BYTES, FRAGMENTATION, Plan, Setting
+from .memory import Memory
+from .scaling import Network, Scaling
 
 AER_SECONDS = 1e-4  # a small circuit on Aer without noise, as measured on this project's CPU
 
@@ -59,6 +61,79 @@ def show_settings(settings: list[Setting], budget: float, rank: int, out: Consol
     out.print("Each has the widest bond_dim, then the widest mid_dim, that its rank and num_cores allow.", highlight=False)
 
 
+def show_scaling(scaling: Scaling, out: Console) -> None:
+    """Print a strong-scaling table."""
+    title = (
+        f"PREDICTED time of an optimiser step: {scaling.base_model}, {scaling.sharing}, global batch {scaling.global_batch} "
+        f"sequences ({scaling.tokens:,} tokens)"
+    )
+    table = Table(title=title)
+    for column in (
+        "ranks",
+        "micro\nbatches",
+        "compute\nms",
+        "commun.\nms",
+        "step ms,\nall hidden",
+        "step ms,\nnone hidden",
+        "speed-up",
+        "effi-\nciency",
+        "LoRA\ncommun. ms",
+        "LoRA step ms,\nnone hidden",
+        "GiB a GPU\nneeds",
+    ):
+        table.add_column(column, justify="right")
+    for row in scaling.rows:
+        times = (row.compute, row.communication, row.hidden, row.exposed)
+        table.add_row(
+            f"{row.ranks}",
+            f"{row.micro_batches}",
+            *(_ms(value) for value in times),
+            f"{row.speedup:.2f}",
+            f"{row.efficiency:.1%}",
+            *(_ms(value) for value in (row.lora_communication, row.lora_exposed)),
+            "-" if row.gpu_bytes is None else f"{row.gpu_bytes / 2**30:,.1f}",
+        )
+    out.print(table)
+    out.print(_assumed(scaling), highlight=False, markup=False)
+
+
+def _ms(seconds: float) -> str:
+    """Return milliseconds, with two digits after the point where there are few before it."""
+    return f"{1e3 * seconds:,.{2 if seconds < 10 else 1}f}"
+
+
+def _assumed(scaling: Scaling) -> str:
+    """Return what the table rests on."""
+    flops, net = scaling.flops, scaling.network
+    rate = f"{scaling.tflops:,.3g} TFLOP/s per rank, {scaling.measured or 'as given with --tflops'}"
+    lines = [
+        "Nothing of this was run: it is a model of a run.",
+        f"Compute: {flops.total / 1e9:,.2f} GFLOP a token (frozen layers {flops.linear / flops.total:.1%}, attention "
+        f"{flops.attention / flops.total:.1%}, adapters {flops.adapter / flops.total:.1%}, circuits about "
+        f"{flops.circuit / flops.total:.1%}), at {rate}.",
+        f"Rings: {net.bandwidth / 1e9:g} GB/s per GPU inside a node of {net.gpus_per_node}{_default(net, 'bandwidth')}, over "
+        f"several {min(net.network, net.bandwidth) / 1e9:g} GB/s{_default(net, 'network')}, {net.latency * 1e6:g} us a step"
+        f"{_default(net, 'latency')}.",
+        "LoRA has the same rank and layers: more bytes to exchange, no circuit (counted at the same rate, which circuits do not "
+        "reach).",
+    ]
+    if scaling.measured and "CPU" in scaling.measured:
+        lines.append("These are the times of ranks as slow as this CPU: for GPUs give --tflops.")
+    if scaling.offloads:
+        lines.append("Transfers between GPU and CPU are not counted: a run that offloads takes longer.")
+    if scaling.left_out:
+        counts = ", ".join(map(str, scaling.left_out))
+        lines.append(f"Left out: {counts} ranks, over which {scaling.global_batch} sequences make no whole micro batches.")
+    if scaling.rows[0].ranks > 1:
+        lines.append(f"Speed-up and efficiency are over {scaling.rows[0].ranks} ranks.")
+    return "\n".join(lines)
+
+
+def _default(network: Network, key: str) -> str:
+    words = {"bandwidth": "NVLink of an H100", "network": "400 Gb/s InfiniBand", "latency": "assumed"}
+    return f" ({words[key]})" if getattr(network, key) == getattr(Network(), key) else ""
+
+
 def _duration(seconds: float) -> str:
     """Return a time in its natural unit."""
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
@@ -101,6 +176,8 @@ def _memory(plan: Plan, memory: Memory) -> Table:
     unit, divisor = ("GiB", 2**30) if memory.total >= 2**30 else ("MiB", 2**20)
     table.add_column("part")
     table.add_column(unit, justify="right")
+    if plan.ranks > 1 or plan.sharing != "not shared":
+        table.add_row(f"{plan.ranks} rank{'s' * (plan.ranks > 1)}, {plan.sharing}: memory of one rank", "", style="bold")
     on = "on" if plan.gradient_checkpointing else "off"
     for name, size in (
         (f"frozen weights ({plan.dtype}, quantisation: {plan.quantisation})", memory.weights),
@@ -109,14 +186,25 @@ def _memory(plan: Plan, memory: Memory) -> Table:
         ("optimiser states", memory.optimiser),
         (f"activations kept for backward (checkpointing {on})", memory.activations),
         ("circuit workspace", memory.circuit),
-        ("working memory at the peak (logits, recomputation, dequantised weight)", memory.working),
+        (f"working memory at the peak (logits, recomputation, {_weights(plan)})", memory.working),
     ):
         table.add_row(name, f"{size / divisor:,.2f}")
     table.add_section()
     table.add_row("total", f"{memory.total / divisor:,.2f}", style="bold")
     with_it, without = memory.activations_with_checkpointing, memory.activations_without_checkpointing
     table.caption = f"activations: {with_it / divisor:,.2f} {unit} with checkpointing, {without / divisor:,.2f} without"
+    if plan.loading > memory.weights:
+        table.caption += f"\nwhile the base is loaded every rank holds all of it, {plan.loading / divisor:,.2f} {unit}"
     return table
+
+
+def _weights(plan: Plan) -> str:
+    sharded = plan.sharing.startswith(("ZeRO-3", "FSDP2"))
+    return (
+        "dequantised and gathered weights, buckets"
+        if sharded
+        else "dequantised weight" + ", buckets" * plan.sharing.startswith("ZeRO")
+    )
 
 
 def _fit(plan: Plan) -> str:
