@@ -25,15 +25,10 @@ class QTHAAdapter(nn.Module):
 
     Parameters are float32 unless the model is cast; the folding and the circuit are computed in float32 (float64 for a
     float64 model) whatever the dtype of x, the two products with x and h in x's dtype.
-    """
 
-    # what `_add` registers, depending on the configuration
-    a: Tensor
-    b: Tensor
-    w_a: Tensor
-    units: Tensor
-    angles: Tensor
-    scale: Tensor
+    They are stored flat, in row-major order: FSDP2 shards the first axis and fills it up to a multiple of the ranks, and that
+    of a first core is 1. `stored` and `effective` give them their shapes.
+    """
 
     def __init__(self, config: QTHAConfig, shape: AdapterShape, seed: int, weight: Tensor | None = None) -> None:
         """Initialise as an exact no-op.
@@ -48,6 +43,7 @@ class QTHAAdapter(nn.Module):
         self.config, self.shape = config, shape
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.gains: dict[str, float] = {}
+        self.shapes: dict[str, torch.Size] = {}
         generator = torch.Generator().manual_seed(seed)
         r = shape.rank
         if shape.mpo_a is None or shape.mpo_b is None:
@@ -62,10 +58,7 @@ class QTHAAdapter(nn.Module):
             self._add("units", _normal((shape.branch_rows, r), 3**-0.5, generator))
         elif config.has_circuit:
             angles = (2 * torch.rand(shape.branch_rows, r, generator=generator) - 1) * math.pi
-            if shape.trains_branch:
-                self._add("angles", angles)
-            else:  # a buffer: frozen parameters are dropped from sharded saves
-                self.register_buffer("angles", angles)
+            self._add("angles", angles, trained=shape.trains_branch)
         if shape.learns_scale:
             self._add("scale", torch.ones(r))
         self._scale_z()
@@ -105,13 +98,17 @@ class QTHAAdapter(nn.Module):
         """
         return max(1.0, GAIN_SHARE * std * math.sqrt(3 * size)) if self.config.core_gain == "balanced" else 1.0
 
-    def _add(self, name: str, value: Tensor, gain: float = 1.0) -> None:
-        self.gains[name] = gain
-        self.register_parameter(name, nn.Parameter(value / gain))
+    def _add(self, name: str, value: Tensor, gain: float = 1.0, trained: bool = True) -> None:
+        self.gains[name], self.shapes[name] = gain, value.shape
+        flat = (value / gain).flatten()
+        if trained:
+            self.register_parameter(name, nn.Parameter(flat))
+        else:  # a buffer: frozen parameters are dropped from sharded saves
+            self.register_buffer(name, flat)
 
     def _scale_z(self) -> None:
         """Scale the rows of the map to z, so that z starts with unit variance for uncorrelated unit-variance x."""
-        rows = self.w_a if self.shape.mpo_a is not None else self.a
+        rows = self.stored("a" if self.shape.mpo_a is None else "w_a")
         if rows.device.type == "meta":
             return
         with torch.no_grad():
@@ -123,12 +120,18 @@ class QTHAAdapter(nn.Module):
 
     def is_no_op(self) -> bool:
         """Return whether the adapter changes nothing, as before training; its parameters must be whole."""
-        zero = self.b if self.shape.mpo_b is None else getattr(self, f"mpo_b_{self.config.num_cores - 1}")
-        return not bool(zero.any())
+        zero = "b" if self.shape.mpo_b is None else f"mpo_b_{self.config.num_cores - 1}"
+        return not bool(getattr(self, zero).any())
+
+    def stored(self, name: str) -> Tensor:
+        """Return a matrix, core or the angles as they are stored and trained, in their shape; writing to it writes to them."""
+        value: Tensor = getattr(self, name)
+        return value.view(self.shapes[name])
 
     def effective(self, name: str) -> Tensor:
-        """Return a matrix or core as it acts (its gain applied), in computing precision."""
-        return _precise(getattr(self, name)) * self.gains[name]
+        """Return a matrix, core or the angles as they act (their gain applied), in computing precision."""
+        value = _precise(self.stored(name))
+        return value if self.gains[name] == 1 else value * self.gains[name]
 
     def cores(self, name: str) -> list[Tensor]:
         """Return the effective cores of `mpo_a` or `mpo_b`."""
@@ -168,13 +171,13 @@ class QTHAAdapter(nn.Module):
     def branch(self, z: Tensor) -> Tensor:
         """Return q (.., r): <Z_i> of the circuit, or its classical twin."""
         if self.config.quantum == "silu":
-            return _silu_ring(z, _precise(self.units))
-        return expectation_values(self.encode(z), _precise(self.angles), ansatz(self.config), self.config.simulation)
+            return _silu_ring(z, self.effective("units"))
+        return expectation_values(self.encode(z), self.effective("angles"), ansatz(self.config), self.config.simulation)
 
     def encode(self, z: Tensor) -> Tensor:
         """Return the encoding angles in radians, (.., r)."""
         if self.config.angle_scale == "learned":
-            return z * _precise(self.scale)
+            return z * self.effective("scale")
         angles: Tensor = _Bounded.apply(z) if self.config.angle_scale == "tanh" else z
         return angles
 
@@ -250,7 +253,8 @@ def _check_loaded(module: QTHAAdapter, state_dict: dict[str, Tensor], prefix: st
         value = state_dict[prefix + name]
         if value.shape != own.shape:
             raise ValueError(
-                f"adapter tensor {prefix}{name} has shape {tuple(value.shape)}, this model needs {tuple(own.shape)}. "
+                f"adapter tensor {prefix}{name} has shape {tuple(value.shape)}, this model needs {tuple(own.shape)}, flat for "
+                f"{tuple(module.shapes[name])}. "
                 "What works: the base model and `qtha:` settings the adapter was trained with."
             )
         if not bool(torch.isfinite(value).all()):

@@ -71,6 +71,7 @@ def test_no_angle_is_dead_but_the_last_ring_of_2025_05(gate_order):
     angles = [gradient for name, gradient in gradients(model).items() if "angles" in name]
     assert len(angles) == 14
     for gradient in angles:
+        gradient = gradient.view(-1, 4)
         assert gradient[:-1].ne(0).all()
         assert gradient[-1].ne(0).all() if gate_order == "2025-06" else gradient[-1].eq(0).all()
 

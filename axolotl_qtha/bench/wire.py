@@ -47,9 +47,8 @@ first ones, in float32. gradients: of these the sums of gradients, during backwa
 micro-batch, the others once a step. ring MiB: what a rank would put on the wire under the ring algorithm."""
 SHARDED = """
 Most of what ZeRO-3 and FSDP2 exchange are the frozen weights, the same for all adapters: `none` has no adapter and trains one
-norm; `no base` is what comes on top of it. Every tensor costs there: after a step ZeRO-3 gathers the small ones one by one, and
-FSDP2 fills each one's first dimension up to a multiple of the ranks, which makes more of QTHA's cores with every further rank.
-`lora` under fsdp2 is wrapped as Axolotl does it, each A and B of its own; `lora, by block` as QTHA is."""
+norm; `no base` is what comes on top of it. `lora` under fsdp2 is wrapped as Axolotl does it, each A and B of its own; `lora, by
+block` as QTHA is."""
 MOST_STEPS = 8  # until two in a row exchange the same; ZeRO-3 records its order of modules in the first ones
 
 # The operators of c10d that may be met: the collective, and which argument holds what this rank sends into it.
@@ -201,7 +200,7 @@ def deepspeed_settings(stage: int, hidden_size: int, accumulation: int) -> dict[
         zero |= {
             "reduce_bucket_size": hidden_size**2,
             "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
-            "stage3_param_persistence_threshold": 10 * hidden_size,
+            "stage3_param_persistence_threshold": 0,
             "stage3_gather_16bit_weights_on_model_save": True,
         }
     settings = {"gradient_accumulation_steps": accumulation, "gradient_clipping": 1.0, "train_micro_batch_size_per_gpu": 1}

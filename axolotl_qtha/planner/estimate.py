@@ -31,7 +31,7 @@ ZERO3_SETTINGS = {  # what that file says of memory
     "contiguous_gradients": True,
     "reduce_bucket_size": "auto",
     "stage3_prefetch_bucket_size": "auto",
-    "stage3_param_persistence_threshold": "auto",
+    "stage3_param_persistence_threshold": 0,
     "stage3_gather_16bit_weights_on_model_save": True,
 }
 SHORTEST = 256  # tokens: no shorter sequence is advised
