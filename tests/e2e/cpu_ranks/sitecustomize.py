@@ -36,7 +36,11 @@ def one_device(module):
 
 
 def deepspeed_over_gloo(module):
-    """deepspeed.comm.torch: Axolotl asks for NCCL by name; and gloo writes into views that autograd tracks."""
+    """deepspeed.comm.torch: Axolotl asks for NCCL by name; gloo writes into views that autograd tracks, and in any order.
+
+    ZeRO-3 starts a gather for each parameter of a module and waits for the last one, which on NCCL's stream is the last to end.
+    Gloo runs them side by side: a save now and then broadcasts weights of which a part has not come (DeepSpeed issue 8539).
+    """
     import torch
 
     start, gather = module.TorchBackend.init_process_group, module.TorchBackend.all_gather_into_tensor
@@ -46,7 +50,10 @@ def deepspeed_over_gloo(module):
 
     def all_gather_into_tensor(self, output_tensor, input_tensor, *args, **kwargs):
         with torch.no_grad():
-            return gather(self, output_tensor.detach(), input_tensor.detach(), *args, **kwargs)
+            work = gather(self, output_tensor.detach(), input_tensor.detach(), *args, **kwargs)
+        if work is not None:  # async_op
+            work.wait()
+        return work
 
     module.TorchBackend.init_process_group = init_process_group
     module.TorchBackend.all_gather_into_tensor = all_gather_into_tensor
