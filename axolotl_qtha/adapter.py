@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils.generic import maybe_autocast
 
-from .circuit.engine import expectation_values
+from .circuit.bottleneck import Bottleneck, Circuit, prepared
 from .config import QTHAConfig
 from .errors import IncompleteAdapter
+from .folded import Fold, Kept
 from .mpo import decompose, fold_columns, fold_rows
 from .plan import AdapterShape, ansatz
 
@@ -24,7 +27,8 @@ class QTHAAdapter(nn.Module):
     """One adapter of one layer: maps x (.., d) to the change of the layer's output (.., o).
 
     Parameters are float32 unless the model is cast; the folding and the circuit are computed in float32 (float64 for a
-    float64 model) whatever the dtype of x, the two products with x and h in x's dtype.
+    float64 model) whatever the dtype of x, the two products with x and h in x's dtype. Folded is once per forward; in eval mode
+    without gradients, as in `generate()`, once until a tensor changes (`folded.Kept`).
 
     They are stored flat, in row-major order: FSDP2 shards the first axis and fills it up to a multiple of the ranks, and that
     of a first core is 1. `stored` and `effective` give them their shapes.
@@ -40,7 +44,7 @@ class QTHAAdapter(nn.Module):
             weight: the frozen weight (out_features, in_features), for `init: tt_svd`.
         """
         super().__init__()
-        self.config, self.shape = config, shape
+        self.config, self.shape, self.kept = config, shape, Kept()
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.gains: dict[str, float] = {}
         self.shapes: dict[str, torch.Size] = {}
@@ -153,49 +157,51 @@ class QTHAAdapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the change of the output, (.., o), in the dtype of the products with x."""
+        if torch.compiler.is_compiling() or self.training or torch.is_grad_enabled():
+            fold = self._fold(x)
+        else:
+            fold = self.kept.get(self._tensors(), self.shapes, x, self._fold)
+        z = F.linear(self.dropout(x) if self.config.dropout else x, fold.a)
+        h = z if fold.join is None else fold.join(z)
+        return F.linear(h, fold.b if fold.b.dtype == h.dtype else fold.b.to(h.dtype))
+
+    def _fold(self, x: Tensor, kept: bool = False) -> Fold:
+        """Compute all that depends on x's dtype and device only; if it is `kept`, for use without gradients."""
         with maybe_autocast(x.device.type, enabled=False):  # also knows the meta device
-            w_c = self.effective("w_c")
-            a, b = self.fold_a(), self.fold_b(None if self.shape.has_branch else w_c)
-        z = F.linear(self.dropout(x), a.to(x.dtype))
-        if not self.shape.has_branch:
-            return F.linear(z, b.to(z.dtype))
-        with maybe_autocast(x.device.type, enabled=False):
-            h = self._fuse(z.to(a.dtype), w_c)
-        return F.linear(h.to(z.dtype), b.to(z.dtype))
+            if not self.shape.has_branch:
+                return Fold(self.fold_a().to(x.dtype), self.fold_b(self.effective("w_c")))
+            join = self.bottleneck()
+            return Fold(self.fold_a().to(x.dtype), self.fold_b(), prepared(join) if kept else join)
 
-    def _fuse(self, z: Tensor, w_c: Tensor) -> Tensor:
-        """Join the linear path and the branch: h (.., r)."""
-        linear, branch = F.linear(z, w_c), F.linear(self.branch(z), self.effective("w_q"))
-        return linear * branch if self.config.quantum == "qwthn" else linear + branch
+    def bottleneck(self) -> Bottleneck:
+        """Return the function from z (.., r) to h (.., r); for an adapter with a branch."""
+        product = self.config.quantum == "qwthn"
+        return Bottleneck(self.effective("w_c"), self.effective("w_q"), self._branch(), product)
 
-    def branch(self, z: Tensor) -> Tensor:
-        """Return q (.., r): <Z_i> of the circuit, or its classical twin."""
+    def _branch(self) -> Callable[[Tensor], Tensor]:
+        """Return the function from z to q (.., r): <Z_i> of the circuit, or its classical twin."""
         if self.config.quantum == "silu":
-            return _silu_ring(z, self.effective("units"))
-        return expectation_values(self.encode(z), self.effective("angles"), ansatz(self.config), self.config.simulation)
+            return partial(_silu_ring, units=self.effective("units"))
+        scale = self.effective("scale") if self.config.angle_scale == "learned" else None
+        bounded = self.config.angle_scale == "tanh"
+        return Circuit(self.effective("angles"), ansatz(self.config), self.config.simulation, scale, bounded)
 
-    def encode(self, z: Tensor) -> Tensor:
-        """Return the encoding angles in radians, (.., r)."""
-        if self.config.angle_scale == "learned":
-            return z * self.effective("scale")
-        angles: Tensor = _Bounded.apply(z) if self.config.angle_scale == "tanh" else z
-        return angles
+    def _tensors(self) -> dict[str, Tensor | None]:
+        """Return the adapter's tensors; unlike `state_names`, within a microsecond."""
+        return {**self._parameters, **self._buffers}
 
+    def drop_kept(self) -> None:
+        """Forget the folded matrices. Needed by hand only after writing to a parameter's `.data` in eval mode."""
+        self.kept.drop(self._tensors(), self.shapes)
 
-class _Bounded(torch.autograd.Function):
-    """pi * tanh(z / pi), which keeps for backward only its result: the circuit keeps that too."""
+    def train(self, mode: bool = True) -> QTHAAdapter:
+        """Set training or eval mode."""
+        self.drop_kept()
+        return super().train(mode)
 
-    @staticmethod
-    def forward(ctx: Any, z: Tensor) -> Tensor:
-        angles = math.pi * torch.tanh(z / math.pi)
-        ctx.save_for_backward(angles)
-        return angles
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (angles,) = ctx.saved_tensors
-        result: Tensor = grads[0] * (1 - (angles / math.pi).square())
-        return result
+    def _apply(self, *args: Any, **kwargs: Any) -> QTHAAdapter:
+        self.drop_kept()  # what moves or casts the tensors may write to their `.data`
+        return super()._apply(*args, **kwargs)
 
 
 def _silu_ring(z: Tensor, units: Tensor) -> Tensor:
@@ -238,7 +244,8 @@ def _check_saved(module: QTHAAdapter, state_dict: dict[str, Tensor], prefix: str
 
 
 def _check_loaded(module: QTHAAdapter, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Refuse tensors that are missing, unknown, of another shape, or not finite."""
+    """Refuse tensors that are missing, unknown, of another shape, or not finite; forget what is kept of those before."""
+    module.drop_kept()
     given = {key[len(prefix) :] for key in state_dict if key.startswith(prefix)}
     expected = module.state_names()
     if not given:  # a state dict of something else; QTHAModel checks whole files

@@ -14,6 +14,13 @@ class IncompleteAdapter(RuntimeError):
     """
 
 
+class PrivateSettings(RuntimeError):
+    """Settings that may hold a credential are refused, without showing them.
+
+    No ValueError, around which pydantic would print the settings, credential and all.
+    """
+
+
 def refusal(key: str, value: Any, why: str, works: str) -> ValueError:
     """Return the error for a bad `qtha:` key, or command-line option (--key): it names the key, the value and what would work."""
     return ValueError(f"{key if key.startswith('--') else f'qtha.{key}'}: {value!r} {why}. What works: {works}.")

@@ -161,13 +161,14 @@ def layer_sizes(layer: nn.Module) -> tuple[int, int]:
     return int(layer.in_features), int(layer.out_features)  # type: ignore[arg-type]
 
 
-def refuse_nonlinear_merge(adapter_name: str, config: QTHAConfig) -> None:
-    """Refuse to merge an adapter that no change of the weight can express."""
+def refuse_nonlinear_merge(adapter_name: str, config: QTHAConfig, yaml: str = "CONFIG.yml", out: str = "FOLDER") -> None:
+    """Refuse to merge an adapter that no change of the weight can express; the message has the command for these files."""
     if config.quantum != "none":
         raise ValueError(
             f"adapter {adapter_name!r} has `quantum: {config.quantum}`, which is not linear in x: no merged weight equals it, "
-            "and none was written. What works: serve the adapter unmerged, or train with `qtha: {quantum: none}`, which "
-            "merges exactly."
+            f"and none was written. What works: `axolotl qtha-export {yaml} --format merged --out {out}`, which merges the "
+            "closest linear adapter and says what that costs; the adapter unmerged; or `qtha: {quantum: none}`, which merges "
+            "exactly."
         )
 
 

@@ -100,12 +100,13 @@ def _move(source: Path, target: Path) -> None:
     for file in sorted(path for path in source.rglob("*") if path.is_file()):
         place = target / file.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
-        _flush(file)
+        flush(file)
         os.replace(file, place)
-    _flush(target)
+    flush(target)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have a file or folder reach the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,12 +1,14 @@
 // The circuit of `ansatz.py` on a CPU: one token per SIMD lane, a block of tokens in the first-level cache.
 //
 // The circuit comes as alternating walls (RY on every qubit) and diagonals (a CRZ ring), see `torch_engine.py`. Only RY angles of
-// encoding walls differ between tokens; by the addition formulas they need cos and sin of z / 2, which are passed in.
+// encoding walls differ between tokens; by the addition formulas they need cos and sin of z / 2, which are passed in. With a few
+// tokens (`infer`) a call of PyTorch costs more than what it computes: there all is done here, from z to h of `bottleneck.py`.
 //
 // Plain C interface, called through ctypes. Sums over tokens are made per chunk of tokens, in an order that does not depend on the
 // number of threads.
 
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -31,10 +33,23 @@ template <> struct Lanes<double> { typedef double type __attribute__((vector_siz
 template <typename T> struct Circuit {
     int64_t tokens;
     int qubits, walls;
-    const T *cos_z, *sin_z;          // (tokens, qubits), of z / 2
+    const T *cos_z, *sin_z;          // (tokens, qubits), of z / 2; or null, and what follows the diagonals is given
     const uint8_t *encodes;          // (walls): whether z is added to the wall's angles
     const T *cos_wall, *sin_wall;    // (walls, qubits), of half the angle all tokens share
     const T *cos_diag, *sin_diag;    // (walls - 1, 2**qubits)
+    const T *z = nullptr;            // (tokens, qubits)
+    const T *scale = nullptr;        // (qubits), or null: z is multiplied by it,
+    bool bounded = false;            // and enters as pi * tanh(z / pi),
+    T half = 0;                      // times this
+};
+
+// What `infer` takes but for the tokens: `_Fixed` of native.py.
+template <typename T> struct Fixed {
+    const uint8_t *encodes;
+    const T *cos_wall, *sin_wall, *cos_diag, *sin_diag, *scale;
+    const T *w_c, *w_q;  // (qubits, qubits)
+    double half;
+    int qubits, walls, bounded, product;
 };
 
 template <typename T> class Block {
@@ -64,8 +79,10 @@ template <typename T> class Block {
             cz_[q] = V{} + T(1);
             sz_[q] = V{};
             for (int l = 0; l < count_; ++l) {
-                cz_[q][l] = c_.cos_z[(first + l) * c_.qubits + q];
-                sz_[q][l] = c_.sin_z[(first + l) * c_.qubits + q];
+                const int64_t i = (first + l) * c_.qubits + q;
+                const T angle = c_.z ? half_angle(c_.z[i], q) : 0;
+                cz_[q][l] = c_.z ? std::cos(angle) : c_.cos_z[i];
+                sz_[q][l] = c_.z ? std::sin(angle) : c_.sin_z[i];
             }
         }
     }
@@ -127,6 +144,12 @@ template <typename T> class Block {
     }
 
   private:
+    T half_angle(T z, int q) const {
+        constexpr T pi = T(3.14159265358979323846);
+        if (c_.scale) z *= c_.scale[q];
+        return c_.half * (c_.bounded ? pi * std::tanh(z / pi) : z);
+    }
+
     int64_t stride(int q) const { return int64_t(1) << (c_.qubits - 1 - q); }  // qubit 0 is the most significant bit
 
     void angles(int w, V *cos, V *sin) const {
@@ -332,6 +355,28 @@ void backward(const Circuit<T> &c, int64_t chunk, const T *grad, T *grad_z, doub
     });
 }
 
+// h = W_C z + W_Q q, or the product of the two; returns whether all q are numbers: z infinite or NaN makes its token's q NaN.
+template <typename T> int infer(const Fixed<T> &f, int64_t tokens, const T *z, int64_t chunk, int threads, T *h) {
+    forward<T>({tokens, f.qubits, f.walls, nullptr, nullptr, f.encodes, f.cos_wall, f.sin_wall, f.cos_diag, f.sin_diag, z, f.scale,
+                f.bounded != 0, T(f.half)}, chunk, h, threads);
+    T q[kMaxQubits];
+    for (int64_t t = 0; t < tokens; ++t, z += f.qubits, h += f.qubits) {
+        for (int i = 0; i < f.qubits; ++i) {
+            if (std::isnan(h[i])) return 0;
+            q[i] = h[i];
+        }
+        for (int i = 0; i < f.qubits; ++i) {
+            T linear = 0, branch = 0;
+            for (int j = 0; j < f.qubits; ++j) {
+                linear += f.w_c[i * f.qubits + j] * z[j];
+                branch += f.w_q[i * f.qubits + j] * q[j];
+            }
+            h[i] = f.product ? linear * branch : linear + branch;
+        }
+    }
+    return 1;
+}
+
 }  // namespace
 
 #define QTHA_FUNCTIONS(T, name)                                                                                                 \
@@ -346,6 +391,9 @@ void backward(const Circuit<T> &c, int64_t chunk, const T *grad, T *grad_z, doub
                                          double *of_walls, double *of_diags) {                                                  \
         backward<T>({tokens, qubits, walls, cos_z, sin_z, encodes, cos_wall, sin_wall, cos_diag, sin_diag}, chunk, grad,        \
                     grad_z, of_walls, of_diags, threads);                                                                       \
+    }                                                                                                                           \
+    extern "C" int qtha_infer_##name(const Fixed<T> *f, int64_t tokens, const T *z, int64_t chunk, int threads, T *h) {         \
+        return infer<T>(*f, tokens, z, chunk, threads, h);                                                                      \
     }
 
 QTHA_FUNCTIONS(float, f32)

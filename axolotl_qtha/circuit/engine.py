@@ -15,9 +15,14 @@ def prepare(ansatz: Ansatz, simulation: Simulation) -> None:
     """Check, before anything is trained, that this machine can run the circuit as asked.
 
     Raises:
-        ValueError: naming the YAML key, e.g. where there is no GPU, or not enough memory.
+        ValueError: naming the YAML key, e.g. where there is no GPU, not enough memory, or no account of IBM Quantum.
     """
-    if simulation.backend != "torch":
+    if simulation.ibm is not None:
+        from ..ibm.engine import runner, use_device
+
+        use_device(True)  # a training that failed may have left it otherwise
+        runner(ansatz, simulation.ibm)
+    elif simulation.backend != "torch":
         from .aer import engine
 
         engine(ansatz, simulation)
@@ -36,10 +41,14 @@ def expectation_values(z: Tensor, angles: Tensor, ansatz: Ansatz, simulation: Si
         Tensor in [-1, 1] of z's shape: float64 for float64, else float32.
 
     Raises:
-        ValueError: if the shapes do not fit the ansatz, or (on a CPU, and with Aer) an angle is NaN or infinite.
+        ValueError: if the shapes do not fit the ansatz, or (on a CPU, and with Aer or IBM) an angle is NaN or infinite.
     """
     if simulation.backend == "torch":
         return torch_engine.expectation_values(z, angles, ansatz)
+    if simulation.backend == "ibm":
+        from ..ibm import engine as ibm
+
+        return ibm.expectation_values(z, angles, ansatz, simulation)
     from . import aer  # starts Qiskit
 
     return aer.expectation_values(z, angles, ansatz, simulation)

@@ -15,16 +15,19 @@ import subprocess
 import tempfile
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .ansatz import Ansatz
-from .program import Program, program, tables
+from .program import Program, program
+from .program import tables as constants
 
 SOURCE = Path(__file__).with_name("circuit.cpp")
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
 LANES = 16  # tokens a block of the source holds at most
+FEW = 64  # tokens whose cosines and sines take longer to ask of PyTorch than to compute one by one
 CHUNKS = 32  # parts the tokens are split into: sums over tokens do not depend on the number of threads
 
 LOG = logging.getLogger(__name__)
@@ -80,50 +83,104 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine() + platform.processor())
 
 
-class _Call:
-    """The arguments that forward and backward share."""
+class Tables:
+    """What the library takes but for the tokens: computed once for angles (rows, n)."""
 
-    def __init__(self, z: Tensor, angles: Tensor, ansatz: Ansatz) -> None:
+    def __init__(self, angles: Tensor, ansatz: Ansatz) -> None:
         self.program: Program = program(ansatz)
-        self.phases = tables(ansatz, z.device, z.dtype).phases
+        self.phases = constants(ansatz, angles.device, angles.dtype).phases
         self.factor = max(wall.encodes for wall in self.program.walls)  # with one qubit, the number of layers
-        half_z = z * (self.factor / 2)
         half_wall = torch.stack([angles[list(wall.rows)].sum(0) / 2 for wall in self.program.walls])
         rings = [angles[row] @ self.phases[kind] for row, kind in self.program.diagonals]
-        phase = torch.stack(rings) if rings else z.new_zeros(0, 2**ansatz.qubits)
+        phase = torch.stack(rings) if rings else angles.new_zeros(0, 2**ansatz.qubits)
         encodes = torch.tensor([wall.encodes > 0 for wall in self.program.walls])
-        self.tensors = [half_z.cos(), half_z.sin(), encodes, half_wall.cos(), half_wall.sin(), phase.cos(), phase.sin()]
-        self.chunk = LANES * max(2, -(-z.shape[0] // (LANES * CHUNKS)))
-        self.chunks = -(-z.shape[0] // self.chunk)
-        self.sizes = (ctypes.c_int64(z.shape[0]), ctypes.c_int(ansatz.qubits), ctypes.c_int(len(self.program.walls)))
+        self.tensors = [encodes, half_wall.cos(), half_wall.sin(), phase.cos(), phase.sin()]
+        self.pointers = [tensor.data_ptr() for tensor in self.tensors]
+        self.qubits, self.walls = ansatz.qubits, len(self.program.walls)
 
-    def run(self, name: str, *tensors: Tensor) -> None:
-        """Call a function of the library; the tensors are contiguous."""
-        function = getattr(library(), f"qtha_{name}_{'f64' if tensors[0].dtype == torch.float64 else 'f32'}")
-        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in self.tensors]
-        further = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-        threads = ctypes.c_int(torch.get_num_threads())
-        function(*self.sizes, *pointers, ctypes.c_int64(self.chunk), threads, *further)
+
+@lru_cache(maxsize=8)
+def _function(name: str, dtype: torch.dtype) -> Any:
+    """Return `forward`, `backward` or `infer` of the library, with its types."""
+    function = getattr(library(), f"qtha_{name}_{'f64' if dtype == torch.float64 else 'f32'}")
+    pointer, many, few = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    shared = {"forward": 1, "backward": 4}
+    function.argtypes = (
+        [pointer, many, pointer, many, few, pointer]
+        if name == "infer"
+        else [many, few, few, *7 * [pointer], many, few, *shared[name] * [pointer]]
+    )
+    function.restype = few if name == "infer" else None
+    return function
+
+
+def _chunk(tokens: int) -> int:
+    """Return how many tokens one thread takes at a time."""
+    return LANES * max(2, -(-tokens // (LANES * CHUNKS)))
+
+
+def _call(name: str, z: Tensor, tables: Tables, *further: Tensor) -> None:
+    """Call `forward` or `backward` of the library on contiguous tensors."""
+    half_z = z * (tables.factor / 2)
+    cos, sin = half_z.cos(), half_z.sin()
+    _function(name, z.dtype)(
+        *(z.shape[0], tables.qubits, tables.walls, cos.data_ptr(), sin.data_ptr(), *tables.pointers),
+        *(_chunk(z.shape[0]), torch.get_num_threads(), *[tensor.data_ptr() for tensor in further]),
+    )
 
 
 def forward(z: Tensor, angles: Tensor, ansatz: Ansatz) -> Tensor:
     """Return <Z_i>, (tokens, n), of contiguous z (tokens, n) and angles (rows, n) in radians, float32 or float64."""
+    return run(z, Tables(angles, ansatz))
+
+
+def run(z: Tensor, tables: Tables) -> Tensor:
+    """Return `forward` of z and the angles that the tables were made of."""
     result = torch.empty_like(z)
-    _Call(z, angles, ansatz).run("forward", result)
+    _call("forward", z, tables, result)
     return result
+
+
+class _Fixed(ctypes.Structure):
+    """`Fixed` of the source."""
+
+    _fields_ = (
+        *[(name, ctypes.c_void_p) for name in ("encodes", "cos_wall", "sin_wall", "cos_diag", "sin_diag", "scale", "w_c", "w_q")],
+        ("half", ctypes.c_double),
+        *[(name, ctypes.c_int) for name in ("qubits", "walls", "bounded", "product")],
+    )
+
+
+class Few:
+    """From z to h for a few tokens, in one call of the library; see `bottleneck.py`."""
+
+    def __init__(self, tables: Tables, w_c: Tensor, w_q: Tensor, scale: Tensor | None, bounded: bool, product: bool) -> None:
+        self.numbers = FEW * tables.qubits  # of z, at most
+        matrices = [None if tensor is None else tensor.detach().contiguous() for tensor in (scale, w_c, w_q)]
+        self.alive = tables, matrices  # the library gets their addresses
+        pointers = [*tables.pointers, *[0 if tensor is None else tensor.data_ptr() for tensor in matrices]]
+        self.fixed = _Fixed(*pointers, tables.factor / 2, tables.qubits, tables.walls, bounded, product)
+        self.address, self.qubits, self.function = ctypes.addressof(self.fixed), tables.qubits, _function("infer", w_c.dtype)
+
+    def __call__(self, z: Tensor) -> Tensor | None:
+        """Return h (.., n) for z (.., n) of the tables' dtype; None if an encoding angle is NaN or infinite."""
+        z = z.contiguous()
+        h = torch.empty_like(z)
+        tokens, threads = z.numel() // self.qubits, torch.get_num_threads()
+        return h if self.function(self.address, tokens, z.data_ptr(), 2 * LANES, threads, h.data_ptr()) else None
 
 
 def backward(grad: Tensor, z: Tensor, angles: Tensor, ansatz: Ansatz) -> tuple[Tensor, Tensor]:
     """Return the gradients of sum(grad * <Z>) for z and the angles."""
-    call = _Call(z, angles, ansatz)
-    walls, states = len(call.program.walls), 2**ansatz.qubits
+    tables = Tables(angles, ansatz)
+    chunks = -(-z.shape[0] // _chunk(z.shape[0]))
     grad_z, grad_angles = torch.empty_like(z), torch.zeros_like(angles)
-    of_walls = torch.zeros(call.chunks, walls, ansatz.qubits, dtype=torch.float64)
-    of_rings = torch.zeros(call.chunks, walls - 1, states, dtype=torch.float64)
-    call.run("backward", grad, grad_z, of_walls, of_rings)
-    for wall, total in zip(call.program.walls, of_walls.sum(0).to(z.dtype), strict=True):
+    of_walls = torch.zeros(chunks, tables.walls, ansatz.qubits, dtype=torch.float64)
+    of_rings = torch.zeros(chunks, tables.walls - 1, 2**ansatz.qubits, dtype=torch.float64)
+    _call("backward", z, tables, grad, grad_z, of_walls, of_rings)
+    for wall, total in zip(tables.program.walls, of_walls.sum(0).to(z.dtype), strict=True):
         grad_angles[list(wall.rows)] += total
     # dU/dt = i w U, so dE/dt = -2 sum_s w(s) Im(conj(adjoint) state)
-    for (row, kind), total in zip(call.program.diagonals, of_rings.sum(0).to(z.dtype), strict=True):
-        grad_angles[row] += -2 * (call.phases[kind] @ total)
-    return call.factor * grad_z, grad_angles
+    for (row, kind), total in zip(tables.program.diagonals, of_rings.sum(0).to(z.dtype), strict=True):
+        grad_angles[row] += -2 * (tables.phases[kind] @ total)
+    return tables.factor * grad_z, grad_angles

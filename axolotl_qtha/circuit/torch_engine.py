@@ -72,13 +72,19 @@ def in_pytorch() -> Iterator[None]:
         _plain = before
 
 
+def plain() -> bool:
+    """Return whether circuits are to be run in PyTorch, see `in_pytorch`."""
+    return _plain
+
+
 @contextmanager
-def _full_precision() -> Iterator[None]:
-    """Keep `tf32: true` and the like from rounding the matmuls inside to some 1e-3."""
+def exactly(device_type: str) -> Iterator[None]:
+    """Compute without gradients; keep autocast, `tf32: true` and the like from rounding the matmuls inside to some 1e-3."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with torch.no_grad(), torch.autocast(device_type, enabled=False):
+            yield
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -220,7 +226,7 @@ def _circuit_forward(z: Tensor, angles: Tensor, qubits: int, layers: int, gate_o
     result = torch.empty_like(z)
     if z.device.type == "cpu":  # on a GPU the answer would have to be waited for
         check_finite(z, angles)
-    with torch.no_grad(), torch.autocast(z.device.type, enabled=False), _full_precision():
+    with exactly(z.device.type):
         if (kernel := fused(z)) is not None:
             return kernel.forward(z, angles, ansatz)
         for start in range(0, z.shape[0], chunk_tokens(qubits)):
@@ -236,7 +242,7 @@ def _circuit_backward(
 ) -> tuple[Tensor, Tensor]:
     ansatz = Ansatz(qubits, layers, gate_order)
     grad_z, grad_angles = torch.empty_like(z), torch.zeros_like(angles)
-    with torch.no_grad(), torch.autocast(z.device.type, enabled=False), _full_precision():
+    with exactly(z.device.type):
         if (kernel := fused(z)) is not None:
             return kernel.backward(grad, z, angles, ansatz)
         for start in range(0, z.shape[0], chunk_tokens(qubits)):

@@ -95,23 +95,26 @@ def _constants(ansatz: Ansatz, device: torch.device, dtype: torch.dtype) -> _Con
     )
 
 
-class _Call:
-    """The arguments that forward and backward share."""
+class Tables:
+    """What the kernels take but for the tokens: computed once for angles (rows, n)."""
 
-    def __init__(self, z: Tensor, angles: Tensor, ansatz: Ansatz) -> None:
-        self.tokens = z.shape[0]
-        self.program: Program = program(ansatz)
-        self.walls = len(self.program.walls)
-        self.factor = float(max(wall.encodes for wall in self.program.walls))  # with one qubit, the number of layers
-        self.constants = _constants(ansatz, z.device, z.dtype)
+    def __init__(self, angles: Tensor, ansatz: Ansatz) -> None:
+        folded: Program = program(ansatz)
+        self.walls = len(folded.walls)
+        self.factor = float(max(wall.encodes for wall in folded.walls))  # with one qubit, the number of layers
+        self.constants = _constants(ansatz, angles.device, angles.dtype)
         # Products and sums, no matmul: the user may allow TF32, which rounds an angle of one radian by 5e-4.
         shared = (self.constants.select * angles).sum(1)
         phase = (self.constants.phases * shared[self.walls :, :, None]).sum(1)
         turn = torch.cat([shared[: self.walls].flatten() / 2, self.constants.identity, phase.flatten()])
         self.turns = torch.stack([turn.cos(), turn.sin()], dim=1)
-        sizes, options = settings(ansatz.qubits, z.dtype)
+        sizes, options = settings(ansatz.qubits, angles.dtype)
+        self.block = sizes["T"]
         self.options = sizes | options
-        self.programs = -(-self.tokens // sizes["T"])
+
+    def programs(self, tokens: int) -> int:
+        """Return how many programs of the grid the tokens take."""
+        return -(-tokens // self.block)
 
     def angle_gradients(self, sums: Tensor) -> Tensor:
         """Return the gradients of the angles, (rows, n), from those of walls and diagonals, (programs, 2 W - 1, n)."""
@@ -120,15 +123,19 @@ class _Call:
 
 def forward(z: Tensor, angles: Tensor, ansatz: Ansatz) -> Tensor:
     """Return <Z_i>, (tokens, n), of contiguous z (tokens, n) and angles (rows, n) in radians, float32 or float64."""
+    return run(z, Tables(angles, ansatz))
+
+
+def run(z: Tensor, tables: Tables) -> Tensor:
+    """Return `forward` of z and the angles that the tables were made of."""
     from . import circuit_triton
 
     result = torch.empty_like(z)
     if z.shape[0] == 0:
         return result
-    call = _Call(z, angles, ansatz)
     with torch.cuda.device_of(z):
-        circuit_triton.forward[(call.programs,)](
-            z, call.turns, call.constants.encodes, result, call.tokens, call.walls, call.factor, **call.options
+        circuit_triton.forward[(tables.programs(z.shape[0]),)](
+            *(z, tables.turns, tables.constants.encodes, result, z.shape[0], tables.walls, tables.factor), **tables.options
         )
     return result
 
@@ -140,14 +147,14 @@ def backward(grad: Tensor, z: Tensor, angles: Tensor, ansatz: Ansatz) -> tuple[T
     grad_z = torch.empty_like(z)
     if z.shape[0] == 0:
         return grad_z, torch.zeros_like(angles)
-    call = _Call(z, angles, ansatz)
-    constants = call.constants
+    tables = Tables(angles, ansatz)
+    constants, programs = tables.constants, tables.programs(z.shape[0])
     # each program has its own place: no atomics, so that the sums do not depend on which comes first
-    sums = z.new_empty(call.programs, 2 * call.walls - 1, ansatz.qubits)
+    sums = z.new_empty(programs, 2 * tables.walls - 1, ansatz.qubits)
     with torch.cuda.device_of(z):
-        circuit_triton.backward[(call.programs,)](
-            *(z, grad, call.turns, constants.encodes, constants.steps, grad_z, sums),
-            *(call.tokens, call.walls, call.factor),
-            **call.options,
+        circuit_triton.backward[(programs,)](
+            *(z, grad, tables.turns, constants.encodes, constants.steps, grad_z, sums),
+            *(z.shape[0], tables.walls, tables.factor),
+            **tables.options,
         )
-    return grad_z, call.angle_gradients(sums)
+    return grad_z, tables.angle_gradients(sums)

@@ -13,6 +13,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from axolotl_qtha.folded import folding_each_time
+
 from .commands import QUICKSTART, REPOSITORY, run, write_config
 
 SUPPORT = Path(__file__).parent / "cpu_ranks"
@@ -124,7 +126,7 @@ def logits_of(adapter: Path) -> torch.Tensor:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), folding_each_time():
             return model(input_ids=torch.arange(2, 34).reshape(2, 16)).logits
     finally:
         torch.set_num_threads(threads)

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 import axolotl_qtha.saving
+from axolotl_qtha.folded import folding_each_time
 
 TOKENS = torch.arange(2, 34).reshape(2, 16)  # the prompts whose logits are compared
 
@@ -46,7 +47,8 @@ class Recorder(BasePlugin):
         if path.exists():  # Axolotl calls this twice, the second time after its process group is gone
             return
         model.eval()
-        with torch.no_grad():
+        # Shards keep no folds, and a kept fold is another order of sums: here only the tensors are to differ.
+        with torch.no_grad(), folding_each_time():
             save_file({"logits": model(input_ids=TOKENS).logits.float().contiguous()}, path)
 
 
