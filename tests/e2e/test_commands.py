@@ -1,13 +1,16 @@
 """Axolotl's own commands with `adapter: qtha`, on the quickstart's base model and data."""
 
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from axolotl.cli.config import load_cfg
 from axolotl.loaders import ModelLoader, load_tokenizer
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from axolotl_qtha.errors import IncompleteAdapter
@@ -58,6 +61,26 @@ def test_reloaded_in_a_new_process_gives_the_same_logits(uninterrupted, tmp_path
     done = run([sys.executable, "-c", RELOAD, str(out), str(tmp_path / "ids"), str(torch.get_num_threads())], tmp_path)
     assert done.returncode == 0, done.stdout
     assert torch.equal(torch.load(tmp_path / "ids.logits"), logits)  # float32, same threads: the same operations
+
+
+def test_every_folder_of_the_run_has_a_card_without_paths(uninterrupted, tmp_path):
+    model, seen, out = uninterrupted
+    for folder, steps in ((out, 8), (out / "checkpoint-4", 4), (out / "checkpoint-8", 8)):
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.library_name == "peft"
+        assert "qtha" in card.data.tags
+        assert f"| steps | {steps} |" in card.text
+        assert f"| last training loss | {round(seen[steps], 4)} |" in card.text
+        assert f"| evaluation loss at step {8 if steps == 8 else 0} |" in card.text  # as eval_steps has it
+        assert "| data | `train.jsonl` (a local file, not published) |" in card.text
+        assert not re.search(r"(?<![\w:/])/\w", card.content)  # addresses and PATH/TO aside
+        assert out.parent.name not in card.content
+    (block,) = re.findall(r"```yaml\n(.*?)```", card.text, flags=re.DOTALL)
+    shown = {**yaml.safe_load(block), "base_model": str(QUICKSTART / "base"), "lora_model_dir": str(out)}
+    shown["qtha"]["param_budget"] = None  # in place of the quickstart's
+    cfg = load_cfg(str(write_config(tmp_path, **{**SHORT, **shown})))
+    with torch.no_grad():
+        assert torch.equal(ModelLoader(cfg, load_tokenizer(cfg)).load()[0].eval()(IDS).logits, model(IDS).logits)
 
 
 def test_adapter_has_its_own_learning_rate_for_the_angles(uninterrupted, folder):
@@ -199,6 +222,12 @@ def test_dpo(tmp_path):
     assert losses(trainer)[1] == pytest.approx(0.6931, abs=1e-3)  # log 2: policy and reference agree at the start
     saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert any(tensor.abs().max() > 0 for name, tensor in saved.items() if name.endswith("mpo_b_1"))
+    readme = tmp_path / "out" / "README.md"
+    written = readme.read_text()
+    assert "| method | dpo |" in written
+    readme.unlink()
+    trainer.create_model_card(model_name="other", tags=["trl"])  # as a push to the Hub does
+    assert readme.read_text() == written
 
 
 def test_merge_is_refused_with_a_circuit_and_exact_without(uninterrupted, tmp_path):
@@ -223,5 +252,5 @@ def test_merge_is_refused_with_a_circuit_and_exact_without(uninterrupted, tmp_pa
 
     merged = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float32)
     with torch.no_grad():
-        # one rounding of the merged float32 weights per layer
-        assert (merged(IDS).logits - expected).abs().max() < 1e-4
+        # every merged weight is rounded once; the logits go up to 20, where float32 has steps of 2e-6 (seen: 1.3e-5)
+        assert (merged(IDS).logits - expected).abs().max() < 3e-5

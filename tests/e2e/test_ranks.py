@@ -69,6 +69,16 @@ def test_every_rank_started_from_the_same_adapter(strategy, shared):
 
 
 @pytest.mark.parametrize("strategy", SHARED)
+def test_the_card_tells_of_one_process_training_the_same(strategy, shared, single):
+    rows = [
+        {line for line in (folder / "README.md").read_text().splitlines() if line.startswith("|") and "loss" not in line}
+        for folder in (shared(strategy), single)
+    ]
+    assert rows[0] == rows[1]  # sequences per step, parameters and steps among them
+    assert any(row.startswith("| sequences per step |") for row in rows[0])
+
+
+@pytest.mark.parametrize("strategy", SHARED)
 def test_the_saved_adapter_is_whole_and_gives_the_logits_of_the_model_in_memory(strategy, shared, single):
     out = shared(strategy)
     saved, reference = load_file(out / ADAPTER), load_file(single / ADAPTER)

@@ -1,0 +1,123 @@
+"""A plain LoRA of each adapted layer, and PEFT's files of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..config import QTHAConfig
+from ..saving import WEIGHTS
+
+PREFIX = "base_model.model."  # what PEFT puts before the names of the base's modules
+
+
+@dataclass
+class LowRank:
+    """What is added to a layer's output: B A x + c; float32, the scaling alpha / r included in B and c."""
+
+    a: Tensor  # (r, d)
+    b: Tensor  # (o, r)
+    bias: Tensor | None = None  # (o), c
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the change of the output, (.., o), in the dtype of x (.., d)."""
+        bias = None if self.bias is None else self.bias.to(x)
+        return F.linear(F.linear(x, self.a.to(x)), self.b.to(x), bias)
+
+    def widened(self, rank: int) -> LowRank:
+        """Return the same with rows and columns of zeros up to `rank`."""
+        more = rank - len(self.a)
+        return LowRank(F.pad(self.a, (0, 0, 0, more)), F.pad(self.b, (0, more)), self.bias)
+
+
+def targets(layers: Iterable[str], modules: Iterable[str]) -> list[str]:
+    """Return the shortest names that choose `layers` among a model's `modules`: their endings, or else their whole names."""
+    wanted = set(layers)
+    endings = {name.rsplit(".", 1)[-1] for name in wanted}
+    chosen = {name for name in modules if name.rsplit(".", 1)[-1] in endings}
+    return sorted(endings if chosen == wanted else wanted)
+
+
+def write(
+    layers: dict[str, LowRank],
+    config: QTHAConfig,
+    others: dict[str, Tensor],
+    modules: Iterable[str],
+    transposed: bool,
+    folder: Path,
+) -> LoraConfig:
+    """Write a LoRA adapter that PEFT, vLLM and llama.cpp's converter read; all layers get the largest rank among them.
+
+    Args:
+        layers: by the name of the layer in the base model.
+        config: of the QTHA adapter.
+        others: further tensors of the adapter's file (modules_to_save), by the names they have there.
+        modules: names of all modules of the base model.
+        transposed: whether the layers are GPT-2's Conv1D.
+        folder: where to; it exists.
+    """
+    rank = max(len(layer.a) for layer in layers.values())
+    alpha = config.alpha if rank == config.rank else rank
+    alpha = int(alpha) if float(alpha).is_integer() else rank
+    has_bias = any(layer.bias is not None for layer in layers.values())
+    tensors = {name: tensor.contiguous() for name, tensor in others.items()}
+    for name, layer in layers.items():
+        layer = layer.widened(rank)
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.a.contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = (layer.b * (rank / alpha)).contiguous()
+        if has_bias:
+            bias = torch.zeros(len(layer.b)) if layer.bias is None else layer.bias
+            tensors[f"{PREFIX}{name}.lora_B.bias"] = bias * (rank / alpha)
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        lora_bias=has_bias,
+        target_modules=targets(layers, modules),
+        modules_to_save=config.modules_to_save,
+        fan_in_fan_out=transposed,
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        inference_mode=True,
+    )
+    lora.save_pretrained(str(folder))
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    return lora
+
+
+def limits(lora: LoraConfig) -> list[str]:
+    """Return what keeps other programs than PEFT from serving a LoRA adapter, in words; empty if nothing does.
+
+    vLLM (docs.vllm.ai, LoRA adapters) and llama.cpp's convert_lora_to_gguf.py read the two matrices of linear layers only.
+    """
+    found = []
+    if lora.lora_bias:
+        found.append("it has biases (lora_bias), which only PEFT reads: `--constant auto` writes none")
+    if lora.modules_to_save:
+        found.append(f"it has whole modules (modules_to_save: {sorted(lora.modules_to_save)}): `--format merged` holds them")
+    return found
+
+
+def read(folder: Path) -> dict[str, LowRank]:
+    """Return the layers of a LoRA adapter as they act, by the name of the layer in the base model."""
+    settings: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+    scaling = settings["lora_alpha"] / settings["r"]
+    tensors = load_file(folder / WEIGHTS)
+    names = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
+    return {
+        name.removeprefix(PREFIX): LowRank(
+            tensors[f"{name}.lora_A.weight"],
+            tensors[f"{name}.lora_B.weight"] * scaling,
+            bias * scaling if (bias := tensors.get(f"{name}.lora_B.bias")) is not None else None,
+        )
+        for name in names
+    }

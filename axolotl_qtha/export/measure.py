@@ -1,0 +1,121 @@
+"""What an export costs, measured on text it was not fitted to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from rich.progress import track
+from torch import Tensor
+
+from .fit import Pass, Tokens, classical, replaced
+from .lowrank import LowRank
+from .text import IGNORED, Batch
+
+WITH_CONSTANTS = "linear, with constants"  # the name of that export among those compared
+
+
+@dataclass
+class ModuleError:
+    """Errors of one layer's adapter output, relative to it: sqrt(sum |y - y'|^2 / sum |y|^2)."""
+
+    name: str
+    export: float  # of the export
+    linear_part: float  # of W_C alone, the circuit left out
+    with_constant: float | None = None  # of the linear fit with its constant, where the export has left that out
+
+
+@dataclass
+class ModelError:
+    """How a model predicts the held-out text, beside the one with the QTHA adapter."""
+
+    perplexity: float
+    kl: float = 0.0  # KL(QTHA || this), nats per token
+    top1: float = 1.0  # share of tokens for which both have the same first choice
+
+
+@dataclass
+class Measured:
+    """Everything that was measured on the held-out text."""
+
+    tokens: int
+    predicted: int  # tokens that count for the model's figures
+    models: dict[str, ModelError]  # base, qtha, export, and others
+    modules: list[ModuleError] = field(default_factory=list)
+
+    @property
+    def gain_kept(self) -> float | None:
+        """Return the share of the perplexity gained over the base that the export keeps; None if nothing was gained."""
+        base, qtha, export = (self.models[name].perplexity for name in ("base", "qtha", "export"))
+        return (base - export) / (base - qtha) if base > qtha else None
+
+
+def measure(run: Pass, layers: dict[str, LowRank], others: dict[str, dict[str, LowRank]]) -> Measured:
+    """Measure the export on the text of `run`, and `others` (by what they are) for comparison."""
+    modules = _modules(run, layers, others.get(WITH_CONSTANTS, {}))
+    nll: dict[str, float] = {}
+    kl: dict[str, float] = {}
+    agree: dict[str, int] = {}
+    tokens = predicted = 0
+    for batch in track(run.batches(), "measuring", run.count, transient=True):
+        targets = batch.labels[:, 1:][batch.labels[:, 1:] != IGNORED]
+        tokens += int(batch.mask.sum())
+        predicted += len(targets)
+        reference: Tensor | None = None
+        for name, how in _models(run, {"export": layers, **others}):
+            with how:
+                logs = _log_probabilities(run, batch)
+            reference = logs if reference is None else reference
+            nll[name] = nll.get(name, 0.0) - float(logs.gather(1, targets.to(logs.device)[:, None]).double().sum())
+            kl[name] = kl.get(name, 0.0) + float(F.kl_div(logs, reference, reduction="sum", log_target=True).double())
+            agree[name] = agree.get(name, 0) + int((logs.argmax(1) == reference.argmax(1)).sum())
+    models = {
+        name: ModelError(_exp(nll[name] / predicted), max(0.0, kl[name] / predicted), agree[name] / predicted)
+        for name in ("base", *(name for name in nll if name != "base"))
+    }
+    return Measured(tokens, predicted, models, modules)
+
+
+def _models(run: Pass, exports: dict[str, dict[str, LowRank]]) -> Iterator[tuple[str, AbstractContextManager[None]]]:
+    yield "qtha", nullcontext()
+    yield "base", cast(PeftModel, run.model).disable_adapter()
+    for name, layers in exports.items():
+        yield name, replaced(run.adapters, layers)
+
+
+@torch.no_grad()
+def _log_probabilities(run: Pass, batch: Batch) -> Tensor:
+    """Return the logarithms of the next-token distributions at the tokens to predict, (N, vocabulary), float32."""
+    wanted = (batch.labels[:, 1:] != IGNORED).to(run.device)
+    logits = run.model(**batch.inputs(run.device), use_cache=False).logits[:, :-1][wanted]
+    return F.log_softmax(logits.float(), dim=-1)
+
+
+def _modules(run: Pass, layers: dict[str, LowRank], with_constants: dict[str, LowRank]) -> list[ModuleError]:
+    maps = {name: classical(adapter) for name, adapter in run.adapters.items()}
+    folded = {name: adapter.fold_b() for name, adapter in run.adapters.items()}
+    sums = {name: torch.zeros(4, dtype=torch.float64) for name in run.adapters}
+
+    def observer(name: str, tokens: Tokens) -> None:
+        linear_part = F.linear(F.linear(tokens.z, maps[name].to(tokens.z)), folded[name].to(tokens.z))
+        whole = with_constants[name](tokens.x) if name in with_constants else tokens.change
+        for i, other in enumerate((torch.zeros_like(tokens.change), layers[name](tokens.x), linear_part, whole)):
+            sums[name][i] += float((tokens.change - other).double().square().sum())
+
+    run.observe(observer, "measuring")
+    result = []
+    for name, (total, *off) in sums.items():
+        # an adapter that adds nothing is met exactly by an export that adds nothing
+        export, without, constant = (math.sqrt(float(part / max(float(total), 1e-300))) if part else 0.0 for part in off)
+        result.append(ModuleError(name, export, without, constant if name in with_constants else None))
+    return result
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
