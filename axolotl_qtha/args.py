@@ -15,6 +15,7 @@ from . import parallel, quantization
 from .circuit import noise
 from .config import QTHAConfig
 from .errors import close_names, refusal
+from .ibm.options import refuse_secrets
 
 # LoRA keys that `adapter: qtha` does not read, and what to write instead.
 LORA_KEYS = {
@@ -71,6 +72,7 @@ class _Block(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _names_known(cls, data: Any) -> Any:
+        refuse_secrets(data, "qtha")
         for key, value in data.items() if isinstance(data, dict) else ():
             if key not in cls.model_fields:
                 close = close_names(str(key), cls.model_fields) or sorted(cls.model_fields)
@@ -84,6 +86,8 @@ class _Block(BaseModel):
             raise refusal("circuit_lr", self.circuit_lr, f"has nothing to train with `quantum: {config.quantum}`", "leave it out")
         if config.has_circuit and config.noise_model != "none":
             noise.check(config.noise_model, config.rank)
+        if config.ibm is not None and config.ibm.is_fake:
+            noise.device(config.ibm.backend, config.rank, "ibm.backend", "`least_busy`, a device's name, or `fake:manila`")
         return self
 
     def adapter_settings(self) -> dict[str, Any]:
@@ -122,6 +126,7 @@ class QTHAArgs(BaseModel):
         """Refuse what cannot work with `adapter: qtha`, and connect the block to Axolotl's own keys."""
         if not isinstance(data, dict):
             return data
+        refuse_secrets(data.get("qtha"), "qtha")
         if data.get("adapter") != "qtha":
             if data.get("qtha") is not None:
                 raise ValueError(

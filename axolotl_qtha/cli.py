@@ -8,11 +8,11 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .errors import refusal
+from .errors import PrivateSettings, refusal
 
 if TYPE_CHECKING:
     from axolotl.utils.dict import DictDefault
@@ -163,6 +163,48 @@ def draw(config: Path, output: Path | None, backend: str | None) -> None:
             out.print(f"{output} written.", markup=False, highlight=False)
 
 
+@click.command("qtha-export")
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; it must not exist, or be empty.")
+@click.option(
+    "--format",
+    type=click.Choice(["lora", "merged"]),
+    default="lora",
+    show_default=True,
+    help="`lora`: a LoRA adapter for PEFT, vLLM and llama.cpp; `merged`: the whole model.",
+)
+@click.option("--lora-model-dir", type=click.Path(path_type=Path), help="The trained adapter.  [default: output_dir]")
+@click.option(
+    "--calibration", type=click.Path(path_type=Path), help="Text to fit to (.txt, .jsonl).  [default: the config's data]"
+)
+@click.option("--tokens", type=int, default=32768, show_default=True, help="Tokens of text to fit to.")
+@click.option(
+    "--surrogate",
+    type=click.Choice(["linear", "wide", "distilled"]),
+    default="linear",
+    show_default=True,
+    help="What stands in for the circuit: least squares in its r inputs; in all inputs of a layer; or the first, trained on "
+    "until the model predicts the same.",
+)
+@click.option(
+    "--constant",
+    type=click.Choice(["auto", "bias", "drop"]),
+    default="auto",
+    show_default=True,
+    help="Where the fit's constants go: `auto` into what vLLM and llama.cpp can read, `bias` into LoRA biases, which only PEFT "
+    "can, `drop` nowhere.",
+)
+@click.option("--max-kl", type=float, default=0.1, show_default=True, help="Fail above this KL(QTHA || export), nats per token.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier export.")
+def export(**options: Any) -> None:
+    """Write the trained adapter of CONFIG as a plain LoRA or a merged model, and what that costs on held-out text."""
+    with _errors():
+        from .export.command import Options, export
+        from .planner.show import console
+
+        export(Options(**options), console())
+
+
 @click.command("qtha-verify")
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--tokens", type=click.IntRange(min=1), default=4, show_default=True, help="Random inputs.")
@@ -183,6 +225,49 @@ def verify(config: Path, tokens: int, tolerance: float, seed: int) -> None:
         raise SystemExit(1)
 
 
+@click.command("qtha-estimate")
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--steps", type=click.IntRange(min=1), help="Training steps.  [default: max_steps]")
+@click.option("--tokens", type=click.IntRange(min=1), default=100, show_default=True, help="Tokens of inference.")
+def estimate(config: Path, steps: int | None, tokens: int) -> None:
+    """Say what CONFIG will cost on IBM Quantum: circuits, jobs, QPU seconds. Nothing is submitted. Exits with 1 above the cap."""
+    with _errors():
+        from .ibm.estimate import estimate_config, explain, table
+        from .planner.base import read_config
+        from .planner.show import console
+
+        result = estimate_config(read_config(config), steps, tokens)
+        out = console()
+        out.print(table(result))
+        out.print(explain(result), markup=False, highlight=False)
+    if result.over is not None:
+        raise SystemExit(1)
+
+
+@click.command("qtha-hardware-eval")
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--samples", type=int, default=8, show_default=True, help="Prompts and answers of the evaluation data.")
+@click.option("--tokens", type=int, help="Run the circuits of the last this many tokens of each sample.  [default: all]")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write to.  [default: output_dir/hardware-eval]")
+@click.option("--lora-model-dir", type=click.Path(path_type=Path), help="The trained adapter.  [default: output_dir]")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier evaluation.")
+def hardware_eval(**options: Any) -> None:
+    """Evaluate the trained adapter of CONFIG on its `ibm:` device, beside exact circuits, shots alone, and a noise model.
+
+    The answers are those of the data; circuits are run for every token in every adapted layer. The cost is shown first, and
+    nothing is submitted above max_qpu_seconds.
+    """
+    with _errors():
+        from .ibm.hardware_eval import Options, hardware_eval
+        from .ibm.runner import JobFailed
+        from .planner.show import console
+
+        try:
+            hardware_eval(Options(**options), console())
+        except JobFailed as error:
+            raise click.ClickException(str(error)) from error
+
+
 def _circuit(config: Path) -> tuple[QTHAConfig, Ansatz]:
     """Return the adapter of a configuration and its circuit."""
     from .args import adapter_config
@@ -200,5 +285,5 @@ def _errors() -> Iterator[None]:
     """Show what is wrong with a configuration, without a traceback."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, PrivateSettings) as error:
         raise click.ClickException(str(error)) from error

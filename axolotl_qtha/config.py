@@ -16,6 +16,7 @@ from peft import PeftConfig
 from .circuit.ansatz import GATE_ORDERS, MAX_QUBITS
 from .circuit.simulation import Backend, Gradient, Precision, Simulation
 from .errors import refusal
+from .ibm.options import IBMOptions
 from .peft_type import QTHA
 
 Quantum = Literal["qtha", "none", "silu", "frozen", "qwthn"]
@@ -27,7 +28,7 @@ Init = Literal["kaiming", "tt_svd"]
 MAX_SHOTS = 1_000_000  # as Aer itself
 MAX_CORES = 12  # more would split any layer into factors of 2 and 1
 # How circuits are run is no part of a trained adapter: it may be loaded and run in another way.
-SIMULATION_KEYS = ("quantum_backend", "shots", "seed_simulator", "noise_model", "precision", "gradient")
+SIMULATION_KEYS = ("quantum_backend", "shots", "seed_simulator", "noise_model", "precision", "gradient", "ibm")
 CIRCUIT_MODES = ("qtha", "frozen", "qwthn")  # values of `quantum` that run a circuit
 
 
@@ -112,11 +113,12 @@ class QTHAConfig(PeftConfig):
     quantum_backend: Backend = _key(
         "torch",
         "What runs the circuit: `torch`, the exact simulator of this project (compiled, or fused on a GPU); `aer` or `aer_gpu`, "
-        "Qiskit Aer: thousands of times slower, for shots, noise and second opinions.",
+        "Qiskit Aer: thousands of times slower, for shots, noise and second opinions; `ibm`, a device of IBM Quantum, or a fake "
+        "one, see `ibm`.",
     )
     shots: int | None = _key(None, "Aer: measurements per circuit. Default: exact expectation values.")
     seed_simulator: int | None = _key(
-        None, "Aer: seed of the shots, which are a function of it, the angles and the rank. Default: seed."
+        None, "Aer: seed of the shots, which are a function of it, the angles and the rank; `ibm`: of the draws. Default: seed."
     )
     noise_model: str = _key(
         "none",
@@ -129,6 +131,11 @@ class QTHAConfig(PeftConfig):
         "Aer: `parameter_shift`, from shifted circuits run in the same way, exact in expectation; or `adjoint`, the exact "
         "engine's, without noise and shots, at no extra circuits. Default: parameter_shift.",
     )
+    ibm: IBMOptions | None = _key(
+        None,
+        "`quantum_backend: ibm`: which device, how, and what it may cost, as a block of keys of its own, e.g. "
+        "`{backend: least_busy, max_qpu_seconds: 60}`. Never saved with the adapter.",
+    )
     seed: int | None = _key(None, "Seed of the adapter's initial values. Default: Axolotl's `seed`, else 42.")
 
     def __post_init__(self) -> None:
@@ -140,6 +147,10 @@ class QTHAConfig(PeftConfig):
         for key in ("in_factors", "out_factors"):  # JSON knows string keys only
             if isinstance(value := getattr(self, key), dict):
                 setattr(self, key, {int(size): [int(i) for i in sizes] for size, sizes in value.items()})
+        if isinstance(self.ibm, dict):
+            self.ibm = IBMOptions.model_validate(self.ibm)
+        if self.quantum_backend == "ibm" and self.ibm is None:
+            self.ibm = IBMOptions()
         if self.seed is None:
             self.seed = 42
         self._check_values()
@@ -162,6 +173,8 @@ class QTHAConfig(PeftConfig):
             return Simulation()
         seed = self.seed if self.seed_simulator is None else self.seed_simulator
         assert seed is not None
+        if self.quantum_backend == "ibm":
+            return Simulation("ibm", seed=seed, ibm=self.ibm)
         return Simulation(
             self.quantum_backend,
             self.shots,
@@ -176,6 +189,17 @@ class QTHAConfig(PeftConfig):
         for key in SIMULATION_KEYS:
             setattr(self, key, getattr(other, key))
         self._check_simulation()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings that are saved.
+
+        The `ibm:` block says who pays and how much: it is left out, and the adapter then loads on the exact simulator.
+        """
+        result = super().to_dict()
+        result.pop("ibm")
+        if self.quantum_backend == "ibm":
+            result["quantum_backend"] = "torch"
+        return result
 
     def _check_values(self) -> None:
         choices: dict[str, Any] = {
@@ -261,11 +285,18 @@ class QTHAConfig(PeftConfig):
         if self.quantum_backend != "torch" and not self.has_circuit:
             why = f"has no circuit to run with `quantum: {self.quantum}`"
             raise refusal("quantum_backend", self.quantum_backend, why, "leave it out")
-        for key in SIMULATION_KEYS[1:] if self.quantum_backend == "torch" else ():
-            if (value := getattr(self, key)) not in (None, "none"):
-                raise refusal(
-                    key, value, "is Aer's: `quantum_backend: torch` is exact", f"leave {key} out, or `quantum_backend: aer`"
-                )
+        if self.ibm is not None and self.quantum_backend != "ibm":
+            why = f"has no effect with `quantum_backend: {self.quantum_backend}`"
+            raise refusal("ibm", self.ibm.backend, why, "`quantum_backend: ibm`, or no `ibm:` block")
+        for key in SIMULATION_KEYS[1:-1] if self.quantum_backend in ("torch", "ibm") else ():
+            if (value := getattr(self, key)) in (None, "none") or (self.quantum_backend == "ibm" and key == "seed_simulator"):
+                continue
+            if self.quantum_backend == "torch":
+                why, works = "is Aer's: `quantum_backend: torch` is exact", f"leave {key} out, or `quantum_backend: aer`"
+            else:
+                ours = f"`ibm: {{{key}: ...}}`" if key in IBMOptions.model_fields else "a device has its own noise: leave it out"
+                why, works = "is Aer's, not of `quantum_backend: ibm`", ours
+            raise refusal(key, value, why, works)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:

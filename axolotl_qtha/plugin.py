@@ -16,9 +16,11 @@ from torch import nn
 
 from . import checkpoints, quantization
 from .args import adapter_config, adapter_settings
+from .card import facts_of, make_card, write_card
 from .config import SIMULATION_KEYS, QTHAConfig, differences
 from .guards import DropOneRanksShard, RefuseUntrainedEvaluation
-from .layer import QTHALayer
+from .ibm.options import refuse_secrets
+from .layer import QTHALayer, refuse_nonlinear_merge
 from .model import synchronise
 from .parallel import deepspeed_settings, zero_stage
 from .plan import describe
@@ -26,6 +28,7 @@ from .saving import guard
 
 if TYPE_CHECKING:
     from axolotl.utils.dict import DictDefault
+    from huggingface_hub import ModelCard
     from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 LOG = get_logger(__name__)
@@ -44,7 +47,8 @@ class QTHAPlugin(BasePlugin):
         self._training = False
 
     def register(self, cfg: dict[str, Any]) -> None:
-        """Keep what Axolotl's validation drops: whether this is `axolotl inference`."""
+        """Keep what Axolotl's validation drops: whether this is `axolotl inference`; stop at a credential before it is logged."""
+        refuse_secrets(cfg.get("qtha"), "qtha")
         self._inference = bool(cfg.get("inference"))
 
     def get_input_args(self) -> str:
@@ -61,13 +65,21 @@ class QTHAPlugin(BasePlugin):
 
     def pre_model_load(self, cfg: DictDefault) -> None:
         """Complete the base's quantisation, now that its type and dtype are known; before a training choose the checkpoint it
-        continues from, and show what it will need.
+        continues from, and show what it will need; before merging refuse adapters that cannot be.
         """
         if cfg.adapter != "qtha":
             return
         quantization.complete(cfg)
+        if cfg.merge_lora and not self._training:  # here rather than after loading the base
+            trained = cfg.lora_model_dir if cfg.lora_model_dir not in (None, cfg.output_dir) else None
+            yaml = f"{cfg.axolotl_config_path} --lora-model-dir {trained}" if trained else str(cfg.axolotl_config_path)
+            refuse_nonlinear_merge("default", adapter_config(cfg), yaml, str(Path(cfg.output_dir) / "merged"))
         if self._training:
             self._training = False  # once: DPO and the like may load a second model
+            if (config := adapter_config(cfg)).quantum_backend == "ibm":
+                from .ibm.callback import refuse_untrainable  # starts Qiskit
+
+                refuse_untrainable(config, getattr(cfg.rl, "value", cfg.rl))
             _choose_checkpoint(cfg)
             if is_main_process():
                 _show_plan(cfg)
@@ -123,11 +135,21 @@ class QTHAPlugin(BasePlugin):
             return []
         return [RefuseUntrainedEvaluation(), *([DropOneRanksShard()] if cfg.fsdp_config else [])]
 
+    def add_callbacks_post_trainer(self, cfg: DictDefault, trainer: Trainer) -> list[TrainerCallback]:
+        """With `quantum_backend: ibm` let the steps of a training alone use the device, and log what it does."""
+        if cfg.adapter != "qtha" or (config := adapter_config(cfg)).quantum_backend != "ibm":
+            return []
+        from .ibm.callback import TrainOnDevice
+        from .planner.memory import sequences
+
+        return [TrainOnDevice(trainer, config, sequences(cfg) * cfg.sequence_len)]
+
     def post_trainer_create(self, cfg: DictDefault, trainer: Trainer) -> None:
-        """Check the adapter that the trainer made itself (DPO), and the checkpoint a run continues from."""
+        """Check the adapter that the trainer made itself (DPO) and the checkpoint a run continues from; take over model cards."""
         if cfg.adapter != "qtha":
             return
         model = cast(PeftModel, trainer.model)
+        _write_own_cards(cfg, trainer, model)
         if cfg.rl:  # else load_adapter has seen to them
             _check_targets(cfg, model)
             _share(cfg, model)
@@ -165,6 +187,29 @@ def _share(cfg: DictDefault, model: PeftModel) -> None:
     if is_distributed() and not efficient:
         synchronise(model)
     guard(model)
+
+
+def _write_own_cards(cfg: DictDefault, trainer: Trainer, model: PeftModel) -> None:
+    """Have PEFT and the trainer write this project's card where they would write their own, which hold the YAML or local paths.
+
+    PEFT's comes with every adapter that is saved, the trainer's at the end and with every push to the Hub.
+    """
+
+    def card() -> ModelCard:
+        facts = facts_of(cfg, trainer.state, model.config)
+        return make_card(cast(QTHAConfig, model.active_peft_config), facts, _sizes(model))
+
+    def write(folder: str, *_: Any) -> None:
+        write_card(card(), folder)
+
+    def write_in_output_dir(*_: Any, **__: Any) -> None:
+        if trainer.is_world_process_zero():
+            write(str(trainer.args.output_dir))
+
+    if trainer.is_world_process_zero():
+        card()  # what could go wrong with it does so before the first step
+    model.create_or_update_model_card = write  # type: ignore[method-assign, assignment]
+    trainer.create_model_card = write_in_output_dir  # type: ignore[method-assign]
 
 
 def _show_plan(cfg: DictDefault) -> None:

@@ -9,6 +9,7 @@ from axolotl.utils.dict import DictDefault
 
 from axolotl_qtha import QTHAConfig
 from axolotl_qtha.args import QTHABlock
+from axolotl_qtha.ibm.options import IBMOptions
 from axolotl_qtha.plan import count_lora_parameters, count_parameters, resolve
 
 from .e2e.commands import REPOSITORY
@@ -35,7 +36,10 @@ def test_example_is_valid(path):
     assert set(raw) <= set(valid) | {"wandb_project"}, "Axolotl dropped a key it does not know"
     if raw["adapter"] == "qtha":
         for key, value in raw["qtha"].items():
-            assert valid.qtha[key] == (float(value) if key == "circuit_lr" else value)
+            if isinstance(value, dict):  # a block of its own, whose other keys have their defaults
+                assert value.items() <= valid.qtha[key].items()
+            else:
+                assert valid.qtha[key] == (float(value) if key == "circuit_lr" else value)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
@@ -43,8 +47,9 @@ def test_example_is_named_in_the_readme(path):
     assert f"`{path.relative_to(REPOSITORY)}`" in README
 
 
-def test_readme_table_of_keys_is_the_schema():
-    for key, field in QTHABlock.model_fields.items():
+@pytest.mark.parametrize("block", [QTHABlock, IBMOptions], ids=["qtha", "ibm"])
+def test_readme_table_of_keys_is_the_schema(block):
+    for key, field in block.model_fields.items():
         default = "" if field.default is None else f"`{field.default}`"
         assert f"| `{key}` | {default} | {field.description} |" in README, key
 

@@ -2,10 +2,6 @@
 
 Every angle of every gate is a parameter of its own, so one circuit, compiled once, serves the forward pass and the parameter
 shift. A call is one job of many bindings of that circuit, `CIRCUITS` at most at a time.
-
-Gradients by parameter shift are exact in expectation, also under noise, since noise does not depend on angles. For an angle x
-that enters with the frequencies w (the gaps between its generator's eigenvalues) f'(x) = sum_k c_k (f(x + s_k) - f(x - s_k)),
-with c chosen so that the rule holds for sin(w x): RY has w = 1, CRZ 1/2 and 1 (Anselmetti et al., arXiv 2104.05695).
 """
 
 from __future__ import annotations
@@ -13,24 +9,26 @@ from __future__ import annotations
 import hashlib
 import logging
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from qiskit.circuit import ClassicalRegister, Parameter, ParameterVector, QuantumCircuit
+from qiskit.circuit import ClassicalRegister, Parameter, QuantumCircuit
 from torch import Tensor
 
 from ..errors import refusal
 from . import torch_engine
 from .ansatz import Ansatz
-from .noise import compile_circuit
+from .noise import Compiled, compile_circuit, compile_for
+from .shifts import GateAngles, parameter_shift
 from .simulation import Simulation
+
+if TYPE_CHECKING:
+    from qiskit.providers import BackendV2
 
 CIRCUITS = 4096  # of a job at most; fewer where their results would fill RESULT_BYTES
 RESULT_BYTES = 2**26
-SHIFTS = np.array([np.pi / 2, 3 * np.pi / 2])
-RULES = {"ry": np.array([0.5]), "crz": (np.sqrt(2) + np.array([1, -1])) * np.array([1, -1]) / (4 * np.sqrt(2))}
 GPU_BUILD = (
     "an NVIDIA GPU and Aer's GPU build, which takes the place of the CPU one: `pip uninstall -y qiskit-aer qiskit-aer-gpu && "
     "pip install qiskit-aer-gpu` (CUDA 12); or `quantum_backend: aer`"
@@ -42,13 +40,14 @@ LOG = logging.getLogger(__name__)
 class Engine:
     """One circuit, compiled for one way to simulate it."""
 
-    def __init__(self, ansatz: Ansatz, simulation: Simulation, gpu: int | None) -> None:
+    def __init__(self, ansatz: Ansatz, simulation: Simulation, gpu: int | None, device: BackendV2 | None = None) -> None:
         """Compile the circuit.
 
         Args:
             ansatz: the circuit.
             simulation: how to run it.
             gpu: index of the GPU to run on, None for the CPU.
+            device: whose gates and noise to take, instead of `noise_model`.
 
         Raises:
             ValueError: if there is no GPU, or the memory it needs.
@@ -58,24 +57,14 @@ class Engine:
         if gpu is not None and "GPU" not in AerSimulator().available_devices():
             raise refusal("quantum_backend", "aer_gpu", "finds no GPU it can use", GPU_BUILD)
         self.ansatz, self.simulation = ansatz, simulation
-        shared = ansatz.circuit()
-        angles = ParameterVector("angle", len(shared.data))
-        circuit = QuantumCircuit(ansatz.qubits)
-        self.kinds, from_z, source = [], [], []
-        for gate, angle in zip(shared.data, angles, strict=True):
-            parameter = gate.operation.params[0]
-            circuit.append(type(gate.operation)(angle), gate.qubits)
-            self.kinds.append(gate.operation.name)
-            from_z.append(parameter.vector.name == "z")
-            source.append(parameter.index)
-        # Which entry of z, or of the flattened table of angles, each gate takes.
-        self.from_z, self.source = np.array(from_z), np.array(source)
-
-        compiled = compile_circuit(circuit, simulation.noise_model)
+        self.gates = GateAngles(ansatz)
+        compiled = (
+            compile_for(self.gates.circuit, device) if device else compile_circuit(self.gates.circuit, simulation.noise_model)
+        )
         self.confusion = compiled.confusion
-        method = self._method(compiled.width)
+        method = self._method(compiled)
         self._check_memory(method, compiled.width, gpu)
-        self.circuit, self.parameters, self.mix, self.offset = _unmixed(compiled.circuit, list(angles))
+        self.circuit, self.parameters, self.mix, self.offset = _unmixed(compiled.circuit, list(self.gates.angles))
         if simulation.shots is None:
             self.circuit.save_probabilities(compiled.qubits)
         else:
@@ -93,10 +82,10 @@ class Engine:
         )
         self.chunk = max(1, min(CIRCUITS, RESULT_BYTES // (8 * 2**ansatz.qubits)))
 
-    def _method(self, width: int) -> str:
+    def _method(self, compiled: Compiled) -> str:
         """Return Aer's method: with noise the density matrix, unless one state vector per shot is less work."""
-        simulation = self.simulation
-        if simulation.noise_model == "none" or (simulation.shots is not None and simulation.shots < 2**width):
+        shots = self.simulation.shots
+        if compiled.noise is None or (shots is not None and shots < 2**compiled.width):
             return "statevector"
         return "density_matrix"
 
@@ -114,14 +103,6 @@ class Engine:
                 f"(`noise_model: {self.simulation.noise_model}`), and {free / 2**30:,.1f} GiB are free",
                 f"a smaller rank, `noise_model: none`, or `shots` below {2**width:,} (one state vector per shot)",
             )
-
-    def gate_angles(self, z: np.ndarray, angles: np.ndarray) -> np.ndarray:
-        """Return the angle of every gate, (tokens, gates), from z (tokens, n) and angles (rows, n) in radians."""
-        flat = angles.reshape(-1)
-        result = np.empty((len(z), len(self.kinds)))
-        result[:, self.from_z] = z[:, self.source[self.from_z]]
-        result[:, ~self.from_z] = flat[self.source[~self.from_z]]
-        return result
 
     def expectations(self, gate_angles: np.ndarray) -> np.ndarray:
         """Return <Z_i>, (circuits, n), of circuits with these gate angles (circuits, gates) in radians."""
@@ -158,25 +139,7 @@ class Engine:
 
         `wants` says which of the two are needed; the other is left zero and costs nothing.
         """
-        grad_z, flat = np.zeros(z.shape), np.zeros(angles.size)
-        gates = [k for k in range(len(self.kinds)) if wants[0 if self.from_z[k] else 1]]
-        rows = [(k, c, s) for k in gates for c, s in zip(RULES[self.kinds[k]], SHIFTS, strict=False)]
-        shifts = np.zeros((2 * len(rows), len(self.kinds)))
-        for i, (k, _, shift) in enumerate(rows):
-            shifts[2 * i, k], shifts[2 * i + 1, k] = shift, -shift
-        tokens = max(1, self.chunk // max(1, len(shifts)))
-        for start in range(0, len(z) if rows else 0, tokens):
-            part = slice(start, start + tokens)
-            points = self.gate_angles(z[part], angles)
-            shifted = (points[:, None] + shifts).reshape(-1, len(self.kinds))
-            costs = np.einsum("tsn,tn->ts", self.expectations(shifted).reshape(len(points), -1, z.shape[1]), grad[part])
-            for i, (k, coefficient, _) in enumerate(rows):
-                slope = coefficient * (costs[:, 2 * i] - costs[:, 2 * i + 1])
-                if self.from_z[k]:
-                    grad_z[part, self.source[k]] += slope
-                else:
-                    flat[self.source[k]] += slope.sum()
-        return grad_z, flat.reshape(angles.shape)
+        return parameter_shift(self.gates, self.expectations, grad, z, angles, wants, self.chunk)
 
 
 def _unmixed(circuit: QuantumCircuit, angles: list[Parameter]) -> tuple[QuantumCircuit, list[Parameter], np.ndarray, np.ndarray]:
@@ -207,11 +170,6 @@ def _unmixed(circuit: QuantumCircuit, angles: list[Parameter]) -> tuple[QuantumC
     return result, parameters, np.stack(columns, axis=1), np.array(offsets)
 
 
-def shift_circuits(ansatz: Ansatz) -> int:
-    """Return how many circuits the parameter shift of one token takes."""
-    return sum(2 * len(RULES[gate.operation.name]) for gate in ansatz.circuit().data)
-
-
 @lru_cache(maxsize=16)
 def _engine(ansatz: Ansatz, simulation: Simulation, gpu: int | None) -> Engine:
     if simulation.gradient == "adjoint":
@@ -236,7 +194,7 @@ class _Circuits(torch.autograd.Function):
         if z.device.type == "meta":
             return torch.empty_like(z)
         run = engine(ansatz, simulation, z.device)
-        values = run.expectations(run.gate_angles(_array(z), _array(angles)))
+        values = run.expectations(run.gates.points(to_numpy(z), to_numpy(angles)))
         return torch.from_numpy(values).to(z)
 
     @staticmethod
@@ -248,11 +206,12 @@ class _Circuits(torch.autograd.Function):
         if simulation.gradient == "adjoint":
             return *torch_engine.gradients(grads[0], z, angles, ansatz), None, None
         run = engine(ansatz, simulation, z.device)
-        grad_z, grad_angles = run.gradients(_array(grads[0]), _array(z), _array(angles), ctx.needs_input_grad[:2])
+        grad_z, grad_angles = run.gradients(to_numpy(grads[0]), to_numpy(z), to_numpy(angles), ctx.needs_input_grad[:2])
         return torch.from_numpy(grad_z).to(z), torch.from_numpy(grad_angles).to(angles), None, None
 
 
-def _array(tensor: Tensor) -> np.ndarray:
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """Return a tensor as float64 on the CPU."""
     result: np.ndarray = tensor.detach().to("cpu", torch.float64).numpy()
     return result
 

@@ -11,6 +11,7 @@ from ..errors import close_names, refusal
 
 if TYPE_CHECKING:
     from qiskit import QuantumCircuit
+    from qiskit.providers import BackendV2
     from qiskit_aer.noise import NoiseModel
 
 # Without a device: what the circuit needs, a CRZ being two CX and two RZ. Aer (0.18) cannot bind a CRZ's angle: it silently
@@ -93,7 +94,13 @@ def compile_circuit(circuit: QuantumCircuit, noise_model: str) -> Compiled:
             noise.add_all_qubit_quantum_error(depolarizing_error(probability, size), gate)
         compiled = transpile(circuit, basis_gates=BASIS, optimization_level=0)
         return Compiled(compiled, qubits, noise if noise_model == "depolarizing" else None, clean)
-    backend = device(noise_model, circuit.num_qubits)
+    return compile_for(circuit, device(noise_model, circuit.num_qubits))
+
+
+def compile_for(circuit: QuantumCircuit, backend: BackendV2) -> Compiled:
+    """Return a circuit with free parameters in the gates of a device, and the noise of its last calibration."""
+    from qiskit import transpile
+
     compiled = transpile(circuit, backend, optimization_level=3, seed_transpiler=0)
     qubits = compiled.layout.final_index_layout()
     used = {compiled.find_bit(qubit).index for gate in compiled.data for qubit in gate.qubits}

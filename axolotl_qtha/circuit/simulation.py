@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-Backend = Literal["torch", "aer", "aer_gpu"]
+if TYPE_CHECKING:
+    from ..ibm.options import IBMOptions
+
+Backend = Literal["torch", "aer", "aer_gpu", "ibm"]
 Precision = Literal["single", "double"]
 Gradient = Literal["parameter_shift", "adjoint"]
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """How circuits are run. All but `backend` concerns Aer; `torch` is exact."""
+    """How circuits are run; `torch` is exact. `ibm` holds what IBM Quantum needs but the seed of its draws, the rest is Aer's."""
 
     backend: Backend = "torch"
     shots: int | None = None  # None: exact expectation values
@@ -20,3 +23,4 @@ class Simulation:
     noise_model: str = "none"
     precision: Precision = "double"
     gradient: Gradient = "parameter_shift"
+    ibm: IBMOptions | None = None

@@ -81,7 +81,7 @@ def _sampled(ansatz: Ansatz, simulation: Simulation, z: np.ndarray, angles: np.n
     name = f"{simulation.backend}, noise_model {simulation.noise_model}, {simulation.shots or 'no'} shots"
     on_cpu = dataclasses.replace(simulation, backend="aer", shots=None, precision="double")
     exact = Engine(ansatz, on_cpu, None)
-    expected = exact.expectations(exact.gate_angles(z, angles))
+    expected = exact.expectations(exact.gates.points(z, angles))
     asked = expectation_values(torch.tensor(z), torch.tensor(angles), ansatz, simulation).numpy()
     if simulation.shots is None:
         off = float(np.abs(asked - expected).max())

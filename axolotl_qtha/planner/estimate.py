@@ -245,9 +245,9 @@ def gate_counts(config: QTHAConfig) -> dict[str, int]:
 
 def _shift_circuits(config: QTHAConfig) -> int:
     simulation = config.simulation
-    if not config.has_circuit or simulation.backend == "torch" or simulation.gradient == "adjoint":
+    if not config.has_circuit or simulation.backend in ("torch", "ibm") or simulation.gradient == "adjoint":
         return 0
-    from ..circuit.aer import shift_circuits
+    from ..circuit.shifts import shift_circuits
 
     return shift_circuits(ansatz(config))
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
-from axolotl_qtha.circuit import aer
+from axolotl_qtha.circuit import aer, shifts
 from axolotl_qtha.circuit.ansatz import GATE_ORDERS, Ansatz
 from axolotl_qtha.circuit.engine import expectation_values, prepare
 from axolotl_qtha.circuit.simulation import Simulation
@@ -64,7 +64,7 @@ def test_the_rules_differentiate_their_frequencies_exactly():
             for x in (0.0, 0.7, 2.9):
                 slope = sum(
                     c * (np.sin(frequency * (x + s)) - np.sin(frequency * (x - s)))
-                    for c, s in zip(aer.RULES[gate], aer.SHIFTS, strict=False)
+                    for c, s in zip(shifts.RULES[gate], shifts.SHIFTS, strict=False)
                 )
                 assert slope == pytest.approx(frequency * np.cos(frequency * x), abs=1e-14)
 
@@ -78,11 +78,11 @@ def count_circuits(monkeypatch):
 
 def test_the_number_of_circuits(monkeypatch):
     ansatz = Ansatz(3, 2)
-    assert aer.shift_circuits(ansatz) == 3 * (2 * 3 * 2 + 4 * 2 * 2)  # per qubit: 3 RY and 2 CRZ a layer, 2 and 4 shifts
+    assert shifts.shift_circuits(ansatz) == 3 * (2 * 3 * 2 + 4 * 2 * 2)  # per qubit: 3 RY and 2 CRZ a layer, 2 and 4 shifts
     counts = count_circuits(monkeypatch)
     z, theta = tensors(ansatz, tokens=5)
     value_and_gradients(ansatz, AER, z, theta)
-    assert counts == [5, 5 * aer.shift_circuits(ansatz)]
+    assert counts == [5, 5 * shifts.shift_circuits(ansatz)]
 
 
 def test_only_wanted_gradients_are_run(monkeypatch):
@@ -94,7 +94,7 @@ def test_only_wanted_gradients_are_run(monkeypatch):
     assert counts[-1] == 3 * 2 * 2 * 2  # two RY(z) a qubit
     assert torch.equal(z.grad, full[1])
     expectation_values(z.detach(), theta, ansatz, AER).square().sum().backward()
-    assert counts[-1] == 3 * (aer.shift_circuits(ansatz) - 8)
+    assert counts[-1] == 3 * (shifts.shift_circuits(ansatz) - 8)
     assert torch.equal(theta.grad, full[2])
 
 
@@ -311,4 +311,4 @@ def test_a_failed_job_is_an_error():
     engine = aer.Engine(Ansatz(10, 1), Simulation("aer", noise_model="depolarizing"), None)
     engine.simulator.set_options(max_memory_mb=1)
     with pytest.raises(RuntimeError, match=r"Qiskit Aer failed on 2 circuits: .*[Mm]emory"):
-        engine.expectations(np.zeros((2, len(engine.kinds))))
+        engine.expectations(np.zeros((2, len(engine.gates.kinds))))

@@ -22,7 +22,7 @@ NOISES = ["depolarizing", "fake:manila"]
 
 def run(ansatz, z, theta, noise_model, shots=None, seed=0):
     engine = aer.Engine(ansatz, Simulation("aer", shots, seed, noise_model), None)
-    return engine.expectations(engine.gate_angles(z, theta))
+    return engine.expectations(engine.gates.points(z, theta))
 
 
 def depolarise(state, probability, qubits):
@@ -93,7 +93,7 @@ def test_parameter_shift_is_exact_under_noise(noise_model):
 
     def cost(point):
         inputs, angles = point[: z.size].reshape(z.shape), point[z.size :].reshape(theta.shape)
-        return (grad * engine.expectations(engine.gate_angles(inputs, angles))).sum()
+        return (grad * engine.expectations(engine.gates.points(inputs, angles))).sum()
 
     for k, slope in enumerate(np.concatenate([by_z.ravel(), by_theta.ravel()])):
         shift = step * np.eye(point.size)[k]

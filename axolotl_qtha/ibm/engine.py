@@ -1,0 +1,180 @@
+"""<Z> of some tokens from a device of IBM Quantum and of the others from the exact simulator, with gradients for all."""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..circuit import torch_engine
+from ..circuit.aer import to_numpy
+from ..circuit.ansatz import Ansatz
+from ..circuit.shifts import parameter_shift
+from ..circuit.simulation import Simulation
+from ..errors import refusal
+from .circuits import spsa
+from .journal import open_journal
+from .options import IBMOptions
+from .runner import Runner
+from .service import connect
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far the device was from the exact simulator in one call, over its tokens and qubits."""
+
+    tokens: int
+    mean: float  # of <Z> on the device less the exact <Z>
+    variance: float
+    standard_error: float  # root mean square of the standard errors that the device states
+
+
+# The calls since the last `take_differences`, by their circuits. A call that is repeated, as checkpointed layers are, gets the
+# journal's answer again: it says nothing new and counts once.
+_differences: dict[bytes, Difference] = {}
+MOST_DIFFERENCES = 100_000  # kept where nobody takes them
+_device = True
+
+
+def take_differences() -> list[Difference]:
+    """Return what was recorded since the last time."""
+    taken = list(_differences.values())
+    _differences.clear()
+    return taken
+
+
+def pool(parts: Sequence[Difference]) -> Difference:
+    """Return the difference of several calls as if they had been one.
+
+    Raises:
+        ValueError: for none at all.
+    """
+    if not parts:
+        raise ValueError("no calls to pool")
+    tokens, means, variances, errors = np.array([astuple(part) for part in parts]).T
+    share = tokens / tokens.sum()
+    mean = share @ means
+    variance = share @ (variances + (means - mean) ** 2)
+    return Difference(int(tokens.sum()), float(mean), float(variance), float(np.sqrt(share @ errors**2)))
+
+
+def use_device(device: bool) -> None:
+    """Let the device run circuits from now on, or the exact simulator alone: then nothing is submitted."""
+    global _device
+    _device = device
+
+
+@lru_cache(maxsize=8)
+def runner(ansatz: Ansatz, options: IBMOptions) -> Runner:
+    """Return what runs a circuit on the device; the first call opens the journal and connects.
+
+    Raises:
+        ValueError: naming the key, if the journal is in use, or the device cannot be had.
+    """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        works = "one process: `axolotl train ... --launcher python`, and no `deepspeed:` or `fsdp_config:`"
+        raise refusal(
+            "quantum_backend", "ibm", f"has one journal and one cap, {dist.get_world_size()} ranks share neither", works
+        )
+    journal = open_journal(Path(options.journal))
+    service = connect(options, ansatz.qubits, journal.last_backend())
+    result = Runner(ansatz, options, service, journal)
+    atexit.register(result.close)
+    return result
+
+
+def gradients(
+    run: Runner, grad: np.ndarray, z: np.ndarray, angles: np.ndarray, wants: tuple[bool, bool], seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the gradients of sum(grad * <Z>), (tokens, n) for z and (rows, n) for the angles, as `gradient` says.
+
+    A token on which nothing depends (padding, in the last layer the prompt, all of them while the adapter is a no-op) has
+    gradient zero without a circuit.
+
+    Raises:
+        ValueError: with `gradient: none`.
+    """
+    options = run.options
+
+    def values(points: np.ndarray) -> np.ndarray:
+        return run.expectations(points)[0]
+
+    if options.gradient == "none":
+        works = "`gradient: parameter_shift` or `spsa`, or inference and evaluation"
+        raise refusal("ibm.gradient", "none", "trains nothing", works)
+    grad_z, some = np.zeros(z.shape), np.flatnonzero(grad.any(axis=1))
+    if not len(some):
+        return grad_z, np.zeros(angles.shape)
+    if options.gradient == "spsa":
+        grad_z[some], by_angles = spsa(run.isa.gates, values, grad[some], z[some], angles, wants, options.spsa_draws, seed)
+    else:
+        grad_z[some], by_angles = parameter_shift(run.isa.gates, values, grad[some], z[some], angles, wants)
+    return grad_z, by_angles
+
+
+def _record(points: np.ndarray, difference: Difference) -> None:
+    if len(_differences) >= MOST_DIFFERENCES:
+        del _differences[next(iter(_differences))]
+    _differences[hashlib.blake2b(points.tobytes(), digest_size=16).digest()] = difference
+
+
+class _Circuits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, angles: Tensor, ansatz: Ansatz, simulation: Simulation) -> Tensor:
+        ctx.save_for_backward(z, angles)
+        ctx.circuit = ansatz, simulation
+        assert simulation.ibm is not None
+        run = runner(ansatz, simulation.ibm)
+        points = run.isa.gates.points(to_numpy(z), to_numpy(angles))
+        values, errors = run.expectations(points)
+        off = values - to_numpy(torch_engine.expectation_values(z, angles, ansatz))
+        _record(points, Difference(len(z), float(off.mean()), float(off.var()), float(np.sqrt((errors**2).mean()))))
+        return torch.from_numpy(values).to(z)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        z, angles = ctx.saved_tensors
+        ansatz, simulation = ctx.circuit
+        run, wants = runner(ansatz, simulation.ibm), ctx.needs_input_grad[:2]
+        by_z, by_angles = gradients(run, to_numpy(grads[0]), to_numpy(z), to_numpy(angles), wants, simulation.seed)
+        return torch.from_numpy(by_z).to(z), torch.from_numpy(by_angles).to(angles), None, None
+
+
+def choose(z: Tensor, tokens: int, seed: int) -> Tensor:
+    """Return which of the tokens z (all, n) go to the device, sorted: a draw from the seed and z, so that it repeats itself."""
+    array = to_numpy(z)
+    digest = hashlib.blake2b(array.tobytes(), digest_size=8, key=seed.to_bytes(8, "big")).digest()
+    random = np.random.default_rng(int.from_bytes(digest, "big"))
+    chosen = np.sort(random.choice(len(array), size=min(tokens, len(array)), replace=False))
+    return torch.from_numpy(chosen).to(z.device)
+
+
+@torch.compiler.disable
+def expectation_values(z: Tensor, angles: Tensor, ansatz: Ansatz, simulation: Simulation) -> Tensor:
+    """Run `tokens_per_step` of the circuits on the device and the others exactly; see `engine.expectation_values`."""
+    options = simulation.ibm
+    assert options is not None
+    if not _device or z.device.type == "meta" or z.numel() == 0:
+        return torch_engine.expectation_values(z, angles, ansatz)
+    torch_engine.check_shapes(z, angles, ansatz)
+    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    flat, angles = z.reshape(-1, ansatz.qubits).to(dtype), angles.to(dtype)
+    torch_engine.check_finite(flat, angles)
+    chosen = choose(flat, options.tokens_per_step, simulation.seed)
+    measured: Tensor = _Circuits.apply(flat[chosen], angles, ansatz, simulation)
+    if len(chosen) == len(flat):
+        return measured.reshape(z.shape)
+    others = torch.ones(len(flat), dtype=torch.bool, device=flat.device)
+    others[chosen] = False
+    exact = torch_engine.expectation_values(flat[others], angles, ansatz)
+    result = torch.empty_like(flat).index_put((chosen,), measured).index_put((others,), exact)
+    return result.reshape(z.shape)

@@ -1,0 +1,257 @@
+"""The journal: what was submitted and what came back, so that a run that was stopped pays for nothing twice.
+
+```
+folder/lock                       held by the one process that uses the journal
+folder/events.jsonl               one event a line, appended and synced: intent -> submitted -> done | failed | cancelled | lost
+folder/circuits/TAG.safetensors   what a job was asked: angles (circuits, gates) in radians, and their hashes
+folder/results/TAG.safetensors    what it answered: <Z> and standard errors, (circuits, n)
+```
+
+An intent is on disk before its job is submitted, with the unique tag that the job carries: whenever the process dies, the job can
+be found. Files are written beside their place and renamed, so they are whole or absent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from ..errors import refusal
+
+LOG = logging.getLogger(__name__)
+OPEN = ("intent", "submitted")
+ENDED = ("done", "failed", "cancelled", "lost")
+SESSIONS = ("session_opened", "session_closed")
+EVENTS = "events.jsonl"
+
+
+@dataclass
+class Entry:
+    """One job, as the last of its events left it."""
+
+    tag: str
+    state: str
+    local: bool
+    backend: str
+    calibration: str
+    circuit: str  # digest of the ISA circuit
+    angles: str  # digest of all angles
+    circuits: int
+    estimate: float  # QPU seconds
+    reserved: float  # QPU seconds after which IBM stops it
+    options: dict[str, Any]
+    session: str | None = None
+    job_id: str | None = None
+    qpu_seconds: float | None = None  # None: not known
+    reason: str | None = None
+    time: float = 0.0  # of the last event, seconds since 1970
+
+
+class Ledger:
+    """What the events of a journal add up to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.entries: dict[str, Entry] = {}
+        self.sessions: dict[str, dict[str, Any]] = {}
+
+    @classmethod
+    def read(cls, folder: Path) -> Ledger:
+        """Return that of a folder, which another process may be using and which need not exist; nothing is written.
+
+        Raises:
+            ValueError: if its events cannot be read.
+        """
+        ledger = cls(folder)
+        ledger._replay(_lines(folder)[0])
+        return ledger
+
+    def open(self, local: bool) -> list[Entry]:
+        """Return the jobs that have not ended, on simulated devices or on real ones."""
+        return [entry for entry in self.entries.values() if entry.state in OPEN and entry.local == local]
+
+    def under_way(self, local: bool) -> float:
+        """Return the QPU seconds that the jobs which have not ended are estimated to use."""
+        return sum(entry.estimate for entry in self.open(local))
+
+    def unsettled(self) -> list[Entry]:
+        """Return the jobs that have ended but whose usage is not known."""
+        return [entry for entry in self.entries.values() if entry.state in ENDED and entry.qpu_seconds is None]
+
+    def used(self, local: bool, session: str | None = None) -> float:
+        """Return the QPU seconds that were billed: of ended jobs, estimated as long as that is not known, and of sessions.
+
+        Args:
+            local: on simulated devices or on real ones.
+            session: the one that is open now, whose jobs are counted instead. Others not known to be closed count with all they
+                might use.
+        """
+        jobs = [entry for entry in self.entries.values() if entry.state in ENDED and entry.local == local]
+        seconds = sum(
+            entry.estimate if entry.qpu_seconds is None else entry.qpu_seconds
+            for entry in jobs
+            if entry.session in (None, session)  # else the session is billed
+        )
+        if not local:
+            others = [row for name, row in self.sessions.items() if name != session]
+            seconds += sum(row["reserved"] if row["qpu_seconds"] is None else row["qpu_seconds"] for row in others)
+        return seconds
+
+    def last_backend(self) -> str | None:
+        """Return the real device that the last job was sent to."""
+        names = [entry.backend for entry in self.entries.values() if not entry.local]
+        return names[-1] if names else None
+
+    def _replay(self, lines: list[bytes]) -> None:
+        for number, line in enumerate(lines, 1):
+            try:
+                self._apply(json.loads(line))
+            except (ValueError, KeyError, TypeError) as error:
+                why = f"is damaged in line {number} of {EVENTS} ({type(error).__name__})"
+                raise refusal("ibm.journal", str(self.folder), why, "that file as it was, or a new folder") from error
+
+    def _apply(self, row: dict[str, Any]) -> None:
+        row = dict(row)
+        event = row.pop("event")
+        if event in SESSIONS:
+            self.sessions.setdefault(row["session"], {"qpu_seconds": None}).update(row)
+        elif event == "intent":
+            self.entries[row["tag"]] = Entry(state=event, **row)
+        elif event in OPEN + ENDED:
+            self.entries[row["tag"]] = dataclasses.replace(self.entries[row["tag"]], state=event, **row)
+        else:
+            raise ValueError(event)
+
+
+class Journal(Ledger):
+    """A journal, locked for this process.
+
+    Raises:
+        ValueError: if another process uses it, or its events cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._events = folder / EVENTS
+        for part in ("circuits", "results"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        self._lock = (folder / "lock").open("a+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            why = "is in use by another process, which may be submitting the same circuits"
+            raise refusal("ibm.journal", str(folder), why, "wait for it to end, or another folder") from None
+        self.jobs: dict[str, Any] = {}  # those of this process, by tag
+        self._results: dict[tuple[str, bytes], tuple[np.ndarray, np.ndarray]] = {}
+        lines, rest = _lines(folder)
+        if rest:
+            LOG.warning(f"{self._events}: its last line is not complete and is left out.")
+            with self._events.open("r+b") as file:
+                file.truncate(sum(len(line) + 1 for line in lines))
+        self._replay(lines)
+        self._file = os.open(self._events, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        _sync(folder)
+        for entry in self.entries.values():
+            if entry.state == "done" and not self._load(entry):
+                entry.state = "submitted"  # to be fetched again
+
+    def close(self) -> None:
+        """Let another process use it."""
+        os.close(self._file)
+        self._lock.close()
+
+    def record(self, event: str, **fields: Any) -> None:
+        """Append an event; it is on disk when this returns."""
+        row = {"event": event, "time": time.time(), **fields}
+        line = json.dumps(row, sort_keys=True).encode() + b"\n"
+        end = os.fstat(self._file).st_size
+        try:
+            if os.write(self._file, line) != len(line):
+                raise OSError(f"{self._events}: only a part of an event was written. Is the disk full?")
+            os.fsync(self._file)
+        except OSError:
+            os.ftruncate(self._file, end)
+            raise
+        self._apply(row)
+
+    def ask(self, tag: str, hashes: np.ndarray, points: np.ndarray) -> None:
+        """Keep what a job is asked: hashes (circuits, 16) and angles (circuits, gates)."""
+        _write(self._path("circuits", tag), {"hashes": hashes, "points": points})
+
+    def asked(self, tag: str) -> dict[str, np.ndarray]:
+        """Return what a job was asked, `hashes` and `points`."""
+        return load_file(self._path("circuits", tag))
+
+    def answer(self, tag: str, values: np.ndarray, errors: np.ndarray) -> None:
+        """Keep a job's results, (circuits, n)."""
+        _write(self._path("results", tag), {"values": values, "errors": errors})
+        self._load(self.entries[tag])
+
+    def result(self, calibration: str, key: bytes) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return <Z> (n) and standard errors (n) of a circuit by its hash, None if it has not been run."""
+        return self._results.get((calibration, key))
+
+    def adopt(self, tag: str, calibration: str) -> None:
+        """Let a job's results answer for another calibration too: the device was calibrated while the job was under way."""
+        self._load(self.entries[tag], calibration)
+
+    def _path(self, part: str, tag: str) -> Path:
+        return self.folder / part / f"{tag}.safetensors"
+
+    def _load(self, entry: Entry, calibration: str | None = None) -> bool:
+        try:
+            hashes, result = self.asked(entry.tag)["hashes"], load_file(self._path("results", entry.tag))
+        except (OSError, SafetensorError):
+            return False
+        where = entry.calibration if calibration is None else calibration
+        for key, values, errors in zip(hashes, result["values"], result["errors"], strict=True):
+            self._results[where, key.tobytes()] = values, errors
+        return True
+
+
+_journals: dict[Path, Journal] = {}
+
+
+def open_journal(folder: Path) -> Journal:
+    """Return the journal of a folder; within a process there is one for each."""
+    path = folder.resolve()
+    if path not in _journals:
+        _journals[path] = Journal(path)
+    return _journals[path]
+
+
+def _lines(folder: Path) -> tuple[list[bytes], bytes]:
+    """Return a journal's events, and the part of one that was being written when its process was stopped: it has not happened."""
+    path = folder / EVENTS
+    *lines, rest = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    return lines, rest
+
+
+def _write(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Write a file as a whole or not at all."""
+    beside = path.with_suffix(".tmp")
+    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, beside)
+    with beside.open("rb") as file:
+        os.fsync(file.fileno())
+    beside.replace(path)
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

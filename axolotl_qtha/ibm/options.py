@@ -1,0 +1,142 @@
+"""The `qtha: {ibm: ...}` block: which device runs the circuits, how, and what it may cost."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+
+from ..errors import PrivateSettings, close_names, refusal
+
+DEFAULT_SHOTS = 4096
+FAKE = "fake:"
+SECRET = re.compile(r"token$|api[-_ ]?key|secret|passw|credential|^key$", re.IGNORECASE)
+
+
+class IBMOptions(BaseModel):
+    """How circuits are run on IBM Quantum.
+
+    Raises:
+        ValueError: if a value, or a combination of values, cannot work.
+        PrivateSettings: if a key looks like a credential, or is unknown: it may be a misspelt one.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, allow_inf_nan=False)
+
+    backend: str = Field(
+        default="least_busy",
+        description="A device of IBM Quantum by its name, `least_busy`, or `fake:` and a name, e.g. `fake:manila`: a snapshot of "
+        "a device that is simulated here, free of charge.",
+    )
+    instance: SecretStr | None = Field(
+        default=None,
+        description="The instance (name or CRN) that pays. Default: the one saved with the account, or QISKIT_IBM_INSTANCE. "
+        "Better saved there: Axolotl copies this YAML into the model card.",
+    )
+    shots: int | None = Field(
+        default=None, strict=True, ge=1, description="Measurements per circuit. Default: 4096, or from precision."
+    )
+    precision: float | None = Field(
+        default=None, gt=0, lt=1, description="Standard error aimed at for each <Z>, instead of shots: 1 / precision**2 shots."
+    )
+    resilience_level: Literal[0, 1, 2] = Field(
+        default=1,
+        description="IBM's error mitigation: 0 none, 1 of the read-out, 2 also zero-noise extrapolation (3 times the cost).",
+    )
+    dynamical_decoupling: Literal["none", "XX", "XpXm", "XY4"] = Field(
+        default="none", description="Pulses on idle qubits: `none`, `XX`, `XpXm` or `XY4`."
+    )
+    twirling: bool = Field(
+        default=False, description="Randomise gates and read-out (Pauli twirling) also where the level does not."
+    )
+    mode: Literal["job", "batch", "session"] = Field(
+        default="batch",
+        description="How jobs are queued: `job` each by itself, `batch` together, `session` with the device reserved, idle time "
+        "included (not on the Open Plan).",
+    )
+    max_qpu_seconds: float | None = Field(
+        default=None, gt=0, description="QPU seconds that this journal's jobs may use in all. Required but for `fake:`."
+    )
+    tokens_per_step: int = Field(
+        default=8,
+        strict=True,
+        ge=1,
+        description="Tokens of each forward pass whose circuits run on the device; the others run on the exact simulator.",
+    )
+    gradient: Literal["parameter_shift", "spsa", "none"] = Field(
+        default="parameter_shift",
+        description="Gradient of these tokens: `parameter_shift`, exact in expectation; `spsa`, all angles perturbed at once, "
+        "2 * spsa_draws circuits a token; `none`, inference only.",
+    )
+    spsa_draws: int = Field(default=1, strict=True, ge=1, description="Random directions that `gradient: spsa` averages over.")
+    timeout_seconds: float = Field(
+        default=86400,
+        gt=0,
+        description="Jobs that have not ended after this long, queue included, are cancelled and the run stops.",
+    )
+    journal: str = Field(
+        default="ibm-journal",
+        min_length=1,
+        description="Folder that keeps jobs and results: a run that was stopped goes on from it, nothing is paid for twice.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_known(cls, data: Any) -> Any:
+        refuse_secrets(data, "qtha.ibm")
+        for key in data if isinstance(data, dict) else ():
+            if key not in cls.model_fields:
+                close = close_names(str(key), cls.model_fields) or sorted(cls.model_fields)
+                works = ", ".join(f"`{name}`" for name in close)
+                raise PrivateSettings(f"qtha.ibm.{key} (value not shown) is not a key of the `ibm:` block. What works: {works}.")
+        return data
+
+    @model_validator(mode="after")
+    def _values_work(self) -> IBMOptions:
+        if self.shots is not None and self.precision is not None:
+            raise refusal("ibm.shots", self.shots, f"and precision {self.precision:g} say the same thing", "one of them")
+        if not self.is_fake and self.max_qpu_seconds is None:
+            works = "`max_qpu_seconds: 60` (`axolotl qtha-estimate` says how many are needed), or `backend: fake:manila`"
+            raise refusal("ibm.max_qpu_seconds", None, f"sets no limit to what {self.backend!r} may cost", works)
+        if self.spsa_draws != 1 and self.gradient != "spsa":
+            raise refusal(
+                "ibm.spsa_draws", self.spsa_draws, f"has no effect with `gradient: {self.gradient}`", "`gradient: spsa`"
+            )
+        return self
+
+    @property
+    def is_fake(self) -> bool:
+        """Whether the device is simulated here."""
+        return self.backend.startswith(FAKE)
+
+    @property
+    def executions(self) -> int:
+        """Measurements of one circuit: the shots, or those that reach the precision."""
+        if self.precision is not None:
+            return math.ceil(1 / self.precision**2)
+        return self.shots or DEFAULT_SHOTS
+
+    def measurement(self) -> dict[str, Any]:
+        """Return what decides on a result besides circuit and device; neither names nor accounts."""
+        return self.model_dump(include={"shots", "precision", "resilience_level", "dynamical_decoupling", "twirling"}) | {
+            "executions": self.executions
+        }
+
+
+def refuse_secrets(data: Any, path: str) -> None:
+    """Refuse a credential anywhere in the settings, without its value.
+
+    Raises:
+        PrivateSettings: naming the key.
+    """
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, (list, tuple)) else ()
+    for key, value in items:
+        if isinstance(key, str) and SECRET.search(key):
+            raise PrivateSettings(
+                f"{path}.{key} (value not shown): a credential has no place in a YAML, which is copied into model cards, logs "
+                "and (unless AXOLOTL_DO_NOT_TRACK=1) reports. Revoke it. What works: QiskitRuntimeService.save_account(...) "
+                "once, in Python, or the environment variable QISKIT_IBM_TOKEN."
+            )
+        refuse_secrets(value, f"{path}.{key}")
