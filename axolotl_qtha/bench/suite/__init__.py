@@ -1,0 +1,1 @@
+"""`axolotl qtha-bench`: a grid of trainings over adapters, learning rates and seeds, and what they show."""

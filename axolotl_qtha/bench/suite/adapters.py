@@ -1,0 +1,61 @@
+"""What is compared, as keys of Axolotl's YAML."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...plan import count_lora_parameters
+
+LORA, EQUAL = "lora", "lora-equal"
+# QTHA and its controls, as keys of the `qtha:` block. All but `lora-circuit` share a budget.
+QTHA: dict[str, dict[str, Any]] = {
+    "qtha": {"quantum": "qtha"},
+    "mpo-only": {"quantum": "none"},
+    "silu": {"quantum": "silu"},
+    "frozen": {"quantum": "frozen"},
+    "qwthn": {"quantum": "qwthn"},
+    "lora-circuit": {"mpo": "none", "quantum": "qtha"},
+}
+ADAPTERS = {
+    LORA: "PEFT's LoRA",
+    EQUAL: "PEFT's LoRA of the smallest rank with at least as many parameters as `qtha`",
+    "dora": "PEFT's DoRA",
+    "qtha": "QTHA",
+    "mpo-only": "QTHA without a circuit",
+    "silu": "QTHA with a classical network of the same wiring and size in the circuit's place",
+    "frozen": "QTHA with a random circuit that is not trained",
+    "lora-circuit": "QTHA without tensor networks: LoRA's matrices around a circuit",
+    "qwthn": "the paper's first version: product in place of the sum",
+}
+CONTROLS = ("mpo-only", "silu", "frozen")  # what says whether a trained circuit adds anything
+
+
+def has_budget(adapter: str) -> bool:
+    """Return whether an adapter's size follows from `param_budget`."""
+    return adapter in QTHA and adapter != "lora-circuit"
+
+
+def settings(adapter: str, rank: int, budget: float | None, modules: list[str]) -> dict[str, Any]:
+    """Return the keys of Axolotl's YAML; `lora-equal` is given its own rank."""
+    if adapter in QTHA:
+        block = {"rank": rank, "alpha": 2 * rank, "target_modules": modules, **QTHA[adapter]}
+        if budget is not None:
+            block["param_budget"] = budget
+        return {"adapter": "qtha", "plugins": ["axolotl_qtha.QTHAPlugin"], "qtha": block}
+    keys = {
+        "adapter": "lora",
+        "lora_r": rank,
+        "lora_alpha": 2 * rank,
+        "lora_dropout": 0.0,
+        "lora_target_modules": modules,
+        # Axolotl's fused kernels need a GPU; without them all adapters run as PEFT has them.
+        "lora_mlp_kernel": False,
+        "lora_qkv_kernel": False,
+        "lora_o_kernel": False,
+    }
+    return keys | ({"peft_use_dora": True} if adapter == "dora" else {})
+
+
+def equal_rank(parameters: int, sizes: list[tuple[int, int]]) -> int:
+    """Return the smallest rank at which LoRA has at least as many parameters."""
+    return -(-parameters // count_lora_parameters(1, sizes))

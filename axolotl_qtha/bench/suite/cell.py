@@ -1,0 +1,118 @@
+"""One run of a suite: a training as `axolotl train` does it, in a process of its own, and what is measured of it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import resource
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ...errors import IncompleteAdapter
+from ..tasks import Prepared
+from .results import STATUS, error_text
+
+WORSE = 1.0  # nats a token above its start: then a run has diverged
+
+
+def run_cell(keys: dict[str, Any], task: Prepared, folder: Path, threads: int | None) -> dict[str, Any]:
+    """Train once, and return the `train_info` of its result; what goes wrong in it is in there, too.
+
+    Args:
+        keys: all keys of Axolotl's YAML but output_dir.
+        task: what is trained on.
+        folder: a scratch folder, emptied at the end.
+        threads: of PyTorch on a CPU.
+    """
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.yml"
+    path.write_text(yaml.safe_dump({**keys, "output_dir": str(folder / "out")}))
+    started = time.perf_counter()
+    info: dict[str, Any] = {"status": "failed", "metrics": [], "error_msg": ""}
+    trainer = None
+    try:
+        trainer = _trainer(path, info)
+        _train(trainer, path, task, info)
+        info["status"] = "success"
+    except (IncompleteAdapter, FloatingPointError) as error:
+        info["status"], info["error_msg"] = "diverged", error_text(error)
+    except Exception as error:
+        info["error_msg"] = error_text(error)
+    if trainer is not None:
+        log = trainer.state.log_history
+        info["metrics"] = curve(log)
+        if info["status"] != "failed" and has_diverged(info["metrics"]):
+            info["status"] = "diverged"
+    info["total_time"] = time.perf_counter() - started
+    info["cpu_memory_max"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if torch.cuda.is_available():
+        info["accelerator_memory_max"] = torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError):
+        shutil.rmtree(folder)
+    assert info["status"] in STATUS
+    return info
+
+
+def _trainer(path: Path, info: dict[str, Any]) -> Any:
+    """Return Axolotl's trainer for a YAML, its data and model loaded."""
+    from axolotl.cli.args import TrainerCliArgs
+    from axolotl.cli.config import load_cfg
+    from axolotl.common.datasets import load_datasets
+    from axolotl.train import setup_model_and_trainer
+
+    cfg = load_cfg(str(path))
+    trainer, model, tokenizer, _, _ = setup_model_and_trainer(cfg, load_datasets(cfg=cfg, cli_args=TrainerCliArgs()))
+    trainer.qtha_cfg, trainer.qtha_tokenizer = cfg, tokenizer
+    info["num_trainable_params"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    info["num_total_params"] = sum(p.numel() for p in model.parameters())
+    return trainer
+
+
+def _train(trainer: Any, path: Path, task: Prepared, info: dict[str, Any]) -> None:
+    """Train, validate at the end, measure on the test set, save."""
+    from axolotl.cli.config import load_cfg
+    from axolotl.common.datasets import load_datasets
+    from axolotl.train import execute_training, save_trained_model
+
+    cfg = trainer.qtha_cfg
+    execute_training(cfg, trainer, None)
+    info["train_time"] = next(row["train_runtime"] for row in reversed(trainer.state.log_history) if "train_runtime" in row)
+    if not any("eval_loss" in row and row["step"] == trainer.state.global_step for row in trainer.state.log_history):
+        trainer.evaluate()
+    if task.test is not None:
+        path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | task.keys(test=True)))
+        data = load_datasets(cfg=load_cfg(str(path))).eval_dataset
+        info["test loss"] = float(trainer.evaluate(eval_dataset=data, metric_key_prefix="test")["test_loss"])
+    if task.scoring is not None:
+        trainer.model.eval()
+        info["test"] = task.scoring.score(trainer.model, trainer.qtha_tokenizer, task.rows)
+    save_trained_model(cfg, trainer, trainer.model)
+    info["file_size"] = sum(file.stat().st_size for file in Path(cfg.output_dir).glob("adapter_model.*"))
+
+
+def curve(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the losses over steps, in nats a token; and what the adapter's diagnostics say, where they are logged."""
+    rows: dict[int, dict[str, Any]] = {}
+    for entry in log:
+        row = rows.setdefault(entry["step"], {"step": entry["step"]})
+        if "loss" in entry:
+            row["train loss"] = float(entry["loss"])
+        if "eval_loss" in entry:
+            row["valid loss"] = float(entry["eval_loss"])
+        row |= {key: value for key, value in entry.items() if key.startswith("qtha/") and key.count("/") == 1}
+    return [rows[step] for step in sorted(rows) if len(rows[step]) > 1]
+
+
+def has_diverged(rows: list[dict[str, Any]]) -> bool:
+    """Return whether losses are not finite, or the last validation is far above the first."""
+    losses = [row[key] for row in rows for key in ("train loss", "valid loss") if key in row]
+    valid = [row["valid loss"] for row in rows if "valid loss" in row]
+    return not all(map(math.isfinite, losses)) or (len(valid) > 1 and valid[-1] > valid[0] + WORSE)

@@ -1,0 +1,69 @@
+"""`axolotl qtha-bench`, from the options to the summary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from .runner import Runner
+from .spec import read_suite
+from .summary import write_summary
+from .table import entries
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command's options."""
+
+    suite: Path
+    jobs: int | None = None
+    dry_run: bool = False
+    summary_only: bool = False
+    overwrite: bool = False
+
+
+def bench(options: Options, out: Console) -> bool:
+    """Run a suite and write its summary; return whether no run failed.
+
+    Raises:
+        ValueError: naming the key, if something does not fit.
+    """
+    runner = Runner(read_suite(options.suite), options.jobs)
+    if options.dry_run:
+        out.print(plan(runner))
+        return True
+    if not options.summary_only:
+        runner.run(out, options.overwrite)
+    path = write_summary(runner, f"axolotl qtha-bench {_shown(options.suite)}")
+    failed = sum(entry.count("failed") for entry in entries(runner))
+    out.print(f"{path} written.", markup=False, highlight=False)
+    if failed:
+        out.print(
+            f"{failed} runs failed: see the logs in {runner.folder / 'logs'}; the same line tries them again.", markup=False
+        )
+    return not failed
+
+
+def plan(runner: Runner) -> Table:
+    """Return what would be run."""
+    suite, sizes = runner.suite, runner.sizes
+    grid, seeds = len(suite.learning_rates), len(suite.seeds)
+    each = grid + seeds - 1
+    runs = len(suite.task_names) * len(sizes) * each
+    table = Table(
+        title=f"{runs} runs of {suite.max_steps} steps, {runner.count} at a time",
+        caption=f"On each of {', '.join(suite.task_names)}: {grid} learning rates at the first seed, the best at {seeds} seeds.",
+    )
+    for head in ("adapter", "rank", "parameters"):
+        table.add_column(head, justify="left" if head == "adapter" else "right")
+    for method, size in sizes.items():
+        table.add_row(method.label, str(size.rank), f"{size.parameters:,}")
+    return table
+
+
+def _shown(path: Path) -> str:
+    """Return a path that tells nothing of this machine."""
+    return path.name if path.is_absolute() else str(path)

@@ -1,0 +1,129 @@
+"""The pictures of a suite: quality against size, loss curves, time and memory."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .adapters import ADAPTERS
+from .runner import Runner
+from .statistics import interval
+from .table import Entry
+
+PICTURES = ("pareto.png", "costs.png")
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+COLOURS = dict(
+    zip(
+        ADAPTERS, ("#000000", "#777777", "#E69F00", "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#B8A800"), strict=True
+    )
+)
+MARKERS = dict(zip(ADAPTERS, "soDX^v<>P", strict=True))
+
+
+def draw(found: list[Entry], runner: Runner) -> None:
+    """Write the pictures into the suite's folder."""
+    tasks = runner.suite.task_names
+    _pareto(found, tasks).savefig(runner.folder / PICTURES[0], dpi=150)
+    _costs(found).savefig(runner.folder / PICTURES[1], dpi=150)
+    for task in tasks:
+        of_task = [entry for entry in found if entry.task == task]
+        _curves(of_task, runner.prepared(task).floor).savefig(runner.folder / f"curves-{task}.png", dpi=150)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure  # with a canvas of its own: pyplot's state is the caller's
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _pareto(found: list[Entry], tasks: list[str]) -> Any:
+    figure = _figure(4.6 * len(tasks) + 1.6, 4.2)
+    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    for axes, task in zip(panels, tasks, strict=True):
+        for entry in found:
+            value = entry.mean("valid loss")
+            if entry.task == task and value is not None:
+                name = entry.method.adapter
+                style = {"fmt": MARKERS[name], "color": COLOURS[name], "capsize": 3, "ms": 7}
+                axes.errorbar(entry.parameters, value.mean, yerr=value.half or 0, label=_name(entry), **style)
+        axes.set(xscale="log", xlabel="trainable parameters", ylabel="validation loss (nats a token)", title=task)
+        _plain_ticks(axes, sorted({entry.parameters for entry in found}))
+        axes.grid(alpha=0.3)
+    _legend(figure, panels)
+    return figure
+
+
+def _plain_ticks(axes: Any, values: list[int]) -> None:
+    """Write the sizes out, a few of them."""
+    shown: list[int] = []
+    for value in values:
+        if not shown or math.log(value / shown[-1]) > 0.35:
+            shown.append(value)
+    axes.set_xticks(shown, [f"{value:,}" for value in shown])
+    axes.minorticks_off()
+
+
+def _curves(found: list[Entry], floor: dict[str, float]) -> Any:
+    figure = _figure(11, 4.4)
+    panels = figure.subplots(1, 2)
+    for axes, key, title in zip(panels, ("train loss", "valid loss"), ("training", "validation"), strict=True):
+        for entry in found:
+            curve = _smooth(entry.curve(key)) if key == "train loss" else entry.curve(key)
+            bands = {step: interval(values) for step, values in sorted(curve.items())}
+            points = [(step, band.mean, band.half or 0.0) for step, band in bands.items() if band is not None]
+            if not points:
+                continue
+            steps, means, halves = (list(column) for column in zip(*points, strict=True))
+            colour = COLOURS[entry.method.adapter]
+            axes.plot(steps, means, color=colour, marker=MARKERS[entry.method.adapter], ms=4, markevery=0.2, label=_name(entry))
+            low, high = ([m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1))
+            axes.fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
+        axes.set(xlabel="step", ylabel="loss (nats a token)", title=f"{title}, mean and 95 % interval over seeds")
+        axes.grid(alpha=0.3)
+    if floor:
+        panels[1].axhline(floor["validation"], color="black", linestyle=":", label="the teacher")
+    _legend(figure, panels[1:])
+    return figure
+
+
+def _smooth(curve: dict[int, list[float]], width: int = 10) -> dict[int, list[float]]:
+    """Return means over `width` steps, seed by seed."""
+    steps, found = sorted(curve), {}
+    for start in range(0, len(steps) - width + 1, width):
+        part = [curve[step] for step in steps[start : start + width]]
+        found[steps[start + width - 1]] = [sum(values) / len(values) for values in zip(*part, strict=False)]
+    return found or curve
+
+
+def _costs(found: list[Entry]) -> Any:
+    names = list(dict.fromkeys(_name(entry) for entry in found))
+    figure = _figure(11, 1.2 + 0.32 * len(names))
+    time, memory = figure.subplots(1, 2, sharey=True)
+    for axes, keys, scale, label in (
+        (time, ("train_time",), 1.0, "seconds of training, median"),
+        (memory, ("accelerator_memory_max", "cpu_memory_max"), 2**20, "peak memory of the process, MiB, median"),
+    ):
+        for place, name in enumerate(names):
+            values = sorted(value for entry in found if _name(entry) == name if (value := _cost(entry, keys)))
+            if values:
+                axes.barh(place, values[len(values) // 2] / scale, color=COLOURS[name.split(",")[0]])
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.3, axis="x")
+    time.set_yticks(range(len(names)), names)
+    time.invert_yaxis()
+    return figure
+
+
+def _cost(entry: Entry, keys: tuple[str, ...]) -> float | None:
+    return next((value for key in keys if (value := entry.largest(key))), None)
+
+
+def _name(entry: Entry) -> str:
+    return entry.method.label
+
+
+def _legend(figure: Any, panels: Any) -> None:
+    handles: dict[str, Any] = {}
+    for axes in panels:
+        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)

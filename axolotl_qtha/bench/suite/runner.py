@@ -1,0 +1,240 @@
+"""Runs a suite: the grid at the first seed, then the rates it chose at the other seeds; what is done is not done again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ...config import QTHAConfig
+from ...plan import count_lora_parameters, count_parameters, resolve
+from ..tasks import TASKS, Data, Prepared, prepare
+from . import results
+from .adapters import EQUAL, QTHA, equal_rank, settings
+from .spec import Cell, Method, Suite, eval_steps, fingerprint, repeats, search
+from .worker import Job, Processes, has_gpu, import_all
+
+DEFAULTS = {"val_set_size": 0.0, "save_strategy": "no", "logging_steps": 1, "dataset_num_proc": 1, "use_wandb": False}
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a method trains."""
+
+    parameters: int
+    rank: int  # of `lora-equal` its own
+
+
+class Runner:
+    """A suite on disk.
+
+    ```
+    output_dir/results/CELL.json   a result
+    output_dir/logs/CELL.log       what the run printed
+    output_dir/tasks/, prepared/   the tasks' data, and as Axolotl has tokenised them
+    ```
+    """
+
+    def __init__(self, suite: Suite, jobs: int | None = None) -> None:
+        self.suite, self.folder, self.count = suite, Path(suite.output_dir), jobs or suite.jobs
+        self.layers = layer_sizes(suite)
+        self.sizes = {method: size(suite, method, self.layers) for method in suite.methods()}
+        self._prepared: dict[str, Prepared] = {}
+
+    def result_path(self, cell: Cell) -> Path:
+        """Return where a run's result is."""
+        return self.folder / "results" / f"{cell.name}.json"
+
+    def results(self, cells: Iterable[Cell]) -> dict[Cell, dict[str, Any]]:
+        """Return the results that are there."""
+        return {cell: results.read(path) for cell in cells if (path := self.result_path(cell)).exists()}
+
+    def run(self, out: Console, overwrite: bool = False) -> None:
+        """Do what has not been done.
+
+        Raises:
+            ValueError: if a result is there of other settings, or of another version, and not to be overwritten.
+        """
+        if overwrite:
+            shutil.rmtree(self.folder / "results", ignore_errors=True)
+        self._prepare(out)
+        gpu = has_gpu()
+        threads = None if gpu else max(1, (os.cpu_count() or 1) // self.count)
+        first = search(self.suite)
+        total = len(first) + len(self.suite.task_names) * len(self.sizes) * (len(self.suite.seeds) - 1)
+        open_ = self._open(first) + self._open(repeats(self.suite, self.chosen()))
+        if open_ and not gpu:
+            with out.status("importing Axolotl"):
+                import_all()
+        processes = Processes(self.count, fork=not gpu)
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+        # No thread that refreshes it: it could hold a lock while a run is forked.
+        with Progress(*columns, console=out, auto_refresh=False) as progress:
+            bar = progress.add_task("runs", total=total)
+            for cells in (lambda: first, lambda: repeats(self.suite, self.chosen())):
+                wanted = cells()
+                todo = self._open(wanted)
+                progress.advance(bar, len(wanted) - len(todo))
+                progress.refresh()
+                for job in processes.run([self._job(cell, threads) for cell in todo]):
+                    info = results.read(Path(job.result))
+                    if (status := info["train_info"]["status"]) != "success":
+                        name = Path(job.result).stem
+                        progress.console.print(
+                            f"{status}: {name}: {info['run_info']['error_msg']}", markup=False, highlight=False
+                        )
+                    progress.update(bar, advance=1, description=f"runs (last: {job.cell['task']}, {job.cell['adapter']})")
+                    progress.refresh()
+
+    def chosen(self) -> dict[tuple[str, Method], float]:
+        """Return the learning rate of each method on each task: that of the least validation loss at the first seed."""
+        best: dict[tuple[str, Method], tuple[float, float]] = {}
+        for cell, result in self.results(search(self.suite)).items():
+            loss = results.final(result, "valid loss")
+            key = cell.task, cell.method
+            if loss is not None and (key not in best or loss < best[key][0]):
+                best[key] = loss, cell.learning_rate
+        return {key: rate for key, (_, rate) in best.items()}
+
+    def prepared(self, name: str) -> Prepared:
+        """Return a task of the suite, its data made."""
+        if name not in self._prepared:
+            self._prepared[name] = prepare(self._task(name), self.suite.base_model, self.folder / "tasks")
+        return self._prepared[name]
+
+    def _task(self, name: str) -> Any:
+        blocks = {task.name: task for task in self.suite.tasks if isinstance(task, Data)}
+        return blocks[name] if name in blocks else TASKS[name]
+
+    def _prepare(self, out: Console) -> None:
+        """Make the tasks' data, in a process of its own: one that has computed with several threads cannot be forked."""
+        with out.status("making the tasks' data"):
+            if child := os.fork():
+                _, status = os.waitpid(child, 0)
+                if status:
+                    raise ValueError("tasks: their data could not be made, see above.")
+            else:
+                code = 1
+                try:
+                    for name in self.suite.task_names:
+                        self.prepared(name)
+                    code = 0
+                except Exception as error:
+                    out.print(str(error), markup=False, highlight=False)
+                finally:
+                    os._exit(code)
+
+    def _open(self, cells: list[Cell]) -> list[Cell]:
+        """Return the runs that are to be done: those without a result, and those that failed."""
+        left = []
+        for cell in cells:
+            path = self.result_path(cell)
+            found = results.read(path) if path.exists() else None
+            if found is not None and found["settings"] != (wanted := self._settings(cell)[1]):
+                raise ValueError(
+                    f"output_dir: {path} was run with other settings ({found['settings']}, now {wanted}). What works: another "
+                    "output_dir, or `--overwrite` to run all again."
+                )
+            if found is None or found["train_info"]["status"] == "failed":
+                left.append(cell)
+        return left
+
+    def keys(self, cell: Cell) -> dict[str, Any]:
+        """Return Axolotl's keys of a run, without those of the task."""
+        suite = self.suite
+        adapter = settings(cell.method.adapter, self.sizes[cell.method].rank, cell.method.budget, suite.target_modules)
+        return {
+            "base_model": suite.base_model,
+            **DEFAULTS,
+            **suite.settings,
+            **adapter,
+            "learning_rate": cell.learning_rate,
+            "max_steps": suite.max_steps,
+            "eval_steps": eval_steps(suite),
+            "seed": cell.seed,
+        }
+
+    def _settings(self, cell: Cell) -> tuple[dict[str, Any], str]:
+        """Return the settings of a run without local paths, and what tells them from others."""
+        config = without_paths({**self.keys(cell), **self.prepared(cell.task).keys()})
+        return config, fingerprint(config)
+
+    def _job(self, cell: Cell, threads: int | None) -> Job:
+        task = self._task(cell.task)
+        config, mark = self._settings(cell)
+        method = cell.method
+        return Job(
+            cell={
+                "task": cell.task,
+                "adapter": method.adapter,
+                "rank": method.rank,
+                "budget": method.budget,
+                "learning_rate": cell.learning_rate,
+                "seed": cell.seed,
+            },
+            task=task.model_dump() if isinstance(task, Data) else cell.task,
+            base=self.suite.base_model,
+            data=str(self.folder / "tasks"),
+            keys={**self.keys(cell), "dataset_prepared_path": str(self.folder / "prepared")},
+            settings=mark,
+            config=config,
+            scratch=str(self.folder / "scratch" / cell.name),
+            result=str(self.result_path(cell)),
+            log=str(self.folder / "logs" / f"{cell.name}.log"),
+            threads=threads,
+        )
+
+
+def layer_sizes(suite: Suite) -> list[tuple[int, int]]:
+    """Return (in_features, out_features) of the layers that are adapted, from the base's configuration alone.
+
+    Raises:
+        ValueError: if the base cannot be read, or has no such layers.
+    """
+    from axolotl.utils.dict import DictDefault
+
+    from ...model import select_targets
+    from ...planner.base import meta_base
+
+    base = meta_base(DictDefault({"base_model": suite.base_model, "torch_dtype": None}))
+    config = QTHAConfig(rank=suite.ranks[0], target_modules=list(suite.target_modules), task_type="CAUSAL_LM")
+    return list(select_targets(config, base).values())
+
+
+def size(suite: Suite, method: Method, layers: list[tuple[int, int]]) -> Size:
+    """Return what a method trains.
+
+    Raises:
+        ValueError: if a budget cannot be met.
+    """
+    rank = method.rank
+    if method.adapter in QTHA:
+        return Size(_ours(method.adapter, rank, method.budget, layers), rank)
+    if method.adapter == EQUAL:
+        rank = equal_rank(_ours("qtha", rank, suite.budgets[0], layers), layers)
+    parameters = count_lora_parameters(rank, layers)
+    if method.adapter == "dora":
+        parameters += sum(outputs for _, outputs in layers)
+    return Size(parameters, rank)
+
+
+def _ours(adapter: str, rank: int, budget: float | None, layers: list[tuple[int, int]]) -> int:
+    config = QTHAConfig(rank=rank, alpha=2 * rank, param_budget=budget, **QTHA[adapter])
+    return count_parameters(resolve(config, layers), layers)
+
+
+def without_paths(value: Any) -> Any:
+    """Return settings in which a local path is only its last two parts."""
+    if isinstance(value, dict):
+        return {key: without_paths(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [without_paths(each) for each in value]
+    if isinstance(value, str) and "/" in value and (value.startswith(("/", ".", "~")) or Path(value).exists()):
+        return "/".join(Path(value).parts[-2:])
+    return value

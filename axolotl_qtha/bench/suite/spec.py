@@ -1,0 +1,204 @@
+"""The suite's YAML, and the runs (cells) it stands for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from ...errors import close_names
+from ..tasks import TASKS, Data
+from .adapters import ADAPTERS, has_budget
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+OURS = (
+    "base_model",
+    "adapter",
+    "plugins",
+    "qtha",
+    "datasets",
+    "test_datasets",
+    "output_dir",
+    "learning_rate",
+    "max_steps",
+    "seed",
+)
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Whole = Annotated[int, Field(ge=1, strict=True)]
+
+
+class Suite(BaseModel):
+    """What is run: every adapter, rank and budget on every task, at each learning rate, then the best rate at every seed.
+
+    Raises:
+        ValueError: naming the key, if a value cannot work.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    output_dir: str = Field(description="Folder of results, summary and pictures.")
+    base_model: str = Field(description="Folder or name of the base.")
+    tasks: list[str | Data] = Field(min_length=1, description=f"Of {sorted(TASKS)}, or blocks with data of one's own.")
+    adapters: list[str] = Field(min_length=1, description=f"Of {sorted(ADAPTERS)}.")
+    ranks: list[Whole] = Field(default=[8], min_length=1, description="Ranks of all adapters.")
+    budgets: list[Annotated[float, Field(gt=0, le=1)]] = Field(
+        default=[0.24], min_length=1, description="QTHA: `param_budget`, trainable parameters as a share of LoRA's."
+    )
+    learning_rates: list[Positive] = Field(min_length=1, description="The grid, the same for each adapter.")
+    seeds: list[Annotated[int, Field(ge=0, strict=True)]] = Field(
+        min_length=1, description="Of the adapter's start and the order of the data."
+    )
+    target_modules: list[str] = Field(default=LINEAR, min_length=1, description="Layers to adapt.")
+    max_steps: Whole = Field(description="Optimiser steps of each run.")
+    evaluations: Whole = Field(default=4, description="Validations of each run, the last at its end.")
+    settings: dict[str, Any] = Field(default_factory=dict, description="Further keys of Axolotl's, for all runs.")
+    jobs: Whole = Field(default=1, description="Runs at a time. On a CPU they share its cores.")
+
+    @field_validator("tasks")
+    @classmethod
+    def _tasks_known(cls, tasks: list[str | Data]) -> list[str | Data]:
+        for name in tasks:
+            if isinstance(name, str) and name not in TASKS:
+                raise ValueError(_unknown(name, "task", TASKS))
+        return tasks
+
+    @field_validator("adapters")
+    @classmethod
+    def _adapters_known(cls, adapters: list[str]) -> list[str]:
+        for name in adapters:
+            if name not in ADAPTERS:
+                raise ValueError(_unknown(name, "adapter", ADAPTERS))
+        return adapters
+
+    @field_validator("settings")
+    @classmethod
+    def _settings_free(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        if taken := sorted(set(settings) & set(OURS)):
+            raise ValueError(f"{taken[0]!r} is set by the suite for each run. What works: the suite's own keys.")
+        return settings
+
+    @field_validator("tasks", "adapters", "ranks", "budgets", "learning_rates", "seeds")
+    @classmethod
+    def _once(cls, values: list[Any]) -> list[Any]:
+        names = [value.name if isinstance(value, Data) else value for value in values]
+        if twice := [value for value in names if names.count(value) > 1]:
+            raise ValueError(f"{twice[0]!r} is named twice. What works: each once.")
+        return values
+
+    @property
+    def task_names(self) -> list[str]:
+        """Return the tasks by name."""
+        return [task if isinstance(task, str) else task.name for task in self.tasks]
+
+    def methods(self) -> list[Method]:
+        """Return what is compared on each task."""
+        return [
+            Method(adapter, rank, budget)
+            for adapter in self.adapters
+            for rank in self.ranks
+            for budget in (self.budgets if has_budget(adapter) else [None])
+        ]
+
+
+@dataclass(frozen=True)
+class Method:
+    """An adapter at a size."""
+
+    adapter: str
+    rank: int
+    budget: float | None  # param_budget, of QTHA adapters
+
+    @property
+    def name(self) -> str:
+        """Return what it is called in files."""
+        return f"{self.adapter}--r{self.rank}" + (f"-b{self.budget:g}" if self.budget is not None else "")
+
+    @property
+    def label(self) -> str:
+        """Return what it is called in tables."""
+        return f"{self.adapter}, r {self.rank}" + (f", {self.budget:g}" if self.budget is not None else "")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    task: str
+    method: Method
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Return the name of its result's file."""
+        return f"{self.task}--{self.method.name}--lr{self.learning_rate:g}--s{self.seed}"
+
+
+def search(suite: Suite) -> list[Cell]:
+    """Return the runs that choose the learning rates: the whole grid at the first seed."""
+    return [
+        Cell(task, method, rate, suite.seeds[0])
+        for task in suite.task_names
+        for method in suite.methods()
+        for rate in suite.learning_rates
+    ]
+
+
+def repeats(suite: Suite, chosen: dict[tuple[str, Method], float]) -> list[Cell]:
+    """Return the runs at the other seeds, at the rates that were chosen."""
+    return [Cell(*key, rate, seed) for key, rate in chosen.items() for seed in suite.seeds[1:]]
+
+
+def read_suite(path: Path) -> Suite:
+    """Return a suite.
+
+    Raises:
+        ValueError: one line for each fault, with the key, the value and what would work.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read as YAML ({error}). What works: a suite, see example_configs/bench/.") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} holds {type(raw).__name__}. What works: a suite, see example_configs/bench/.")
+    for key in raw:
+        if key not in Suite.model_fields:
+            raise ValueError(_unknown(str(key), "key of a suite", Suite.model_fields))
+    try:
+        return Suite.model_validate(raw)
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(map(str, fault['loc']))}: {_value(fault)}{fault['msg'].removeprefix('Value error, ')}"
+            for fault in error.errors()
+        ]
+        raise ValueError("\n".join(lines)) from error
+
+
+def _value(fault: Any) -> str:
+    """Return the value a fault is about, where its message does not have it."""
+    return "" if fault["type"] in ("value_error", "missing") else f"{fault['input']!r}: "
+
+
+def _unknown(name: str, what: str, known: Any) -> str:
+    close = close_names(name, known) or sorted(known)
+    return f"{name!r} is no {what}. What works: {', '.join(f'`{other}`' for other in close)}."
+
+
+def fingerprint(settings: dict[str, Any]) -> str:
+    """Return what tells two runs' settings apart."""
+    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def eval_steps(suite: Suite) -> int:
+    """Return the steps between validations."""
+    return math.ceil(suite.max_steps / suite.evaluations)
+
+
+Status = Literal["success", "diverged", "failed"]

@@ -1,0 +1,118 @@
+"""What a suite's results come to: figures of each method on each task, and differences between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import results
+from .adapters import CONTROLS, EQUAL, LORA
+from .runner import Runner
+from .spec import Cell, Method, repeats, search
+from .statistics import Interval, interval, paired
+
+LOSSES = ("valid loss", "test loss")
+
+
+@dataclass
+class Entry:
+    """A method on a task, at the learning rate chosen for it."""
+
+    task: str
+    method: Method
+    parameters: int
+    learning_rate: float | None = None  # None: no run of the grid came to an end
+    at_edge: bool = False  # of the grid: another rate might be better
+    runs: dict[int, dict[str, Any]] = field(default_factory=dict)  # results by seed
+    missing: int = 0  # seeds not run
+
+    def values(self, key: str) -> dict[int, float]:
+        """Return a figure by seed, of the runs that have it."""
+        return {seed: value for seed, run in self.runs.items() if (value := results.final(run, key)) is not None}
+
+    def mean(self, key: str) -> Interval | None:
+        """Return mean and interval over the seeds; None unless all came to an end."""
+        return None if self.incomplete else interval(list(self.values(key).values()))
+
+    def count(self, status: str) -> int:
+        """Return how many runs ended so."""
+        return sum(run["train_info"]["status"] == status for run in self.runs.values())
+
+    @property
+    def incomplete(self) -> str:
+        """Return what is wrong with the runs, in words; empty if nothing is."""
+        seeds = len(self.runs) + self.missing
+        words = [f"{n} of {seeds} {status}" for status in ("diverged", "failed") if (n := self.count(status))]
+        return ", ".join([*words, *([f"{self.missing} of {seeds} not run"] if self.missing else [])])
+
+    def curve(self, key: str) -> dict[int, list[float]]:
+        """Return a loss over steps, of every seed that came to an end."""
+        found: dict[int, list[float]] = {}
+        for run in self.runs.values():
+            if run["train_info"]["status"] == "success":
+                for step, value in results.at_steps(run, key).items():
+                    found.setdefault(step, []).append(value)
+        return found
+
+    def largest(self, key: str) -> float | None:
+        """Return the median over runs of seconds or bytes."""
+        values = sorted(value for run in self.runs.values() if (value := run["train_info"].get(key)))
+        return values[len(values) // 2] if values else None
+
+
+def entries(runner: Runner) -> list[Entry]:
+    """Return every method on every task."""
+    suite, chosen = runner.suite, runner.chosen()
+    done = runner.results([*search(suite), *repeats(suite, chosen)])
+    found = []
+    for task in suite.task_names:
+        for method in suite.methods():
+            entry = Entry(task, method, runner.sizes[method].parameters, chosen.get((task, method)))
+            rates = sorted(suite.learning_rates)
+            entry.at_edge = len(rates) > 1 and entry.learning_rate in (rates[0], rates[-1])
+            # Where no rate came to an end, the first seed's runs say how.
+            rate = rates[0] if entry.learning_rate is None else entry.learning_rate
+            for seed in suite.seeds:
+                if (cell := Cell(task, method, rate, seed)) in done:
+                    entry.runs[seed] = done[cell]
+            entry.missing = len(suite.seeds) - len(entry.runs)
+            found.append(entry)
+    return found
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two methods on one task: ours - other, over seeds that both have."""
+
+    ours: Entry
+    other: Entry
+    key: str
+    value: Interval | None
+
+    @property
+    def verdict(self) -> str:
+        """Return what the difference of losses says."""
+        if self.value is None:
+            return "not known: runs are missing or diverged"
+        if self.value.half is None:
+            return "one seed: no interval"
+        if self.value.below_zero:
+            return "lower"
+        return "higher" if self.value.above_zero else "no difference (the interval includes zero)"
+
+
+def differences(found: list[Entry], key: str = "valid loss") -> list[Difference]:
+    """Return every method against LoRA of the same rank, and `qtha` against LoRA of its size and against each control."""
+    pairs = []
+    for entry in found:
+        for other in found:
+            if other.task != entry.task or other.method.rank != entry.method.rank or other is entry:
+                continue
+            same_budget = other.method.budget == entry.method.budget
+            against_lora = other.method.adapter == LORA
+            ours = entry.method.adapter == "qtha"
+            if against_lora or (ours and (other.method.adapter == EQUAL or (other.method.adapter in CONTROLS and same_budget))):
+                pairs.append((entry, other))
+    return [
+        Difference(a, b, key, None if a.incomplete or b.incomplete else paired(a.values(key), b.values(key))) for a, b in pairs
+    ]
