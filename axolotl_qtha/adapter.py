@@ -45,6 +45,7 @@ class QTHAAdapter(nn.Module):
         """
         super().__init__()
         self.config, self.shape, self.kept = config, shape, Kept()
+        self.seen: Callable[[Tensor], None] | None = None  # is shown z (.., r) of each forward pass, see diagnostics
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.gains: dict[str, float] = {}
         self.shapes: dict[str, torch.Size] = {}
@@ -162,6 +163,8 @@ class QTHAAdapter(nn.Module):
         else:
             fold = self.kept.get(self._tensors(), self.shapes, x, self._fold)
         z = F.linear(self.dropout(x) if self.config.dropout else x, fold.a)
+        if self.seen is not None and not torch.compiler.is_compiling():
+            self.seen(z)
         h = z if fold.join is None else fold.join(z)
         return F.linear(h, fold.b if fold.b.dtype == h.dtype else fold.b.to(h.dtype))
 

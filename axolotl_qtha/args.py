@@ -54,6 +54,7 @@ REFUSED = {
     "qat": "it replaces the layers that carry adapters; leave it out",
     "quantize_moe_experts": "Axolotl has it for `adapter: lora` and `qlora` only; leave it out, experts then stay as they are",
 }
+DIAGNOSTICS_STEPS = 10
 # The angles (or their classical twin's weights), by the names the trainer sees.
 CIRCUIT_PARAMETERS = ["qtha_adapter.default.angles", "qtha_adapter.default.units", "qtha_adapter.default.scale"]
 
@@ -67,6 +68,13 @@ class _Block(BaseModel):
         default=None,
         gt=0,
         description="Learning rate of the circuit's angles (`quantum: silu`: of its classical twin). Default: learning_rate.",
+    )
+
+    diagnostics_steps: int = Field(
+        default=DIAGNOSTICS_STEPS,
+        strict=True,
+        ge=0,
+        description="Measure what circuit, cores and matrices do at every this many steps, for the trainer's log; 0: never.",
     )
 
     @model_validator(mode="before")
@@ -92,7 +100,7 @@ class _Block(BaseModel):
 
     def adapter_settings(self) -> dict[str, Any]:
         """Return the keys that were set, as arguments of `QTHAConfig`."""
-        return self.model_dump(exclude_none=True, exclude={"circuit_lr"})
+        return self.model_dump(exclude_none=True, exclude={"circuit_lr", "diagnostics_steps"})
 
 
 def _block_fields() -> dict[str, Any]:

@@ -288,6 +288,25 @@ def bench(suite: Path, jobs: int | None, dry_run: bool, summary_only: bool, over
         raise SystemExit(1)
 
 
+@click.command("qtha-report")
+@click.argument("folder", metavar="OUTPUT_DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--output", type=click.Path(dir_okay=False, path_type=Path), help="Picture to write.  [default: qtha-report.png there]"
+)
+def report(folder: Path, output: Path | None) -> None:
+    """Draw what the adapters did in a training, from the log in OUTPUT_DIR or its last checkpoint."""
+    with _errors():
+        from .planner.show import console
+        from .report import draw, read_log, table
+
+        rows = read_log(folder)
+        path = output or folder / "qtha-report.png"
+        draw(rows, path)
+        out = console()
+        out.print(table(rows))
+        out.print(f"{path} written.", markup=False, highlight=False)
+
+
 def _circuit(config: Path) -> tuple[QTHAConfig, Ansatz]:
     """Return the adapter of a configuration and its circuit."""
     from .args import adapter_config

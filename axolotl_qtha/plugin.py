@@ -15,9 +15,10 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from . import checkpoints, quantization
-from .args import adapter_config, adapter_settings
+from .args import DIAGNOSTICS_STEPS, adapter_config, adapter_settings
 from .card import facts_of, make_card, write_card
 from .config import SIMULATION_KEYS, QTHAConfig, differences
+from .diagnostics import Diagnostics
 from .guards import DropOneRanksShard, RefuseUntrainedEvaluation
 from .ibm.options import refuse_secrets
 from .layer import QTHALayer, refuse_nonlinear_merge
@@ -136,13 +137,18 @@ class QTHAPlugin(BasePlugin):
         return [RefuseUntrainedEvaluation(), *([DropOneRanksShard()] if cfg.fsdp_config else [])]
 
     def add_callbacks_post_trainer(self, cfg: DictDefault, trainer: Trainer) -> list[TrainerCallback]:
-        """With `quantum_backend: ibm` let the steps of a training alone use the device, and log what it does."""
-        if cfg.adapter != "qtha" or (config := adapter_config(cfg)).quantum_backend != "ibm":
+        """Log what the adapters do; with `quantum_backend: ibm` have the steps of a training alone use the device."""
+        if cfg.adapter != "qtha":
             return []
-        from .ibm.callback import TrainOnDevice
-        from .planner.memory import sequences
+        callbacks: list[TrainerCallback] = []
+        if steps := int((cfg.qtha or {}).get("diagnostics_steps", DIAGNOSTICS_STEPS)):
+            callbacks.append(Diagnostics(trainer, steps))
+        if (config := adapter_config(cfg)).quantum_backend == "ibm":
+            from .ibm.callback import TrainOnDevice
+            from .planner.memory import sequences
 
-        return [TrainOnDevice(trainer, config, sequences(cfg) * cfg.sequence_len)]
+            callbacks.append(TrainOnDevice(trainer, config, sequences(cfg) * cfg.sequence_len))
+        return callbacks
 
     def post_trainer_create(self, cfg: DictDefault, trainer: Trainer) -> None:
         """Check the adapter that the trainer made itself (DPO) and the checkpoint a run continues from; take over model cards."""

@@ -54,8 +54,8 @@ def _made(runner: Runner, found: list[Entry], command: str) -> str:
     return (
         f"Made by `{command}` on {system['accelerator']} ({system['cores']} cores, {system['machine']}), {versions}.\n\n"
         f"{suite.max_steps} steps each. Every adapter had the same learning rates ({rates}); the one with the least validation "
-        f"loss at seed {suite.seeds[0]} was run at {len(suite.seeds)} seeds. Test sets chose nothing. Figures are means over seeds "
-        "± half the 95 % interval (Student's t); losses in nats a token, lower is better."
+        f"loss at seed {suite.seeds[0]} was run at {len(suite.seeds)} seeds. Test sets chose nothing. Figures are means over "
+        "seeds ± half the 95 % interval (Student's t); losses in nats a token, lower is better."
     )
 
 
