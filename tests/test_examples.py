@@ -15,7 +15,8 @@ from axolotl_qtha.plan import count_lora_parameters, count_parameters, resolve
 from .e2e.commands import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
-EXAMPLES = sorted((REPOSITORY / "example_configs").rglob("*.yml"))
+SUITES = sorted((REPOSITORY / "example_configs" / "bench").glob("*.yml"))  # see tests/bench/suite/test_examples.py
+EXAMPLES = sorted(set((REPOSITORY / "example_configs").rglob("*.yml")) - set(SUITES))
 # (layers, hidden, intermediate, query width, key/value width), from the models' published configurations
 MODELS = {
     "Qwen2.5-7B-Instruct": (28, 3584, 18944, 3584, 512),
@@ -42,7 +43,7 @@ def test_example_is_valid(path):
                 assert valid.qtha[key] == (float(value) if key == "circuit_lr" else value)
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", EXAMPLES + SUITES, ids=lambda path: path.name)
 def test_example_is_named_in_the_readme(path):
     assert f"`{path.relative_to(REPOSITORY)}`" in README
 

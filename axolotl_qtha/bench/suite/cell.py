@@ -37,9 +37,10 @@ def run_cell(keys: dict[str, Any], task: Prepared, folder: Path, threads: int | 
     path.write_text(yaml.safe_dump({**keys, "output_dir": str(folder / "out")}))
     started = time.perf_counter()
     info: dict[str, Any] = {"status": "failed", "metrics": [], "error_msg": ""}
-    trainer = None
+    trainer, watch = None, stopwatch()
     try:
         trainer = _trainer(path, info)
+        trainer.add_callback(watch)
         _train(trainer, path, task, info)
         info["status"] = "success"
     except (IncompleteAdapter, FloatingPointError) as error:
@@ -47,10 +48,7 @@ def run_cell(keys: dict[str, Any], task: Prepared, folder: Path, threads: int | 
     except Exception as error:
         info["error_msg"] = error_text(error)
     if trainer is not None:
-        log = trainer.state.log_history
-        info["metrics"] = curve(log)
-        if info["status"] != "failed" and has_diverged(info["metrics"]):
-            info["status"] = "diverged"
+        info["metrics"] = curve(trainer.state.log_history, watch.seconds)
     info["total_time"] = time.perf_counter() - started
     info["cpu_memory_max"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if torch.cuda.is_available():
@@ -87,19 +85,44 @@ def _train(trainer: Any, path: Path, task: Prepared, info: dict[str, Any]) -> No
     info["train_time"] = next(row["train_runtime"] for row in reversed(trainer.state.log_history) if "train_runtime" in row)
     if not any("eval_loss" in row and row["step"] == trainer.state.global_step for row in trainer.state.log_history):
         trainer.evaluate()
+    if why := diverged(curve(trainer.state.log_history, {})):
+        raise FloatingPointError(why)  # what it would write need not be scored
     if task.test is not None:
         path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | task.keys(test=True)))
-        data = load_datasets(cfg=load_cfg(str(path))).eval_dataset
+        data: Any = load_datasets(cfg=load_cfg(str(path))).eval_dataset
         info["test loss"] = float(trainer.evaluate(eval_dataset=data, metric_key_prefix="test")["test_loss"])
-    if task.scoring is not None:
-        trainer.model.eval()
-        info["test"] = task.scoring.score(trainer.model, trainer.qtha_tokenizer, task.rows)
+        if task.scoring is not None:
+            trainer.model.eval()
+            info["test"] = task.scoring.score(trainer.model, trainer.qtha_tokenizer, task.rows or list(data))
     save_trained_model(cfg, trainer, trainer.model)
     info["file_size"] = sum(file.stat().st_size for file in Path(cfg.output_dir).glob("adapter_model.*"))
 
 
-def curve(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the losses over steps, in nats a token; and what the adapter's diagnostics say, where they are logged."""
+def stopwatch() -> Any:
+    """Return a callback whose `seconds` says at which second of the training each step was logged."""
+    from transformers import TrainerCallback
+
+    class Stopwatch(TrainerCallback):
+        seconds: dict[int, float]
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.start, self.seconds = time.perf_counter(), {}
+
+        def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.seconds.setdefault(state.global_step, time.perf_counter() - self.start)
+
+    watch = Stopwatch()
+    watch.seconds = {}
+    return watch
+
+
+def curve(log: list[dict[str, Any]], seconds: dict[int, float]) -> list[dict[str, Any]]:
+    """Return losses over steps, in nats a token, and when they were logged; and the adapter's diagnostics, where there are any.
+
+    Args:
+        log: the trainer's `log_history`.
+        seconds: of the training, by step.
+    """
     rows: dict[int, dict[str, Any]] = {}
     for entry in log:
         row = rows.setdefault(entry["step"], {"step": entry["step"]})
@@ -107,12 +130,17 @@ def curve(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
             row["train loss"] = float(entry["loss"])
         if "eval_loss" in entry:
             row["valid loss"] = float(entry["eval_loss"])
-        row |= {key: value for key, value in entry.items() if key.startswith("qtha/") and key.count("/") == 1}
-    return [rows[step] for step in sorted(rows) if len(rows[step]) > 1]
+        row |= {key: value for key, value in entry.items() if key.startswith("qtha/")}
+    return [row | ({"seconds": seconds[step]} if step in seconds else {}) for step, row in sorted(rows.items()) if len(row) > 1]
 
 
-def has_diverged(rows: list[dict[str, Any]]) -> bool:
-    """Return whether losses are not finite, or the last validation is far above the first."""
-    losses = [row[key] for row in rows for key in ("train loss", "valid loss") if key in row]
+def diverged(rows: list[dict[str, Any]]) -> str:
+    """Return why a run has diverged, in words: losses are not finite, or the last validation is far above the first."""
+    for row in rows:
+        for key in ("train loss", "valid loss"):
+            if not math.isfinite(row.get(key, 0.0)):
+                return f"{key} of {row[key]} at step {row['step']}"
     valid = [row["valid loss"] for row in rows if "valid loss" in row]
-    return not all(map(math.isfinite, losses)) or (len(valid) > 1 and valid[-1] > valid[0] + WORSE)
+    if len(valid) > 1 and valid[-1] > valid[0] + WORSE:
+        return f"valid loss of {valid[-1]:.2f} at the end, {valid[0]:.2f} at the start"
+    return ""

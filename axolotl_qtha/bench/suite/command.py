@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from .runner import Runner
+from .runner import Runner, count
 from .spec import read_suite
 from .summary import write_summary
 from .table import entries
@@ -36,7 +36,11 @@ def bench(options: Options, out: Console) -> bool:
         out.print(plan(runner))
         return True
     if not options.summary_only:
-        runner.run(out, options.overwrite)
+        try:
+            runner.run(out, options.overwrite)
+        except KeyboardInterrupt:
+            out.print("Stopped; the runs under way are lost. The same line goes on with the others.", markup=False)
+            raise
     path = write_summary(runner, f"axolotl qtha-bench {_shown(options.suite)}")
     failed = sum(entry.count("failed") for entry in entries(runner))
     out.print(f"{path} written.", markup=False, highlight=False)
@@ -51,11 +55,10 @@ def plan(runner: Runner) -> Table:
     """Return what would be run."""
     suite, sizes = runner.suite, runner.sizes
     grid, seeds = len(suite.learning_rates), len(suite.seeds)
-    each = grid + seeds - 1
-    runs = len(suite.task_names) * len(sizes) * each
+    at = "every seed" if len(suite.search_seeds) == seeds else "the first seed"
     table = Table(
-        title=f"{runs} runs of {suite.max_steps} steps, {runner.count} at a time",
-        caption=f"On each of {', '.join(suite.task_names)}: {grid} learning rates at the first seed, the best at {seeds} seeds.",
+        title=f"{count(suite)} runs of {suite.max_steps} steps, {runner.count} at a time",
+        caption=f"On each of {', '.join(suite.task_names)}: {grid} learning rates at {at}, the best at {seeds} seeds.",
     )
     for head in ("adapter", "rank", "parameters"):
         table.add_column(head, justify="left" if head == "adapter" else "right")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +17,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ...config import QTHAConfig
 from ...plan import count_lora_parameters, count_parameters, resolve
-from ..tasks import TASKS, Data, Prepared, prepare
+from ..tasks import TASKS, Prepared
 from . import results
 from .adapters import EQUAL, QTHA, equal_rank, settings
+from .block import Block, ready
 from .spec import Cell, Method, Suite, eval_steps, fingerprint, repeats, search
 from .worker import Job, Processes, has_gpu, import_all
 
 DEFAULTS = {"val_set_size": 0.0, "save_strategy": "no", "logging_steps": 1, "dataset_num_proc": 1, "use_wandb": False}
+TESTED = {"test", "score", "score_rows", "score_tokens"}  # keys of a block that decide on the test figures
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Runner:
         gpu = has_gpu()
         threads = None if gpu else max(1, (os.cpu_count() or 1) // self.count)
         first = search(self.suite)
-        total = len(first) + len(self.suite.task_names) * len(self.sizes) * (len(self.suite.seeds) - 1)
+        total = count(self.suite)
         open_ = self._open(first) + self._open(repeats(self.suite, self.chosen()))
         if open_ and not gpu:
             with out.status("importing Axolotl"):
@@ -82,34 +87,35 @@ class Runner:
                 todo = self._open(wanted)
                 progress.advance(bar, len(wanted) - len(todo))
                 progress.refresh()
-                for job in processes.run([self._job(cell, threads) for cell in todo]):
-                    info = results.read(Path(job.result))
-                    if (status := info["train_info"]["status"]) != "success":
-                        name = Path(job.result).stem
-                        progress.console.print(
-                            f"{status}: {name}: {info['run_info']['error_msg']}", markup=False, highlight=False
-                        )
-                    progress.update(bar, advance=1, description=f"runs (last: {job.cell['task']}, {job.cell['adapter']})")
-                    progress.refresh()
+                with stopping(processes.run([self._job(cell, threads) for cell in todo])) as done:
+                    for job in done:
+                        _report(job, progress.console)
+                        progress.update(bar, advance=1, description=f"runs (last: {job.cell['task']}, {job.cell['adapter']})")
+                        progress.refresh()
 
     def chosen(self) -> dict[tuple[str, Method], float]:
-        """Return the learning rate of each method on each task: that of the least validation loss at the first seed."""
-        best: dict[tuple[str, Method], tuple[float, float]] = {}
+        """Return the learning rate of each method on each task: that of the least validation loss, as `select` says.
+
+        With `all_seeds` a rate at which fewer runs came to an end comes after all others.
+        """
+        losses: dict[tuple[str, Method], dict[float, list[float]]] = {}
         for cell, result in self.results(search(self.suite)).items():
             loss = results.final(result, "valid loss")
-            key = cell.task, cell.method
-            if loss is not None and (key not in best or loss < best[key][0]):
-                best[key] = loss, cell.learning_rate
-        return {key: rate for key, (_, rate) in best.items()}
+            if loss is not None:
+                losses.setdefault((cell.task, cell.method), {}).setdefault(cell.learning_rate, []).append(loss)
+        return {
+            key: min(rates, key=lambda rate: (-len(rates[rate]), sum(rates[rate]) / len(rates[rate])))
+            for key, rates in losses.items()
+        }
 
     def prepared(self, name: str) -> Prepared:
         """Return a task of the suite, its data made."""
         if name not in self._prepared:
-            self._prepared[name] = prepare(self._task(name), self.suite.base_model, self.folder / "tasks")
+            self._prepared[name] = ready(self._task(name), self.suite.base_model, self.folder / "tasks")
         return self._prepared[name]
 
     def _task(self, name: str) -> Any:
-        blocks = {task.name: task for task in self.suite.tasks if isinstance(task, Data)}
+        blocks = {task.name: task for task in self.suite.tasks if isinstance(task, Block)}
         return blocks[name] if name in blocks else TASKS[name]
 
     def _prepare(self, out: Console) -> None:
@@ -163,7 +169,10 @@ class Runner:
     def _settings(self, cell: Cell) -> tuple[dict[str, Any], str]:
         """Return the settings of a run without local paths, and what tells them from others."""
         config = without_paths({**self.keys(cell), **self.prepared(cell.task).keys()})
-        return config, fingerprint(config)
+        task = self._task(cell.task)
+        # What a block's test set is decides on the result as well; a task of ours has a version of its data in its paths.
+        tested = without_paths(task.model_dump(include=TESTED)) if isinstance(task, Block) else {}
+        return config, fingerprint({**config, **tested})
 
     def _job(self, cell: Cell, threads: int | None) -> Job:
         task = self._task(cell.task)
@@ -178,7 +187,7 @@ class Runner:
                 "learning_rate": cell.learning_rate,
                 "seed": cell.seed,
             },
-            task=task.model_dump() if isinstance(task, Data) else cell.task,
+            task=task.model_dump() if isinstance(task, Block) else cell.task,
             base=self.suite.base_model,
             data=str(self.folder / "tasks"),
             keys={**self.keys(cell), "dataset_prepared_path": str(self.folder / "prepared")},
@@ -189,6 +198,35 @@ class Runner:
             log=str(self.folder / "logs" / f"{cell.name}.log"),
             threads=threads,
         )
+
+
+def count(suite: Suite) -> int:
+    """Return the number of runs of a suite."""
+    each = len(suite.learning_rates) * len(suite.search_seeds) + len(suite.seeds) - len(suite.search_seeds)
+    return len(suite.task_names) * len(suite.methods()) * each
+
+
+@contextmanager
+def stopping(jobs: Iterator[Job]) -> Iterator[Iterator[Job]]:
+    """Have jobs that are under way stopped when the block is left, also by SIGTERM."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop) if threading.current_thread() is threading.main_thread() else None
+    try:
+        yield jobs
+    finally:
+        jobs.close()  # type: ignore[attr-defined]
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _report(job: Job, out: Console) -> None:
+    """Say what is wrong with a run that has ended, if anything is."""
+    result = results.read(Path(job.result))
+    if (status := result["train_info"]["status"]) != "success":
+        out.print(f"{status}: {Path(job.result).stem}: {result['run_info']['error_msg']}", markup=False, highlight=False)
 
 
 def layer_sizes(suite: Suite) -> list[tuple[int, int]]:
@@ -217,7 +255,7 @@ def size(suite: Suite, method: Method, layers: list[tuple[int, int]]) -> Size:
     if method.adapter in QTHA:
         return Size(_ours(method.adapter, rank, method.budget, layers), rank)
     if method.adapter == EQUAL:
-        rank = equal_rank(_ours("qtha", rank, suite.budgets[0], layers), layers)
+        rank = equal_rank(_ours("qtha", rank, method.budget or suite.budgets[0], layers), layers)
     parameters = count_lora_parameters(rank, layers)
     if method.adapter == "dora":
         parameters += sum(outputs for _, outputs in layers)

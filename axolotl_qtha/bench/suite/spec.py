@@ -13,8 +13,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ...errors import close_names
-from ..tasks import TASKS, Data
-from .adapters import ADAPTERS, has_budget
+from ..tasks import TASKS
+from .adapters import ADAPTERS, EQUAL, has_budget
+from .block import Block
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 OURS = (
@@ -45,7 +46,7 @@ class Suite(BaseModel):
 
     output_dir: str = Field(description="Folder of results, summary and pictures.")
     base_model: str = Field(description="Folder or name of the base.")
-    tasks: list[str | Data] = Field(min_length=1, description=f"Of {sorted(TASKS)}, or blocks with data of one's own.")
+    tasks: list[str | Block] = Field(min_length=1, description=f"Of {sorted(TASKS)}, or blocks with data of one's own.")
     adapters: list[str] = Field(min_length=1, description=f"Of {sorted(ADAPTERS)}.")
     ranks: list[Whole] = Field(default=[8], min_length=1, description="Ranks of all adapters.")
     budgets: list[Annotated[float, Field(gt=0, le=1)]] = Field(
@@ -56,6 +57,9 @@ class Suite(BaseModel):
         min_length=1, description="Of the adapter's start and the order of the data."
     )
     target_modules: list[str] = Field(default=LINEAR, min_length=1, description="Layers to adapt.")
+    select: Literal["first_seed", "all_seeds"] = Field(
+        default="first_seed", description="Seeds whose validation losses choose the learning rate."
+    )
     max_steps: Whole = Field(description="Optimiser steps of each run.")
     evaluations: Whole = Field(default=4, description="Validations of each run, the last at its end.")
     settings: dict[str, Any] = Field(default_factory=dict, description="Further keys of Axolotl's, for all runs.")
@@ -63,7 +67,7 @@ class Suite(BaseModel):
 
     @field_validator("tasks")
     @classmethod
-    def _tasks_known(cls, tasks: list[str | Data]) -> list[str | Data]:
+    def _tasks_known(cls, tasks: list[str | Block]) -> list[str | Block]:
         for name in tasks:
             if isinstance(name, str) and name not in TASKS:
                 raise ValueError(_unknown(name, "task", TASKS))
@@ -87,7 +91,7 @@ class Suite(BaseModel):
     @field_validator("tasks", "adapters", "ranks", "budgets", "learning_rates", "seeds")
     @classmethod
     def _once(cls, values: list[Any]) -> list[Any]:
-        names = [value.name if isinstance(value, Data) else value for value in values]
+        names = [value.name if isinstance(value, Block) else value for value in values]
         if twice := [value for value in names if names.count(value) > 1]:
             raise ValueError(f"{twice[0]!r} is named twice. What works: each once.")
         return values
@@ -97,14 +101,23 @@ class Suite(BaseModel):
         """Return the tasks by name."""
         return [task if isinstance(task, str) else task.name for task in self.tasks]
 
+    @property
+    def search_seeds(self) -> list[int]:
+        """Return the seeds at which every learning rate is run."""
+        return self.seeds if self.select == "all_seeds" else self.seeds[:1]
+
     def methods(self) -> list[Method]:
         """Return what is compared on each task."""
         return [
             Method(adapter, rank, budget)
             for adapter in self.adapters
             for rank in self.ranks
-            for budget in (self.budgets if has_budget(adapter) else [None])
+            for budget in (self.budgets if self._sized(adapter) else [None])
         ]
+
+    def _sized(self, adapter: str) -> bool:
+        """Return whether an adapter's size depends on the budget; that of `lora-equal` is only named if there are several."""
+        return has_budget(adapter) or (adapter == EQUAL and len(self.budgets) > 1)
 
 
 @dataclass(frozen=True)
@@ -113,7 +126,7 @@ class Method:
 
     adapter: str
     rank: int
-    budget: float | None  # param_budget, of QTHA adapters
+    budget: float | None  # param_budget, of QTHA adapters and what is to equal them
 
     @property
     def name(self) -> str:
@@ -142,18 +155,20 @@ class Cell:
 
 
 def search(suite: Suite) -> list[Cell]:
-    """Return the runs that choose the learning rates: the whole grid at the first seed."""
+    """Return the runs that choose the learning rates: the whole grid at the first seed, or at all."""
     return [
-        Cell(task, method, rate, suite.seeds[0])
+        Cell(task, method, rate, seed)
         for task in suite.task_names
         for method in suite.methods()
         for rate in suite.learning_rates
+        for seed in suite.search_seeds
     ]
 
 
 def repeats(suite: Suite, chosen: dict[tuple[str, Method], float]) -> list[Cell]:
     """Return the runs at the other seeds, at the rates that were chosen."""
-    return [Cell(*key, rate, seed) for key, rate in chosen.items() for seed in suite.seeds[1:]]
+    seeds = suite.seeds[len(suite.search_seeds) :]
+    return [Cell(*key, rate, seed) for key, rate in chosen.items() for seed in seeds]
 
 
 def read_suite(path: Path) -> Suite:
@@ -174,16 +189,25 @@ def read_suite(path: Path) -> Suite:
     try:
         return Suite.model_validate(raw)
     except ValidationError as error:
-        lines = [
-            f"{'.'.join(map(str, fault['loc']))}: {_value(fault)}{fault['msg'].removeprefix('Value error, ')}"
-            for fault in error.errors()
-        ]
-        raise ValueError("\n".join(lines)) from error
+        raise ValueError("\n".join(_line(fault) for fault in error.errors() if not _other_kind(fault))) from error
 
 
-def _value(fault: Any) -> str:
-    """Return the value a fault is about, where its message does not have it."""
-    return "" if fault["type"] in ("value_error", "missing") else f"{fault['input']!r}: "
+def _other_kind(fault: Any) -> bool:
+    """Return whether a fault is that a task's block is no name, or its name no block."""
+    return fault["loc"][0] == "tasks" and (
+        (fault["loc"][-1] == "str" and isinstance(fault["input"], dict))
+        or (fault["loc"][-1] == "Block" and fault["type"] == "model_type")
+    )
+
+
+def _line(fault: Any) -> str:
+    """Return a fault in words."""
+    where = [part for part in map(str, fault["loc"]) if part not in ("str", "Block")]
+    if fault["type"] == "extra_forbidden":
+        return f"{'.'.join(where[:-1])}: {_unknown(where[-1], 'key of a task', Block.model_fields)}"
+    # Pydantic's messages say what works, but not always what was found.
+    value = "" if fault["type"] in ("value_error", "missing") else f"{fault['input']!r}: "
+    return f"{'.'.join(where)}: {value}{fault['msg'].removeprefix('Value error, ')}"
 
 
 def _unknown(name: str, what: str, known: Any) -> str:
@@ -199,6 +223,3 @@ def fingerprint(settings: dict[str, Any]) -> str:
 def eval_steps(suite: Suite) -> int:
     """Return the steps between validations."""
     return math.ceil(suite.max_steps / suite.evaluations)
-
-
-Status = Literal["success", "diverged", "failed"]

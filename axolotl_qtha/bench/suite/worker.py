@@ -5,6 +5,7 @@ A process that has looked for GPUs cannot be forked into one that uses them; the
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -18,8 +19,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ..tasks import TASKS, Data, Prepared, prepare
+from ..tasks import TASKS, Prepared
 from . import results
+from .block import Block, ready
 
 IMPORTS = ["axolotl.cli.train", "axolotl.train", "axolotl.core.builders", "axolotl.loaders", "axolotl.utils.data"]
 IMPORTS += ["axolotl_qtha.plugin", "bitsandbytes", "peft", "transformers.trainer", "trl"]
@@ -43,7 +45,7 @@ class Job:
 
     def prepared(self) -> Prepared:
         """Return the task; its data are made if they are not there."""
-        return prepare(TASKS[self.task] if isinstance(self.task, str) else Data(**self.task), self.base, Path(self.data))
+        return ready(TASKS[self.task] if isinstance(self.task, str) else Block(**self.task), self.base, Path(self.data))
 
 
 def run(job: Job) -> None:
@@ -90,8 +92,9 @@ class Processes:
                 yield self._ended()
         finally:
             for pid in self._running:
-                os.killpg(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
+                with contextlib.suppress(ProcessLookupError, ChildProcessError):  # it has just ended
+                    os.killpg(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
             self._running.clear()
 
     def _ended(self) -> Job:
@@ -113,11 +116,14 @@ class Processes:
                     command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
                 ).pid
         if child := os.fork():
+            with contextlib.suppress(OSError):  # the child may have been faster, or be gone
+                os.setpgid(child, child)
             return child
         code = 1
         try:
-            os.setsid()
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.setpgid(0, 0)  # what kills it kills its own processes; a terminal's Ctrl-C is the parent's to handle
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_DFL)
             for descriptor, flags in ((0, os.O_RDONLY), (1, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)):
                 os.dup2(os.open(job.log if descriptor else os.devnull, flags, 0o644), descriptor)
             os.dup2(1, 2)

@@ -1,9 +1,10 @@
 """Trains on several ranks, again and again: every rank is forked from a process that has done the imports, half of a run's time.
 
 Reads one job a line, {"config": path, "ranks": number, "log": path}, and writes the ranks' exit codes to the file descriptor that
-its argument names.
+its argument names. A rank that stands still ends after STILL seconds, with the stacks of its threads in the log.
 """
 
+import faulthandler
 import importlib
 import json
 import os
@@ -13,6 +14,7 @@ import traceback
 
 WANTED = ("accelerate.accelerator", "axolotl.core.builders", "axolotl.loaders", "axolotl.train", "axolotl.utils.data")
 WANTED += ("axolotl_qtha.plugin", "bitsandbytes", "deepspeed", "peft", "transformers.trainer", "trl")
+STILL = 400
 
 
 def serve(answers):
@@ -36,6 +38,7 @@ def fork(job, rank, port):
         log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        faulthandler.dump_traceback_later(STILL, exit=True)
         world = str(job["ranks"])
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
