@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from ...circuit.torch_engine import NonFiniteAngle
 from ...errors import IncompleteAdapter
 from ..tasks import Prepared
 from .results import STATUS, error_text
@@ -43,7 +44,7 @@ def run_cell(keys: dict[str, Any], task: Prepared, folder: Path, threads: int | 
         trainer.add_callback(watch)
         _train(trainer, path, task, info)
         info["status"] = "success"
-    except (IncompleteAdapter, FloatingPointError) as error:
+    except (IncompleteAdapter, NonFiniteAngle, FloatingPointError) as error:
         info["status"], info["error_msg"] = "diverged", error_text(error)
     except Exception as error:
         info["error_msg"] = error_text(error)
@@ -96,6 +97,21 @@ def _train(trainer: Any, path: Path, task: Prepared, info: dict[str, Any]) -> No
             info["test"] = task.scoring.score(trainer.model, trainer.qtha_tokenizer, task.rows or list(data))
     save_trained_model(cfg, trainer, trainer.model)
     info["file_size"] = sum(file.stat().st_size for file in Path(cfg.output_dir).glob("adapter_model.*"))
+
+
+def tokenise(keys: dict[str, Any], task: Prepared, folder: Path) -> None:
+    """Have Axolotl tokenise a task's data, and keep them where `dataset_prepared_path` in `keys` says."""
+    from axolotl.cli.config import load_cfg
+    from axolotl.common.datasets import load_datasets
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.yml"
+    try:
+        for test in (False, True) if task.test is not None else (False,):
+            path.write_text(yaml.safe_dump({**keys, **task.keys(test), "output_dir": str(folder / "out")}))
+            load_datasets(cfg=load_cfg(str(path)))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def stopwatch() -> Any:

@@ -67,6 +67,7 @@ def _curves(found: list[Entry], floor: dict[str, float]) -> Any:
     figure = _figure(11, 4.4)
     panels = figure.subplots(1, 2)
     for axes, key, title in zip(panels, ("train loss", "valid loss"), ("training", "validation"), strict=True):
+        late: list[float] = []  # ends of the bands after a quarter of the steps
         for entry in found:
             curve = _smooth(entry.curve(key)) if key == "train loss" else entry.curve(key)
             bands = {step: interval(values) for step, values in sorted(curve.items())}
@@ -75,11 +76,17 @@ def _curves(found: list[Entry], floor: dict[str, float]) -> Any:
                 continue
             steps, means, halves = (list(column) for column in zip(*points, strict=True))
             colour = COLOURS[entry.method.adapter]
-            axes.plot(steps, means, color=colour, marker=MARKERS[entry.method.adapter], ms=4, markevery=0.2, label=_name(entry))
+            style = {"marker": MARKERS[entry.method.adapter], "ms": 5, "markevery": max(1, len(steps) // 10), "lw": 1.3}
+            axes.plot(steps, means, color=colour, label=_name(entry), **style)
             low, high = ([m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1))
             axes.fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
+            late += [end for step, *ends in zip(steps, low, high, strict=True) if step >= steps[-1] / 4 for end in ends]
         axes.set(xlabel="step", ylabel="loss (nats a token)", title=f"{title}, mean and 95 % interval over seeds")
         axes.grid(alpha=0.3)
+        bottom, top = axes.get_ylim()
+        if late and 0 < (room := max(late) - min(late)) < (top - bottom) / 2:  # a steep start would leave the rest no room
+            axes.set_ylim(min(late) - room / 10, max(late) + room / 10)
+            axes.set_title(f"{axes.get_title()}\n(the start is above)")
     if floor:
         panels[1].axhline(floor["validation"], color="black", linestyle=":", label="the teacher")
     _legend(figure, panels[1:])

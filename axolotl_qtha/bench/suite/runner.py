@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,7 @@ class Runner:
         if open_ and not gpu:
             with out.status("importing Axolotl"):
                 import_all()
+        self._tokenise(open_, out)
         processes = Processes(self.count, fork=not gpu)
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
         # No thread that refreshes it: it could hold a lock while a run is forked.
@@ -119,22 +122,32 @@ class Runner:
         return blocks[name] if name in blocks else TASKS[name]
 
     def _prepare(self, out: Console) -> None:
-        """Make the tasks' data, in a process of its own: one that has computed with several threads cannot be forked."""
+        """Make the tasks' data."""
+
+        def make() -> None:
+            for name in self.suite.task_names:
+                self.prepared(name)
+
         with out.status("making the tasks' data"):
-            if child := os.fork():
-                _, status = os.waitpid(child, 0)
-                if status:
-                    raise ValueError("tasks: their data could not be made, see above.")
-            else:
-                code = 1
-                try:
-                    for name in self.suite.task_names:
-                        self.prepared(name)
-                    code = 0
-                except Exception as error:
-                    out.print(str(error), markup=False, highlight=False)
-                finally:
-                    os._exit(code)
+            if (why := apart(make, self.folder / "logs" / "data.log")) is not None:
+                raise ValueError(f"tasks: their data could not be made: {why}")
+
+    def _tokenise(self, cells: list[Cell], out: Console) -> None:
+        """Have Axolotl tokenise the data in the order that the first seed gives them.
+
+        It keeps them for all runs, whose validation losses, means over batches, then come from the same batches. Data that cannot
+        be read are the runs' to report.
+        """
+        from .cell import tokenise
+
+        first = {cell.task: cell for cell in reversed(cells)}
+        with out.status("tokenising the tasks' data"):
+            for name, cell in first.items():
+                job = self._job(dataclasses.replace(cell, seed=self.suite.seeds[0]), None)
+                task = self.prepared(name)
+                apart(
+                    lambda job=job, task=task: tokenise(job.keys, task, Path(job.scratch)), Path(job.log).with_name(f"{name}.log")
+                )
 
     def _open(self, cells: list[Cell]) -> list[Cell]:
         """Return the runs that are to be done: those without a result, and those that failed."""
@@ -220,6 +233,27 @@ def stopping(jobs: Iterator[Job]) -> Iterator[Iterator[Job]]:
         jobs.close()  # type: ignore[attr-defined]
         if before is not None:
             signal.signal(signal.SIGTERM, before)
+
+
+def apart(work: Callable[[], None], log: Path) -> str | None:
+    """Do work in a process of its own, since one that has computed with several threads cannot be forked; return its error."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    reader, writer = os.pipe()
+    if child := os.fork():
+        os.close(writer)
+        with os.fdopen(reader) as pipe:
+            why = pipe.read()
+        _, status = os.waitpid(child, 0)
+        return why or (f"its process ended with status {status}" if status else None)
+    try:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        work()
+    except BaseException as error:
+        os.write(writer, str(error).encode()[:4000] or type(error).__name__.encode())
+    finally:
+        os._exit(0)
 
 
 def _report(job: Job, out: Console) -> None:

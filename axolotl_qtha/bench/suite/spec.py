@@ -196,13 +196,13 @@ def _other_kind(fault: Any) -> bool:
     """Return whether a fault is that a task's block is no name, or its name no block."""
     return fault["loc"][0] == "tasks" and (
         (fault["loc"][-1] == "str" and isinstance(fault["input"], dict))
-        or (fault["loc"][-1] == "Block" and fault["type"] == "model_type")
+        or ("Block" in str(fault["loc"][-1]) and fault["type"] == "model_type")
     )
 
 
 def _line(fault: Any) -> str:
     """Return a fault in words."""
-    where = [part for part in map(str, fault["loc"]) if part not in ("str", "Block")]
+    where = [part for part in map(str, fault["loc"]) if part != "str" and "Block" not in part]
     if fault["type"] == "extra_forbidden":
         return f"{'.'.join(where[:-1])}: {_unknown(where[-1], 'key of a task', Block.model_fields)}"
     # Pydantic's messages say what works, but not always what was found.

@@ -40,7 +40,7 @@ def summary(runner: Runner, found: list[Entry], command: str) -> str:
     for task in runner.suite.task_names:
         of_task = [entry for entry in found if entry.task == task]
         parts += [f"## {task}: {runner.prepared(task).title}", _table(runner, task, of_task), _notes(runner, task, of_task)]
-        parts += [_differences(of_task), f"![{task}](curves-{task}.png)"]
+        parts += [_differences(of_task), _by_step(of_task), f"![{task}](curves-{task}.png)"]
     parts += [_adds(found), "## Sizes, time and memory", *(f"![{name}]({name})" for name in PICTURES), _adapters(runner)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -51,10 +51,11 @@ def _made(runner: Runner, found: list[Entry], command: str) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in meta["package_info"].items())
     system = meta["system_info"]
     rates = ", ".join(f"{rate:g}" for rate in suite.learning_rates)
+    at = f"at seed {suite.seeds[0]}" if suite.select == "first_seed" else "over all seeds"
     return (
         f"Made by `{command}` on {system['accelerator']} ({system['cores']} cores, {system['machine']}), {versions}.\n\n"
         f"{suite.max_steps} steps each. Every adapter had the same learning rates ({rates}); the one with the least validation "
-        f"loss at seed {suite.seeds[0]} was run at {len(suite.seeds)} seeds. Test sets chose nothing. Figures are means over "
+        f"loss {at} was run at {len(suite.seeds)} seeds. Test sets chose nothing. Figures are means over "
         "seeds ± half the 95 % interval (Student's t); losses in nats a token, lower is better."
     )
 
@@ -78,6 +79,8 @@ def _goal(found: list[Entry]) -> str:
             met = fits and difference.value.mean <= 0
             verdict = f"**{'met' if met else 'not met'}**: {difference.value.text(sign=True)}"
             verdict += "" if fits else f", with more than {SHARE:.0%} of the parameters"
+            sure = difference.value.below_zero or difference.value.above_zero
+            verdict += "" if sure or difference.value.half is None else " (the interval includes zero)"
         rows.append(
             f"- {ours.task}, {ours.method.label}: {share:.1%} of LoRA's parameters; validation loss less LoRA's {verdict}"
         )
@@ -118,6 +121,11 @@ def _notes(runner: Runner, task: str, found: list[Entry]) -> str:
         )
     if any(entry.at_edge for entry in found):
         notes.append("(edge): the best rate of the grid is its first or last, another might be better still.")
+    notes += [
+        f"{entry.method.label}, learning rate {rate:g}: {words}; not chosen."
+        for entry in found
+        for rate, words in entry.lost.items()
+    ]
     if scoring := runner.prepared(task).scoring:
         notes += [f"{name}: {metric.meaning} ({metric.unit})." for name, metric in scoring.metrics.items()]
     return "\n".join(f"- {note}" for note in notes)
@@ -138,6 +146,20 @@ def _differences(found: list[Entry]) -> str:
         )
     head = ["paired by seed", "validation loss", "test loss", "validation loss is"]
     return markdown(head, rows) if rows else ""
+
+
+def _by_step(found: list[Entry]) -> str:
+    """Return the differences to LoRA while training goes on."""
+    pairs = [(d, d.by_step()) for d in differences(found) if d.other.method.adapter == LORA and d.value]
+    steps = sorted({step for _, each in pairs for step in each})
+    rows = [
+        [
+            f"{d.ours.method.label} - {d.other.method.label}",
+            *("" if step not in each else each[step].text(sign=True) for step in steps),
+        ]
+        for d, each in pairs
+    ]
+    return markdown(["validation loss after steps", *map(str, steps)], rows) if rows else ""
 
 
 def _adds(found: list[Entry]) -> str:

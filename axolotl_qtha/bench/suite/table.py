@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,11 +21,12 @@ class Entry:
 
     task: str
     method: Method
-    parameters: int
+    parameters: int  # as counted in the runs
     learning_rate: float | None = None  # None: no run of the grid came to an end
     at_edge: bool = False  # of the grid: another rate might be better
     runs: dict[int, dict[str, Any]] = field(default_factory=dict)  # results by seed
     missing: int = 0  # seeds not run
+    lost: dict[float, str] = field(default_factory=dict)  # other rates of the grid whose runs did not all come to an end
 
     def values(self, key: str) -> dict[int, float]:
         """Return a figure by seed, of the runs that have it."""
@@ -36,14 +38,13 @@ class Entry:
 
     def count(self, status: str) -> int:
         """Return how many runs ended so."""
-        return sum(run["train_info"]["status"] == status for run in self.runs.values())
+        return ended(self.runs.values(), status)
 
     @property
     def incomplete(self) -> str:
         """Return what is wrong with the runs, in words; empty if nothing is."""
-        seeds = len(self.runs) + self.missing
-        words = [f"{n} of {seeds} {status}" for status in ("diverged", "failed") if (n := self.count(status))]
-        return ", ".join([*words, *([f"{self.missing} of {seeds} not run"] if self.missing else [])])
+        words = troubles(self.runs.values(), len(self.runs) + self.missing)
+        return ", ".join([*words, *([f"{self.missing} of {len(self.runs) + self.missing} not run"] if self.missing else [])])
 
     def curve(self, key: str) -> dict[int, list[float]]:
         """Return a loss over steps, of every seed that came to an end."""
@@ -58,6 +59,16 @@ class Entry:
         """Return the median over runs of seconds or bytes."""
         values = sorted(value for run in self.runs.values() if (value := run["train_info"].get(key)))
         return values[len(values) // 2] if values else None
+
+
+def ended(runs: Iterable[dict[str, Any]], status: str) -> int:
+    """Return how many runs ended so."""
+    return sum(run["train_info"]["status"] == status for run in runs)
+
+
+def troubles(runs: Collection[dict[str, Any]], seeds: int) -> list[str]:
+    """Return how many runs did not come to an end, and how they ended."""
+    return [f"{n} of {seeds} {status}" for status in ("diverged", "failed") if (n := ended(runs, status))]
 
 
 def entries(runner: Runner) -> list[Entry]:
@@ -76,6 +87,14 @@ def entries(runner: Runner) -> list[Entry]:
                 if (cell := Cell(task, method, rate, seed)) in done:
                     entry.runs[seed] = done[cell]
             entry.missing = len(suite.seeds) - len(entry.runs)
+            entry.parameters = next(
+                (count for run in entry.runs.values() if (count := run["train_info"].get("num_trainable_params"))),
+                entry.parameters,
+            )
+            for other in rates:
+                grid = [run for seed in suite.search_seeds if (run := done.get(Cell(task, method, other, seed)))]
+                if other != rate and (words := troubles(grid, len(suite.search_seeds))):
+                    entry.lost[other] = ", ".join(words)
             found.append(entry)
     return found
 
@@ -89,6 +108,15 @@ class Difference:
     key: str
     value: Interval | None
 
+    def by_step(self) -> dict[int, Interval]:
+        """Return the difference of a loss at each step at which both were measured, over seeds that both have."""
+        ours, others = (
+            {seed: results.at_steps(run, self.key) for seed, run in entry.runs.items()} for entry in (self.ours, self.other)
+        )
+        steps = sorted({step for curve in ours.values() for step in curve})
+        values = {step: paired(_at(ours, step), _at(others, step)) for step in steps}
+        return {step: value for step, value in values.items() if value is not None}
+
     @property
     def verdict(self) -> str:
         """Return what the difference of losses says."""
@@ -101,6 +129,11 @@ class Difference:
         return "higher" if self.value.above_zero else "no difference (the interval includes zero)"
 
 
+def _at(curves: dict[int, dict[int, float]], step: int) -> dict[int, float]:
+    """Return the values of curves at a step, where they have one."""
+    return {key: curve[step] for key, curve in curves.items() if step in curve}
+
+
 def differences(found: list[Entry], key: str = "valid loss") -> list[Difference]:
     """Return every method against LoRA of the same rank, and `qtha` against LoRA of its size and against each control."""
     pairs = []
@@ -111,7 +144,8 @@ def differences(found: list[Entry], key: str = "valid loss") -> list[Difference]
             same_budget = other.method.budget == entry.method.budget
             against_lora = other.method.adapter == LORA
             ours = entry.method.adapter == "qtha"
-            if against_lora or (ours and (other.method.adapter == EQUAL or (other.method.adapter in CONTROLS and same_budget))):
+            of_its_size = other.method.adapter == EQUAL and (same_budget or other.method.budget is None)
+            if against_lora or (ours and (of_its_size or (other.method.adapter in CONTROLS and same_budget))):
                 pairs.append((entry, other))
     return [
         Difference(a, b, key, None if a.incomplete or b.incomplete else paired(a.values(key), b.values(key))) for a, b in pairs

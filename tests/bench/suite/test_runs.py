@@ -1,0 +1,171 @@
+"""`axolotl qtha-bench` itself: a suite of a few steps, one of whose rates diverges, and what cannot be run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from axolotl_qtha.bench.suite.worker import Processes
+from axolotl_qtha.cli import bench
+
+from ...e2e.commands import REPOSITORY, run
+from .test_spec import SUITE
+
+pytestmark = pytest.mark.e2e
+
+TINY = yaml.safe_load((REPOSITORY / "example_configs" / "bench" / "smoke.yml").read_text())
+TINY |= {"base_model": SUITE["base_model"], "adapters": ["lora", "qtha"], "ranks": [4], "seeds": [1, 2], "max_steps": 4}
+TINY |= {"learning_rates": [0.01, 1e6]}
+
+
+def write(folder, **changes):
+    path = folder / "tiny.yml"
+    path.write_text(yaml.safe_dump({**TINY, "output_dir": str(folder / "out"), **changes}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("suite")
+    result = run(["axolotl", "qtha-bench", str(write(folder))], folder)
+    assert result.returncode == 0, result.stdout[-4000:]
+    return folder, result.stdout
+
+
+def results_of(folder):
+    return {path.stem: json.loads(path.read_text()) for path in (folder / "out" / "results").glob("*.json")}
+
+
+def test_every_run_is_there_and_the_rate_that_diverged_was_not_chosen(done):
+    folder, output = done
+    found = results_of(folder)
+    rates = {f"domain--{name}--lr{rate}--s1" for name in ("lora--r4", "qtha--r4-b0.24") for rate in ("0.01", "1e+06")}
+    assert set(found) == rates | {f"domain--{name}--lr0.01--s2" for name in ("lora--r4", "qtha--r4-b0.24")}
+    status = {name: result["train_info"]["status"] for name, result in found.items()}
+    assert status["domain--lora--r4--lr1e+06--s1"] == "diverged"
+    assert status["domain--qtha--r4-b0.24--lr1e+06--s1"] == "diverged"
+    assert {value for name, value in status.items() if "lr0.01" in name} == {"success"}
+    assert "diverged: domain--lora--r4--lr1e+06--s1" in output
+    assert [path for path in (folder / "out" / "scratch").rglob("*") if path.is_file()] == []
+
+
+def test_a_result_has_what_pefts_have(done):
+    found = results_of(done[0])["domain--qtha--r4-b0.24--lr0.01--s2"]
+    info = found["train_info"]
+    assert info["num_trainable_params"] == 8480
+    assert info["file_size"] > 4 * 8480
+    assert info["train_time"] > 0
+    assert info["cpu_memory_max"] > 2**27
+    steps = [row["step"] for row in info["metrics"]]
+    assert steps == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in info["metrics"] if "valid loss" in row] == [0, 2, 4]
+    assert info["metrics"][-1]["valid loss"] < info["metrics"][0]["valid loss"]
+    assert "qtha/quantum_share" in info["metrics"][1]
+    assert set(info["test"]) == {"rouge1", "rouge2", "rougeL", "bleu4"}
+    assert 3 < info["test loss"] < 5
+    assert str(done[0]) not in json.dumps(found)
+    assert found["run_info"]["train_config"]["seed"] == 2
+    assert found["meta_info"]["package_info"]["torch"]
+
+
+def test_the_same_line_again_runs_nothing(done):
+    folder, _ = done
+    before = {path: path.stat().st_mtime_ns for path in (folder / "out" / "results").iterdir()}
+    again = CliRunner().invoke(bench, [str(folder / "tiny.yml")])
+    assert again.exit_code == 0, again.output
+    assert {path: path.stat().st_mtime_ns for path in (folder / "out" / "results").iterdir()} == before
+    summary = (folder / "out" / "summary.md").read_text()
+    assert "| qtha, r 4, 0.24 | 8,480 | 22.7% |" in summary
+    assert str(folder) not in summary
+
+
+def test_the_same_seed_gives_the_same_losses(done, tmp_path):
+    """Also one at a time, and whichever run is first to read the data."""
+    suite = write(tmp_path, adapters=["qtha"], learning_rates=[0.01], jobs=1)
+    again = run(["axolotl", "qtha-bench", str(suite)], tmp_path)
+    assert again.returncode == 0, again.stdout[-4000:]
+    for seed in (1, 2):
+        first, second = (
+            [
+                row["valid loss"]
+                for row in results_of(folder)[f"domain--qtha--r4-b0.24--lr0.01--s{seed}"]["train_info"]["metrics"]
+                if "valid loss" in row
+            ]
+            for folder in (done[0], tmp_path)
+        )
+        assert second == pytest.approx(first, rel=1e-4)  # more threads add up in another order
+
+
+def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path):
+    block = {"name": "mine", "train": {"path": str(tmp_path / "none.jsonl"), "ds_type": "json", "type": "alpaca"}}
+    block["validation"] = block["train"]
+    suite = write(tmp_path, tasks=[block, "domain"], adapters=["lora"], learning_rates=[0.01], seeds=[1], max_steps=2)
+    done = run(["axolotl", "qtha-bench", str(suite)], tmp_path)
+    assert done.returncode == 1, done.stdout[-3000:]
+    status = {name: result["train_info"]["status"] for name, result in results_of(tmp_path).items()}
+    assert status == {"mine--lora--r4--lr0.01--s1": "failed", "domain--lora--r4--lr0.01--s1": "success"}
+    assert "1 runs failed: see the logs in" in done.stdout
+    error = results_of(tmp_path)["mine--lora--r4--lr0.01--s1"]["run_info"]["error_msg"]
+    assert error
+    assert str(tmp_path) not in error
+    assert "| 1 of 1 failed |" in (tmp_path / "out" / "summary.md").read_text()
+
+
+def test_dry_run_and_bad_suites(tmp_path):
+    done = CliRunner().invoke(bench, [str(write(tmp_path)), "--dry-run"])
+    assert done.exit_code == 0, done.output
+    assert "6 runs of 4 steps, 2 at a time" in done.output
+    assert "8,480" in done.output
+    assert not (tmp_path / "out").exists()
+    done = CliRunner().invoke(bench, [str(write(tmp_path, adapters=["lora", "qhta"]))])
+    assert done.exit_code == 1
+    assert "'qhta' is no adapter. What works: `qtha`" in done.output
+    assert "Traceback" not in done.output
+
+
+def test_a_stopped_suite_leaves_no_process(tmp_path):
+    suite = write(tmp_path, max_steps=10_000, evaluations=1, learning_rates=[0.01])
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    process = subprocess.Popen(
+        ["axolotl", "qtha-bench", str(suite)],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    logs = tmp_path / "out" / "logs"
+    start = time.monotonic()
+    while len(list(logs.glob("*.log"))) < 2 and time.monotonic() - start < 120:
+        time.sleep(0.5)
+    time.sleep(1)
+    children = _children(process.pid)
+    assert len(children) >= 2
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) != 0
+    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+    assert not list((tmp_path / "out").glob("results/*.json"))
+
+
+def _children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_process_that_dies_without_a_result_is_a_failed_run(tmp_path, monkeypatch):
+    from axolotl_qtha.bench.suite import worker
+
+    monkeypatch.setattr(worker, "run", lambda job: os.kill(os.getpid(), signal.SIGKILL))
+    cell = {"task": "domain", "adapter": "lora", "rank": 4, "budget": None, "learning_rate": 0.1, "seed": 1}
+    files = {name: str(tmp_path / name) for name in ("data", "scratch", "result", "log")}
+    job = worker.Job(cell=cell, task="domain", base="b", keys={}, settings="s", config={}, threads=1, **files)
+    assert list(Processes(1, fork=True).run([job])) == [job]
+    result = json.loads(Path(job.result).read_text())
+    assert result["train_info"]["status"] == "failed"
+    assert result["run_info"]["error_msg"] == "its process ended with signal 9, see log"

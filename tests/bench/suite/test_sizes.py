@@ -1,0 +1,50 @@
+"""The parameters a suite prints are those that are trained."""
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from axolotl_qtha import QTHAConfig
+from axolotl_qtha.bench.suite.adapters import ADAPTERS, QTHA, equal_rank, settings
+from axolotl_qtha.bench.suite.runner import Runner
+from axolotl_qtha.plan import count_lora_parameters
+
+from ...e2e.commands import QUICKSTART
+from .test_spec import suite
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory):
+    return Runner(suite(tmp_path_factory.mktemp("suite"), adapters=list(ADAPTERS), ranks=[8], budgets=[0.24]))
+
+
+@pytest.mark.parametrize("adapter", sorted(ADAPTERS))
+def test_counts_are_those_of_the_model(runner, adapter):
+    method = next(method for method in runner.sizes if method.adapter == adapter)
+    size = runner.sizes[method]
+    keys = settings(adapter, size.rank, method.budget, runner.suite.target_modules)
+    if adapter in QTHA:
+        config = QTHAConfig(task_type="CAUSAL_LM", **keys["qtha"])
+    else:
+        config = LoraConfig(
+            r=keys["lora_r"],
+            lora_alpha=keys["lora_alpha"],
+            target_modules=keys["lora_target_modules"],
+            use_dora=keys.get("peft_use_dora", False),
+            task_type="CAUSAL_LM",
+        )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(QUICKSTART / "base"), config)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == size.parameters
+
+
+def test_budgets_are_kept_and_lora_equal_is_not_handicapped(runner):
+    counts = {method.adapter: size.parameters for method, size in runner.sizes.items()}
+    for adapter in ("qtha", "mpo-only", "silu", "frozen", "qwthn"):
+        assert counts[adapter] <= 0.24 * counts["lora"]
+    assert counts["lora-equal"] >= counts["qtha"]
+
+
+def test_equal_rank():
+    layers = [(10, 20), (30, 40)]
+    assert count_lora_parameters(1, layers) == 100
+    assert [equal_rank(parameters, layers) for parameters in (1, 100, 101, 250)] == [1, 1, 2, 3]

@@ -1,0 +1,123 @@
+"""The suite's YAML: what it stands for, and what it refuses."""
+
+import re
+
+import pytest
+import yaml
+
+from axolotl_qtha.bench.suite.adapters import ADAPTERS, settings
+from axolotl_qtha.bench.suite.runner import Runner, without_paths
+from axolotl_qtha.bench.suite.spec import Method, read_suite, repeats, search
+
+from ...e2e.commands import QUICKSTART
+
+SUITE = {
+    "output_dir": "out",
+    "base_model": str(QUICKSTART / "base"),
+    "tasks": ["domain", "arithmetic"],
+    "adapters": ["lora", "lora-equal", "qtha", "lora-circuit"],
+    "ranks": [4, 8],
+    "budgets": [0.24, 0.4],
+    "learning_rates": [0.01, 0.02],
+    "seeds": [3, 5, 8],
+    "max_steps": 10,
+}
+
+
+def suite(folder, **changes):
+    path = folder / "suite.yml"
+    raw = {key: value for key, value in {**SUITE, **changes}.items() if value is not None}
+    path.write_text(yaml.safe_dump(raw))
+    return read_suite(path)
+
+
+def test_the_runs_of_a_suite(tmp_path):
+    found = suite(tmp_path)
+    methods = found.methods()
+    assert [method.name for method in methods] == [
+        "lora--r4",
+        "lora--r8",
+        "lora-equal--r4-b0.24",
+        "lora-equal--r4-b0.4",
+        "lora-equal--r8-b0.24",
+        "lora-equal--r8-b0.4",
+        "qtha--r4-b0.24",
+        "qtha--r4-b0.4",
+        "qtha--r8-b0.24",
+        "qtha--r8-b0.4",
+        "lora-circuit--r4",
+        "lora-circuit--r8",
+    ]
+    cells = search(found)
+    assert len(cells) == 2 * 12 * 2
+    assert {cell.seed for cell in cells} == {3}
+    more = repeats(found, {("domain", methods[0]): 0.02, ("arithmetic", methods[6]): 0.01})
+    assert [cell.name for cell in more] == [
+        "domain--lora--r4--lr0.02--s5",
+        "domain--lora--r4--lr0.02--s8",
+        "arithmetic--qtha--r4-b0.24--lr0.01--s5",
+        "arithmetic--qtha--r4-b0.24--lr0.01--s8",
+    ]
+    assert len({cell.name for cell in cells}) == len(cells)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"adapters": ["lora", "qhta"]}, r"adapters: 'qhta' is no adapter. What works: `qtha`"),
+        ({"tasks": ["domian"]}, r"tasks: 'domian' is no task. What works: `domain`"),
+        ({"tasks": []}, r"tasks: \[\]: List should have at least 1 item"),
+        ({"seeds": [1, 1]}, r"seeds: 1 is named twice"),
+        ({"seeds": [-1]}, r"seeds.0: -1: Input should be greater than or equal to 0"),
+        ({"learning_rates": [0.0]}, r"learning_rates.0: 0.0: Input should be greater than 0"),
+        ({"learning_rates": [float("inf")]}, r"learning_rates.0: inf: Input should be a finite number"),
+        ({"budgets": [24]}, r"budgets.0: 24: Input should be less than or equal to 1"),
+        ({"ranks": [True]}, r"ranks.0: True: Input should be a valid integer"),
+        ({"max_steps": None}, r"max_steps: Field required"),
+        ({"steps": 3}, r"'steps' is no key of a suite. What works: .*`max_steps`"),
+        ({"settings": {"seed": 3}}, r"settings: 'seed' is set by the suite for each run"),
+        ({"tasks": [{"name": "mine", "train": {}, "test": {}}]}, r"tasks.0.validation: Field required"),
+    ],
+)
+def test_refused(tmp_path, changes, words):
+    with pytest.raises(ValueError, match=words):
+        suite(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("text", ["- a\n", "a: [", "just words"])
+def test_files_that_are_no_suite(tmp_path, text):
+    path = tmp_path / "suite.yml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"What works: a suite, see example_configs/bench/"):
+        read_suite(path)
+
+
+def test_a_budget_that_cannot_be_met_is_refused_before_anything_is_run(tmp_path):
+    with pytest.raises(ValueError, match=r"param_budget: 0.01 cannot be met at rank 8.*What works"):
+        Runner(suite(tmp_path, budgets=[0.01], ranks=[8]))
+
+
+def test_keys_of_a_run(tmp_path):
+    runner = Runner(suite(tmp_path, settings={"micro_batch_size": 3, "warmup_steps": 1}, evaluations=3))
+    qtha = next(cell for cell in search(runner.suite) if cell.method.adapter == "qtha")
+    keys = runner.keys(qtha)
+    assert keys["qtha"] == {
+        "rank": 4,
+        "alpha": 8,
+        "target_modules": runner.suite.target_modules,
+        "quantum": "qtha",
+        "param_budget": 0.24,
+    }
+    assert keys["micro_batch_size"] == 3
+    assert (keys["seed"], keys["learning_rate"], keys["max_steps"], keys["eval_steps"]) == (3, 0.01, 10, 4)
+    equal = next(cell for cell in search(runner.suite) if cell.method == Method("lora-equal", 8, 0.24))
+    assert runner.keys(equal)["lora_r"] == 2
+    assert settings("dora", 8, None, ["q_proj"])["peft_use_dora"]
+    assert "param_budget" not in settings("lora-circuit", 8, None, ["q_proj"])["qtha"]
+    assert {settings(name, 4, None, [])["adapter"] for name in ADAPTERS} == {"lora", "qtha"}
+
+
+def test_settings_are_recorded_without_local_paths(tmp_path):
+    recorded = without_paths({"a": str(tmp_path), "b": [{"path": "/home/me/data/x.jsonl"}], "c": "org/model", "d": 1e-3})
+    assert recorded == {"a": "/".join(tmp_path.parts[-2:]), "b": [{"path": "data/x.jsonl"}], "c": "org/model", "d": 1e-3}
+    assert not re.search("home", str(recorded))
