@@ -144,10 +144,8 @@ class Runner:
         with out.status("tokenising the tasks' data"):
             for name, cell in first.items():
                 job = self._job(dataclasses.replace(cell, seed=self.suite.seeds[0]), None)
-                task = self.prepared(name)
-                apart(
-                    lambda job=job, task=task: tokenise(job.keys, task, Path(job.scratch)), Path(job.log).with_name(f"{name}.log")
-                )
+                work = partial(tokenise, job.keys, self.prepared(name), Path(job.scratch))
+                apart(work, Path(job.log).with_name(f"{name}.log"))
 
     def _open(self, cells: list[Cell]) -> list[Cell]:
         """Return the runs that are to be done: those without a result, and those that failed."""

@@ -5,12 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import torch
-
 from ...export.text import IGNORED
 from ..tasks import Metric
+from ..tasks.answers import generate, overlap
 
-BATCH = 16  # questions answered at a time
 # A Chinese or Japanese character is a word of its own: these languages put no spaces between words.
 WORD = re.compile(r"[\u3400-\u9fff\u3040-\u30ff]|[^\W\u3400-\u9fff\u3040-\u30ff]+")
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -44,8 +42,8 @@ def score(kind: str, count: int, tokens: int, model: Any, tokenizer: Any, rows: 
     """
     pairs = [question_and_answer(row) for row in rows[:count]]
     true = [tokenizer.decode(answer, skip_special_tokens=True) for _, answer in pairs]
-    written = write_answers(model, tokenizer, [question for question, _ in pairs], tokens)
-    return overlap([text for text, _ in written], true) if kind == "text" else grade(written, true)
+    written = generate(model, tokenizer, [question for question, _ in pairs], tokens)
+    return overlap([text for text, _ in written], true, words) if kind == "text" else grade(written, true)
 
 
 def question_and_answer(row: dict[str, Any]) -> tuple[list[int], list[int]]:
@@ -62,44 +60,9 @@ def question_and_answer(row: dict[str, Any]) -> tuple[list[int], list[int]]:
     return ids[:start], ids[start:end]
 
 
-@torch.no_grad()
-def write_answers(model: Any, tokenizer: Any, questions: list[list[int]], tokens: int) -> list[tuple[str, bool]]:
-    """Return a greedy answer to each question, and whether it ended by itself."""
-    device = model.get_input_embeddings().weight.device
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    settings = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": pad, "use_cache": True}
-    answers: list[tuple[str, bool]] = []
-    for start in range(0, len(questions), BATCH):
-        batch = questions[start : start + BATCH]
-        longest = max(map(len, batch))
-        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in batch], device=device)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in batch], device=device)
-        new = model.generate(input_ids=ids, attention_mask=mask, **settings)[:, longest:]
-        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-        ended = (new == tokenizer.eos_token_id).any(-1).tolist()
-        answers += zip((text.strip() for text in texts), ended, strict=True)
-    return answers
-
-
-class Words:
-    """Cuts a text into words, for rouge-score."""
-
-    def tokenize(self, text: str) -> list[str]:
-        """Return the words."""
-        return WORD.findall(text.lower())
-
-
-def overlap(written: list[str], true: list[str]) -> dict[str, float]:
-    """Return how much of the words of the true answers is in those written."""
-    from rouge_score.rouge_scorer import RougeScorer
-    from sacrebleu import corpus_bleu
-
-    words = Words()
-    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=words)
-    found = [scorer.score(reference, answer) for answer, reference in zip(written, true, strict=True)]
-    result = {kind: 100 * sum(each[kind].fmeasure for each in found) / len(found) for kind in ("rouge1", "rouge2", "rougeL")}
-    ours, theirs = ([" ".join(words.tokenize(text)) for text in texts] for texts in (written, true))
-    return result | {"bleu4": corpus_bleu(ours, [theirs], tokenize="none").score}
+def words(text: str) -> list[str]:
+    """Return the words of a text."""
+    return WORD.findall(text.lower())
 
 
 def grade(written: list[tuple[str, bool]], true: list[str]) -> dict[str, float]:

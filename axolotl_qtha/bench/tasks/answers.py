@@ -1,12 +1,14 @@
-"""Answers that a model writes to alpaca rows."""
+"""Answers that a model writes, and how much of the true ones is in them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from .task import Row
+from .task import Row, Scores
 
 BATCH = 24  # prompts answered at a time
 
@@ -19,19 +21,49 @@ def prompts(rows: list[Row]) -> list[str]:
     return [next(iter(made.build_prompt(row["instruction"], row.get("input") or None))) for row in rows]
 
 
-@torch.no_grad()
 def write_answers(model: Any, tokenizer: Any, rows: list[Row], tokens: int) -> list[str]:
-    """Return a greedy answer of at most `tokens` tokens to each row; the model is in eval mode, as it was, afterwards."""
-    texts = prompts(rows)
+    """Return a greedy answer of at most `tokens` tokens to each row."""
+    questions = [tokenizer(text)["input_ids"] for text in prompts(rows)]
+    return [answer for answer, _ in generate(model, tokenizer, questions, tokens)]
+
+
+@torch.no_grad()
+def generate(model: Any, tokenizer: Any, questions: list[list[int]], tokens: int) -> list[tuple[str, bool]]:
+    """Return a greedy answer of at most `tokens` tokens to each question in tokens, and whether it ended by itself.
+
+    The model is in eval mode.
+    """
     device = model.get_input_embeddings().weight.device
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    answers: list[str] = []
-    for start in range(0, len(texts), BATCH):
-        ids = [tokenizer(text)["input_ids"] for text in texts[start : start + BATCH]]
-        longest = max(map(len, ids))
-        batch = torch.tensor([[pad] * (longest - len(row)) + row for row in ids], device=device)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=device)
-        settings = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": pad, "use_cache": True}
-        written = model.generate(input_ids=batch, attention_mask=mask, **settings)
-        answers += tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
-    return [answer.strip() for answer in answers]
+    settings = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": pad, "use_cache": True}
+    answers: list[tuple[str, bool]] = []
+    for start in range(0, len(questions), BATCH):
+        batch = questions[start : start + BATCH]
+        longest = max(map(len, batch))
+        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in batch], device=device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in batch], device=device)
+        new = model.generate(input_ids=ids, attention_mask=mask, **settings)[:, longest:]
+        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+        ended = (new == tokenizer.eos_token_id).any(-1).tolist()
+        answers += zip((text.strip() for text in texts), ended, strict=True)
+    return answers
+
+
+def overlap(written: list[str], true: list[str], words: Callable[[str], list[str]] | None = None) -> Scores:
+    """Return ROUGE-1, 2 and L (F1, mean over answers) and BLEU-4 (of all together), times 100.
+
+    Args:
+        written: answers.
+        true: those of the data.
+        words: cuts a text into words. Default: as rouge-score and sacrebleu do, for languages with spaces between words.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu import corpus_bleu
+
+    kinds = ("rouge1", "rouge2", "rougeL")
+    scorer = RougeScorer(list(kinds), tokenizer=None if words is None else SimpleNamespace(tokenize=words))
+    found = [scorer.score(reference, answer) for answer, reference in zip(written, true, strict=True)]
+    result = {kind: 100 * sum(each[kind].fmeasure for each in found) / len(found) for kind in kinds}
+    if words is not None:
+        written, true = ([" ".join(words(text)) for text in texts] for texts in (written, true))
+    return result | {"bleu4": corpus_bleu(written, [true], tokenize="13a" if words is None else "none").score}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .answers import write_answers
+from .answers import overlap, write_answers
 from .task import Metric, Row, Scores, Scoring, Task, read, write_rows
 
 TEST_ROWS = 72  # the last of the training file
@@ -34,23 +34,6 @@ def score(model: Any, tokenizer: Any, rows: list[Row]) -> Scores:
     """Return how much of the words of the true answers is in those written."""
     rows = rows[:SCORED_ROWS]
     return overlap(write_answers(model, tokenizer, rows, NEW_TOKENS), [row["output"] for row in rows])
-
-
-def overlap(written: list[str], true: list[str]) -> Scores:
-    """Return ROUGE and BLEU, times 100.
-
-    Raises:
-        ValueError: if the packages are missing.
-    """
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-        from sacrebleu import corpus_bleu
-    except ImportError as error:
-        raise ValueError(f"{error.name} is not installed. What works: `pip install rouge-score sacrebleu`.") from error
-    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
-    found = [scorer.score(reference, answer) for answer, reference in zip(written, true, strict=True)]
-    result = {kind: 100 * sum(each[kind].fmeasure for each in found) / len(found) for kind in ("rouge1", "rouge2", "rougeL")}
-    return result | {"bleu4": corpus_bleu(written, [true]).score}
 
 
 METRICS = {

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from axolotl_qtha.bench.suite import score
 from axolotl_qtha.bench.suite.block import Block, ready
+from axolotl_qtha.bench.tasks.answers import generate, overlap
 
 from ...e2e.commands import QUICKSTART
 
@@ -75,9 +76,9 @@ def test_arithmetic(tokenizer):
 
 
 def test_an_answer_that_is_cut_off_is_not_complete(tokenizer):
-    words = tokenizer("1 2 3 4 5 6 7 8", add_special_tokens=False)["input_ids"]
-    model = Copies([words], tokenizer.eos_token_id)
-    ((_, ended),) = score.write_answers(model, tokenizer, [[5, 6]], len(words))
+    ids = tokenizer("1 2 3 4 5 6 7 8", add_special_tokens=False)["input_ids"]
+    model = Copies([ids], tokenizer.eos_token_id)
+    ((_, ended),) = generate(model, tokenizer, [[5, 6]], len(ids))
     assert not ended
 
 
@@ -90,17 +91,13 @@ def test_the_last_number(text, number):
 
 
 def test_text_scores():
-    assert score.overlap(["the same words as there"], ["The same words as there"]) == pytest.approx(
+    assert overlap(["the same words as there"], ["The same words as there"], score.words) == pytest.approx(
         {"rouge1": 100, "rouge2": 100, "rougeL": 100, "bleu4": 100}
     )
     # of four characters three are shared, and of three pairs one
-    chinese = score.overlap(["我睡不着"], ["我睡得着"])
+    chinese = overlap(["我睡不着"], ["我睡得着"], score.words)
     assert (chinese["rouge1"], chinese["rouge2"]) == pytest.approx((75, 100 / 3))
-    assert words("GPU的温度, 3 Ångström") == ["gpu", "的", "温", "度", "3", "ångström"]
-
-
-def words(text):
-    return score.Words().tokenize(text)
+    assert score.words("GPU的温度, 3 Ångström") == ["gpu", "的", "温", "度", "3", "ångström"]
 
 
 def test_a_block_has_the_scoring_it_names(tmp_path):

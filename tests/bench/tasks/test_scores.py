@@ -5,9 +5,8 @@ import torch
 from axolotl.prompters import AlpacaPrompter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from axolotl_qtha.bench.tasks.answers import prompts, write_answers
+from axolotl_qtha.bench.tasks.answers import overlap, prompts, write_answers
 from axolotl_qtha.bench.tasks.arithmetic import METRICS, grade, marks
-from axolotl_qtha.bench.tasks.domain import overlap
 
 from ...e2e.commands import QUICKSTART
 
