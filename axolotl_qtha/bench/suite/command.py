@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from .runner import Runner, count
+from .runner import Runner, count, stoppable
 from .spec import read_suite
 from .summary import write_summary
 from .table import entries
@@ -37,7 +37,8 @@ def bench(options: Options, out: Console) -> bool:
         return True
     if not options.summary_only:
         try:
-            runner.run(out, options.overwrite)
+            with stoppable():
+                runner.run(out, options.overwrite)
         except KeyboardInterrupt:
             out.print("Stopped; the runs under way are lost. The same line goes on with the others.", markup=False)
             raise

@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -90,7 +90,7 @@ class Runner:
                 todo = self._open(wanted)
                 progress.advance(bar, len(wanted) - len(todo))
                 progress.refresh()
-                with stopping(processes.run([self._job(cell, threads) for cell in todo])) as done:
+                with closing(processes.run([self._job(cell, threads) for cell in todo])) as done:
                     for job in done:
                         _report(job, progress.console)
                         progress.update(bar, advance=1, description=f"runs (last: {job.cell['task']}, {job.cell['adapter']})")
@@ -218,17 +218,16 @@ def count(suite: Suite) -> int:
 
 
 @contextmanager
-def stopping(jobs: Iterator[Job]) -> Iterator[Iterator[Job]]:
-    """Have jobs that are under way stopped when the block is left, also by SIGTERM."""
+def stoppable() -> Iterator[None]:
+    """Have SIGTERM stop what is done here as Ctrl-C does."""
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop) if threading.current_thread() is threading.main_thread() else None
     try:
-        yield jobs
+        yield
     finally:
-        jobs.close()  # type: ignore[attr-defined]
         if before is not None:
             signal.signal(signal.SIGTERM, before)
 

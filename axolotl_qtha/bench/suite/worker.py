@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -81,7 +81,7 @@ class Processes:
         self.count, self.fork = count, fork
         self._running: dict[int, Job] = {}
 
-    def run(self, jobs: list[Job]) -> Iterator[Job]:
+    def run(self, jobs: list[Job]) -> Generator[Job]:
         """Do jobs, and yield each when its process has ended. Left early, those under way are killed."""
         waiting = list(jobs)
         try:

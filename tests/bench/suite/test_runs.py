@@ -12,6 +12,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from axolotl_qtha.bench.suite.runner import stoppable
 from axolotl_qtha.bench.suite.worker import Processes
 from axolotl_qtha.cli import bench
 
@@ -143,15 +144,28 @@ def test_a_stopped_suite_leaves_no_process(tmp_path):
     )
     logs = tmp_path / "out" / "logs"
     start = time.monotonic()
-    while len(list(logs.glob("*.log"))) < 2 and time.monotonic() - start < 120:
-        time.sleep(0.5)
-    time.sleep(1)
-    children = _children(process.pid)
-    assert len(children) >= 2
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) != 0
+    try:
+        while len(list(logs.glob("*--s*.log"))) < 2 and time.monotonic() - start < 240:  # of runs, not of their data
+            time.sleep(0.5)
+        time.sleep(1)
+        children = _children(process.pid)
+        assert len(children) >= 2
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert b"Stopped; the runs under way are lost. The same line goes on with the others." in output
+    assert b"Traceback" not in output
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
     assert not list((tmp_path / "out").glob("results/*.json"))
+
+
+def test_sigterm_stops_as_ctrl_c_does():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), stoppable():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def _children(pid):
