@@ -128,6 +128,10 @@ class QTHAPlugin(BasePlugin):
         _share(cfg, peft_model)
         for line in describe(peft_model.active_peft_config, _sizes(peft_model)):
             LOG.info(line)
+        if self._inference and config.quantum_backend == "ibm":
+            from .ibm.callback import show_inference_cost
+
+            show_inference_cost(config, len(_sizes(peft_model)))
         return peft_model, peft_model.active_peft_config
 
     def add_callbacks_pre_trainer(self, cfg: DictDefault, model: PreTrainedModel) -> list[TrainerCallback]:

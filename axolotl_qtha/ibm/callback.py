@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -38,6 +39,36 @@ def refuse_untrainable(config: QTHAConfig, rl: str | None) -> None:
     if options is not None and rl in GENERATING:
         why = f"with `rl: {rl}` would write each answer on the device, token by token, and no estimate counts that"
         raise refusal("quantum_backend", "ibm", why, "train with `quantum_backend: torch`, then evaluate on the device")
+
+
+def show_inference_cost(config: QTHAConfig, layers: int) -> None:
+    """Say what answers will cost before the first is written; above the cap the circuits of a token are refused.
+
+    Args:
+        config: the adapter.
+        layers: adapted layers: each has a circuit per token.
+    """
+    run = _runner(config)
+    price, left = run.cost(1) * layers, run.remaining()
+    assert config.simulation.ibm is not None
+    prompt = run.cost(config.simulation.ibm.tokens_per_step) * layers
+    text = (
+        f"Each written token takes {price.circuits:,} circuits in {price.jobs:,} jobs on {run.service.name} (one a layer), by "
+        f"IBM's formula {price.qpu_seconds:,.1f} QPU seconds; reading a prompt at most {prompt.circuits:,} circuits, "
+        f"{prompt.qpu_seconds:,.1f} seconds. "
+    )
+    if math.isinf(left):
+        text += "The device is simulated here, free of charge."
+    else:
+        text += f"max_qpu_seconds: {config.simulation.ibm.max_qpu_seconds:g}, {max(left, 0):,.1f} left: "
+        text += f"enough for about {int(max(left - prompt.qpu_seconds, 0) / price.qpu_seconds):,} tokens; then the run stops."
+    LOG.info(text)
+
+
+def _runner(config: QTHAConfig) -> Runner:
+    options = config.simulation.ibm
+    assert options is not None
+    return engine.runner(ansatz(config), options)
 
 
 class TrainOnDevice(TrainerCallback):
@@ -116,16 +147,11 @@ class TrainOnDevice(TrainerCallback):
             "qpu_variance": pooled.variance,
             "qpu_standard_error": pooled.standard_error,
             "qpu_tokens": pooled.tokens,
-            "qpu_seconds": self._runner().used(),
+            "qpu_seconds": _runner(self._config).used(),
         }
 
-    def _runner(self) -> Runner:
-        options = self._config.simulation.ibm
-        assert options is not None
-        return engine.runner(ansatz(self._config), options)
-
     def _show_cost(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
-        run = self._runner()
+        run = _runner(self._config)
         layers = sum(isinstance(module, QTHALayer) for module in model.modules())
         result = estimate(
             self._config,

@@ -1,6 +1,7 @@
 """A training with `quantum_backend: ibm`: what is logged, against the journal; what evaluations cost; what is refused."""
 
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 from axolotl_qtha.circuit.ansatz import Ansatz
 from axolotl_qtha.circuit.engine import prepare
 from axolotl_qtha.ibm import engine
-from axolotl_qtha.ibm.callback import TrainOnDevice, refuse_untrainable
+from axolotl_qtha.ibm.callback import TrainOnDevice, refuse_untrainable, show_inference_cost
 from axolotl_qtha.ibm.journal import Journal
 from axolotl_qtha.ibm.runner import Runner
 from axolotl_qtha.ibm.service import LocalService
@@ -176,3 +177,26 @@ def test_trainings_that_cannot_be(changes, rl, words):
         refuse_untrainable(config(**{**SETTINGS, "ibm": {**IBM, **changes}}), rl)
     refuse_untrainable(config(**SETTINGS, ibm=IBM), "dpo")
     refuse_untrainable(config(**{**SETTINGS, "quantum_backend": "torch"}), "grpo")
+
+
+@pytest.mark.parametrize(
+    ("cap", "words"),
+    [
+        (None, "The device is simulated here, free of charge."),
+        (1000, r"max_qpu_seconds: 1000, 1,000.0 left: enough for about \d+ tokens; then the run stops."),
+        (0.5, "max_qpu_seconds: 0.5, 0.5 left: enough for about 0 tokens"),
+    ],
+)
+def test_inference_tells_its_cost_before_the_first_token(start, caplog, cap, words):
+    settings = start({"max_qpu_seconds": cap}).model.active_peft_config
+    run = engine.runner()
+    show_inference_cost(settings, layers=3)
+    (line,) = [record.message for record in caplog.records if "Each written token" in record.message]
+    assert re.search(words, line), line
+    each = run.rate.job(1)
+    assert f"takes 3 circuits in 3 jobs on {run.service.name}" in line
+    assert f"{3 * each.qpu_seconds:,.1f} QPU seconds" in line
+    if cap == 1000:
+        prompt = 3 * run.rate.job(settings.ibm.tokens_per_step).qpu_seconds
+        assert f"about {int((1000 - prompt) / (3 * each.qpu_seconds)):,} tokens" in line
+    assert not run.journal.entries, "nothing was submitted"
