@@ -8,6 +8,7 @@ from pathlib import Path
 from .adapters import ADAPTERS, CONTROLS, EQUAL, LORA
 from .plots import PICTURES, draw
 from .runner import Runner
+from .statistics import LEVEL
 from .table import Difference, Entry, differences, entries
 
 FILE = "summary.md"
@@ -167,7 +168,12 @@ def _adds(found: list[Entry]) -> str:
     ours = [d for d in differences(found) if d.ours.method.adapter == "qtha" and d.other.method.adapter in CONTROLS]
     if not ours:
         return ""
-    return "## What the circuit adds\n\n" + "\n".join(f"- {_sentence(difference)}" for difference in ours)
+    text = "## What the circuit adds\n\n" + "\n".join(f"- {_sentence(difference)}" for difference in ours)
+    known = sum(difference.value is not None and difference.value.half is not None for difference in ours)
+    chance = (
+        f"\n\nOf {known} such intervals {known * (1 - LEVEL):.1f} would exclude zero by chance, if nothing made a difference."
+    )
+    return text + (chance if known > 1 else "")
 
 
 def _sentence(difference: Difference) -> str:

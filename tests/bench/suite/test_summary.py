@@ -74,6 +74,7 @@ def test_figures_and_verdicts(runner):
     assert "against silu (QTHA with a classical" in text
     assert "validation loss +0.100 ± 0.000; the trained circuit **raises** it." in text
     assert "validation loss -0.300 ± 0.000; the trained circuit **lowers** it." in text
+    assert "Of 3 such intervals 0.2 would exclude zero by chance" in text
     assert "rouge1: F1 of words" in text
     for picture in ("pareto.png", "costs.png", "curves-domain.png"):
         assert (runner.folder / picture).read_bytes().startswith(b"\x89PNG")
