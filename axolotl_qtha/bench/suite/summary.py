@@ -170,9 +170,7 @@ def _adds(found: list[Entry]) -> str:
         return ""
     text = "## What the circuit adds\n\n" + "\n".join(f"- {_sentence(difference)}" for difference in ours)
     known = sum(difference.value is not None and difference.value.half is not None for difference in ours)
-    chance = (
-        f"\n\nOf {known} such intervals {known * (1 - LEVEL):.1f} would exclude zero by chance, if nothing made a difference."
-    )
+    chance = f"\n\nOf {known} such intervals {known * (1 - LEVEL):.1f} would exclude zero by chance if nothing differed."
     return text + (chance if known > 1 else "")
 
 
