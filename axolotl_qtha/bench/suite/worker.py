@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Generator
 from dataclasses import asdict, dataclass
@@ -25,6 +26,7 @@ from .block import Block, ready
 
 IMPORTS = ["axolotl.cli.train", "axolotl.train", "axolotl.core.builders", "axolotl.loaders", "axolotl.utils.data"]
 IMPORTS += ["axolotl_qtha.plugin", "bitsandbytes", "peft", "transformers.trainer", "trl"]
+POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,34 @@ def has_gpu() -> bool:
     return bool(torch.cuda.device_count())
 
 
+@dataclass
+class Running:
+    """A job under way: a process that was forked, or a new one."""
+
+    job: Job
+    pid: int
+    process: subprocess.Popen[bytes] | None = None  # kept: once forgotten, subprocess itself may take its exit code
+
+    def code(self, wait: bool = False) -> int | None:
+        """Return the exit code, negative for a signal; None while it runs, unless it is waited for."""
+        if self.process is not None:
+            return self.process.wait() if wait else self.process.poll()
+        ended, status = os.waitpid(self.pid, 0 if wait else os.WNOHANG)
+        return os.waitstatus_to_exitcode(status) if ended else None
+
+    def kill(self) -> None:
+        """End it, and the processes it has started."""
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.killpg(self.pid, signal.SIGKILL)
+        self.code(wait=True)
+
+
 class Processes:
     """Runs jobs in processes of their own, a number of them at a time."""
 
     def __init__(self, count: int, fork: bool) -> None:
         self.count, self.fork = count, fork
-        self._running: dict[int, Job] = {}
+        self._running: list[Running] = []
 
     def run(self, jobs: list[Job]) -> Generator[Job]:
         """Do jobs, and yield each when its process has ended. Left early, those under way are killed."""
@@ -87,38 +111,41 @@ class Processes:
         try:
             while waiting or self._running:
                 while waiting and len(self._running) < self.count:
-                    job = waiting.pop(0)
-                    self._running[self._start(job)] = job
+                    self._running.append(self._start(waiting.pop(0)))
                 yield self._ended()
         finally:
-            for pid in self._running:
-                with contextlib.suppress(ProcessLookupError, ChildProcessError):  # it has just ended
-                    os.killpg(pid, signal.SIGKILL)
-                    os.waitpid(pid, 0)
+            for each in self._running:
+                each.kill()
             self._running.clear()
 
     def _ended(self) -> Job:
-        pid, status = 0, 0
-        while pid not in self._running:
-            pid, status = os.wait()
-        job, code = self._running.pop(pid), os.waitstatus_to_exitcode(status)
-        if not Path(job.result).exists():
-            failed(job, f"its process ended with {f'signal {-code}' if code < 0 else f'code {code}'}, see {Path(job.log).name}")
-        return job
+        """Wait for one of the jobs to end; other children of this process are left alone."""
+        while True:
+            for each in self._running:
+                if (code := each.code()) is None:
+                    continue
+                self._running.remove(each)
+                job = each.job
+                if not Path(job.result).exists():
+                    how = f"signal {-code}" if code < 0 else f"code {code}"
+                    failed(job, f"its process ended with {how}, see {Path(job.log).name}")
+                return job
+            time.sleep(POLL_SECONDS)
 
-    def _start(self, job: Job) -> int:
+    def _start(self, job: Job) -> Running:
         Path(job.log).parent.mkdir(parents=True, exist_ok=True)
         Path(job.result).unlink(missing_ok=True)
         if not self.fork:
             command = [sys.executable, "-m", "axolotl_qtha.bench.suite.worker", json.dumps(asdict(job))]
             with open(job.log, "w") as log:
-                return subprocess.Popen(
+                process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-                ).pid
+                )
+            return Running(job, process.pid, process)
         if child := os.fork():
             with contextlib.suppress(OSError):  # the child may have been faster, or be gone
                 os.setpgid(child, child)
-            return child
+            return Running(job, child)
         code = 1
         try:
             os.setpgid(0, 0)  # what kills it kills its own processes; a terminal's Ctrl-C is the parent's to handle

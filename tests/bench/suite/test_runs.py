@@ -12,8 +12,9 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from axolotl_qtha.bench.suite import worker
 from axolotl_qtha.bench.suite.runner import stoppable
-from axolotl_qtha.bench.suite.worker import Processes
+from axolotl_qtha.bench.suite.worker import Job, Processes
 from axolotl_qtha.cli import bench
 
 from ...e2e.commands import REPOSITORY, run
@@ -165,14 +166,31 @@ def _children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def test_a_process_that_dies_without_a_result_is_a_failed_run(tmp_path, monkeypatch):
-    from axolotl_qtha.bench.suite import worker
+def job(folder, name, task="domain"):
+    """Return a job none of whose settings are of use."""
+    cell = {"task": task, "adapter": "lora", "rank": 4, "budget": None, "learning_rate": 0.1, "seed": 1}
+    files = {key: str(folder / f"{key}-{name}") for key in ("data", "scratch", "result", "log")}
+    return Job(cell=cell, task=task, base="b", keys={}, settings="s", config={}, threads=1, **files)
 
-    monkeypatch.setattr(worker, "run", lambda job: os.kill(os.getpid(), signal.SIGKILL))
-    cell = {"task": "domain", "adapter": "lora", "rank": 4, "budget": None, "learning_rate": 0.1, "seed": 1}
-    files = {name: str(tmp_path / name) for name in ("data", "scratch", "result", "log")}
-    job = worker.Job(cell=cell, task="domain", base="b", keys={}, settings="s", config={}, threads=1, **files)
-    assert list(Processes(1, fork=True).run([job])) == [job]
+
+def error_of(job):
     result = json.loads(Path(job.result).read_text())
     assert result["train_info"]["status"] == "failed"
-    assert result["run_info"]["error_msg"] == "its process ended with signal 9, see log"
+    return result["run_info"]["error_msg"]
+
+
+def test_a_process_that_dies_without_a_result_is_a_failed_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "run", lambda job: os.kill(os.getpid(), signal.SIGKILL))
+    other = subprocess.Popen(["true"])  # a child that is none of the suite's
+    jobs = [job(tmp_path, name) for name in "abc"]
+    assert sorted(each.result for each in Processes(2, fork=True).run(jobs)) == [each.result for each in jobs]
+    assert [error_of(each) for each in jobs] == [f"its process ended with signal 9, see log-{name}" for name in "abc"]
+    assert other.wait(timeout=10) == 0
+
+
+def test_new_processes_in_place_of_forks_as_where_there_is_a_gpu(tmp_path):
+    jobs = [job(tmp_path, name, task="none such") for name in "abc"]
+    assert len(list(Processes(2, fork=False).run(jobs))) == 3
+    for each, name in zip(jobs, "abc", strict=True):
+        assert error_of(each) == f"its process ended with code 1, see log-{name}"
+        assert "KeyError: 'none such'" in Path(each.log).read_text()
