@@ -163,7 +163,7 @@ class QTHAAdapter(nn.Module):
         else:
             fold = self.kept.get(self._tensors(), self.shapes, x, self._fold)
         z = F.linear(self.dropout(x) if self.config.dropout else x, fold.a)
-        if self.seen is not None and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self.seen is not None:  # in this order: a guard on `seen` would compile anew
             self.seen(z)
         h = z if fold.join is None else fold.join(z)
         return F.linear(h, fold.b if fold.b.dtype == h.dtype else fold.b.to(h.dtype))

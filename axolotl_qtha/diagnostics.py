@@ -14,7 +14,8 @@ Measured every `diagnostics_steps` steps, over the layers with an adapter; each 
 The model computes the same with and without. The tokens are those of the step's first micro-batch, their z from its forward pass,
 everything else from the weights at the step's end; circuits run on the exact simulator, whatever `quantum_backend` says.
 Under ZeRO-3 and FSDP2, which leave a part of each tensor on each rank, only `wrapped` is there; under other DeepSpeed stages no
-gradient norms are. No rank waits for another.
+gradient norms are; with torch.compile nothing of the tokens is. What is NaN or infinite is left out, and stops no training. No
+rank waits for another.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .adapter import QTHAAdapter
 from .circuit.bottleneck import Circuit
 from .circuit.simulation import Simulation
+from .circuit.torch_engine import NonFiniteAngle
 from .layer import QTHALayer
 
 if TYPE_CHECKING:
@@ -71,7 +73,7 @@ class Diagnostics(TrainerCallback):
 
     def _keeper(self, name: str) -> Any:
         def keep(z: Tensor) -> None:
-            if name not in self._z:  # a layer that is recomputed shows the same again
+            if name not in self._z and z.numel():  # a layer that is recomputed shows the same again; an expert may get no token
                 self._z[name] = sample(z)
 
         return keep
@@ -99,18 +101,18 @@ class Diagnostics(TrainerCallback):
 
 
 def active_adapters(model: nn.Module) -> Iterator[tuple[str, QTHAAdapter]]:
-    """Yield the adapters that are trained, by the names of their layers."""
+    """Yield the adapters that are trained, by their own name and their layer's."""
     for name, layer in model.named_modules():
         if isinstance(layer, QTHALayer):
             for adapter in layer.active_adapters:
                 if adapter in layer.qtha_adapter:
-                    yield name, layer.qtha_adapter[adapter]  # type: ignore[misc]
+                    yield f"{adapter}.{name}", layer.qtha_adapter[adapter]  # type: ignore[misc]
 
 
 def sample(z: Tensor) -> Tensor:
     """Return at most TOKENS rows of z (.., r), evenly spaced, as a copy of its own (tokens, r)."""
     flat = z.detach().reshape(-1, z.shape[-1])
-    return flat[:: math.ceil(len(flat) / TOKENS)].float()
+    return flat[:: math.ceil(len(flat) / TOKENS)].to(torch.float32, copy=True)  # else all of z would be kept
 
 
 def gradient_norms(adapters: Any) -> dict[str, Tensor]:
@@ -134,17 +136,17 @@ def measure(adapters: dict[str, QTHAAdapter], z: dict[str, Tensor], norms: dict[
     """Return everything that is logged.
 
     Args:
-        adapters: by the names of their layers.
-        z: of some tokens of each, (tokens, r).
+        adapters: by their names.
+        z: of some tokens of each, (tokens, r); none at all where the model is compiled.
         norms: of gradients, by their names in the log.
     """
     columns: dict[str, list[Tensor]] = {}  # a number of each layer, still on its device
     grams: list[Tensor] = []
     shares: list[str] = []
     for name, adapter in adapters.items():
-        if name not in z:
+        if z and name not in z:  # not called in this step
             continue
-        values = _of_tokens(adapter, z[name])
+        values = _of_tokens(adapter, z[name]) if z else {}
         for key, value in values.items():
             columns.setdefault(key, []).append(value)
         if "qtha/quantum_share" in values:
@@ -162,14 +164,15 @@ def measure(adapters: dict[str, QTHAAdapter], z: dict[str, Tensor], norms: dict[
     found: dict[str, float] = {}
     for key in columns:
         each = next(numbers)
-        found[key] = float(each.mean())
+        found[key] = float(each[each.isfinite()].mean())
         if key == "qtha/quantum_share":
             found |= _by_layer(key, dict(zip(shares, each.tolist(), strict=True)))
     if grams:
-        found["qtha/effective_rank"] = float(effective_ranks(next(numbers).reshape(-1, *grams[0].shape)).mean())
+        each = next(numbers).reshape(-1, *grams[0].shape)
+        found["qtha/effective_rank"] = float(effective_ranks(each[each.isfinite().all(-1).all(-1).all(-1)]).mean())
     if norms:
         found |= dict(zip(norms, next(numbers).tolist(), strict=True))
-    return found
+    return {key: value for key, value in found.items() if math.isfinite(value)}
 
 
 def whole(adapter: QTHAAdapter) -> bool:
@@ -193,7 +196,10 @@ def _of_tokens(adapter: QTHAAdapter, z: Tensor) -> dict[str, Tensor]:
     branch = join.branch
     if isinstance(branch, Circuit):
         branch = dataclasses.replace(branch, simulation=Simulation())
-    q = branch(z)
+    try:
+        q = branch(z)
+    except NonFiniteAngle:  # on this rank alone, which would leave the others waiting; the next forward says it on all
+        return found
     if config.has_circuit:
         found["qtha/z_variance"] = q.var(dim=0, correction=0).mean()
     if not join.product:
@@ -227,6 +233,8 @@ def _by_layer(key: str, values: dict[str, float]) -> dict[str, float]:
     """Return means over the adapters of each layer of the transformer."""
     layers: dict[str, list[float]] = {}
     for name, value in values.items():
+        if not math.isfinite(value):
+            continue
         index = re.search(r"\.(\d+)\.", name)
         layers.setdefault(f"layer_{index.group(1)}" if index else name.rsplit(".", 1)[-1], []).append(value)
     return {f"{key}/{layer}": sum(each) / len(each) for layer, each in layers.items()}

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from . import checkpoints
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -33,8 +35,8 @@ def read_log(folder: Path) -> list[Row]:
     Raises:
         ValueError: if there is no log in the folder or its checkpoints, or none with diagnostics.
     """
-    checkpoints = sorted(folder.glob(f"checkpoint-*/{STATE}"), key=lambda path: int(path.parent.name.rpartition("-")[2]))
-    path = next((path for path in (folder / STATE, *reversed(checkpoints)) if path.is_file()), None)
+    folders = (folder, *reversed(checkpoints.of_run(folder)))
+    path = next((path / STATE for path in folders if (path / STATE).is_file()), None)
     if path is None:
         works = "the output_dir of a training that saved a checkpoint (`save_steps`)"
         raise ValueError(f"OUTPUT_DIR: {str(folder)!r} and its checkpoints hold no {STATE}. What works: {works}.")

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from transformers import Trainer, TrainingArguments
 
 from axolotl_qtha import diagnostics
@@ -12,7 +13,7 @@ from axolotl_qtha.circuit.ansatz import Ansatz
 from axolotl_qtha.diagnostics import Diagnostics, active_adapters, effective_ranks, measure, sample
 
 from .circuit.reference import expectations as by_qiskit
-from .models import VOCABULARY, adapted, llama, train
+from .models import VOCABULARY, adapted, config, llama, train
 
 ROWS = torch.randint(VOCABULARY, (12, 9), generator=torch.Generator().manual_seed(1)).tolist()
 SHARE, VARIANCE, WRAPPED, RANK = "qtha/quantum_share", "qtha/z_variance", "qtha/wrapped", "qtha/effective_rank"
@@ -160,6 +161,31 @@ def test_tensors_that_are_not_whole_are_left_alone():
     assert set(found) == {WRAPPED}
 
 
+@pytest.mark.parametrize("quantum", ["qtha", "none"])
+@pytest.mark.parametrize("broken", [1, 7], ids=["one layer", "all layers"])
+def test_what_is_not_finite_is_left_out_and_raises_nothing(quantum, broken):
+    model = train(adapted(llama(1), quantum=quantum))
+    adapters = dict(active_adapters(model))
+    torch.manual_seed(0)
+    z = {name: torch.randn(5, 4) for name in adapters}
+    whole = list(adapters)[broken:]
+    expected = measure({name: adapters[name] for name in whole}, {name: z[name] for name in whole}, {})
+    for adapter in list(adapters.values())[:broken]:
+        for parameter in adapter.parameters():
+            parameter.data.fill_(math.nan)
+    found = measure(adapters, z, {"qtha/grad_norm_cores": torch.tensor(math.inf)})
+    assert all(math.isfinite(value) for value in found.values())
+    keys = {RANK} if quantum == "none" else {RANK, VARIANCE, SHARE}
+    assert {key: found[key] for key in keys & set(found)} == {key: expected[key] for key in keys if whole}
+    assert "qtha/grad_norm_cores" not in found
+
+
+def test_tokens_that_are_all_zero_have_no_share():
+    adapters = dict(active_adapters(train(adapted(llama(1)))))
+    found = measure(adapters, {name: torch.zeros(5, 4) for name in adapters}, {})
+    assert set(found) == {VARIANCE, WRAPPED, RANK}
+
+
 def test_a_sample_is_bounded_and_its_own():
     z = torch.randn(3, 1000, 4, requires_grad=True)
     taken = sample(z)
@@ -167,6 +193,46 @@ def test_a_sample_is_bounded_and_its_own():
     assert not taken.requires_grad
     assert all(bool((z.detach().reshape(-1, 4) == row).all(dim=1).any()) for row in taken[:5])
     assert len(sample(torch.randn(7, 4))) == 7
+    assert taken.untyped_storage().nbytes() == taken.numel() * 4, "all of z would be kept until the step's end"
+
+
+def test_a_layer_without_tokens_is_not_measured(tmp_path):
+    model = adapted(llama(1))
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    watcher = Diagnostics(trainer, 1)
+    watcher.on_step_begin(trainer.args, trainer.state, trainer.control, model=model)
+    adapters = dict(active_adapters(model))
+    for i, adapter in enumerate(adapters.values()):
+        adapter(torch.randn(0 if i < 3 else 2, adapter.shape.in_features))
+    assert list(watcher._z) == list(adapters)[3:]
+
+
+def test_all_adapters_that_are_active_are_measured():
+    model = adapted(llama(1))
+    model.add_adapter("other", config())
+    assert len(dict(active_adapters(model))) == 7
+    model.base_model.set_adapter(["default", "other"])
+    found = dict(active_adapters(model))
+    assert len(found) == 14
+    assert len({id(adapter) for adapter in found.values()}) == 14
+
+
+def test_a_compiled_layer_is_not_compiled_anew_and_has_an_effective_rank():
+    torch.compiler.reset()
+    adapters = dict(active_adapters(train(adapted(llama(1)))))
+    adapter = next(iter(adapters.values()))
+    counter, seen = CompileCounter(), []
+    compiled, x = torch.compile(adapter, backend=counter), torch.randn(2, adapter.shape.in_features)
+    compiled(x)
+    before = counter.frame_count
+    assert before
+    adapter.seen = seen.append
+    compiled(x)
+    adapter.seen = lambda z: seen.append(z)
+    compiled(x)
+    assert counter.frame_count == before
+    assert not seen
+    assert set(measure(adapters, {}, {})) == {RANK}
 
 
 def test_nothing_but_the_adapters_is_asked():

@@ -26,7 +26,7 @@ def write(folder, log, name="trainer_state.json"):
 
 
 def test_the_last_checkpoint_is_read(tmp_path):
-    for step in (9, 10):
+    for step in (9, 10, "best"):
         write(tmp_path, [{"step": step, "qtha/wrapped": 0.0}], f"checkpoint-{step}/trainer_state.json")
     assert read_log(tmp_path)[0]["step"] == 10
     write(tmp_path, LOG)

@@ -35,4 +35,5 @@ def test_variants_have_the_parameters_they_claim(monkeypatch, tmp_path, capsys):
     assert rows["lora"]["parameters"] == 4 * (96 + 128)
     assert rows["qtha, quantum: none"]["parameters"] <= 0.24 * rows["lora"]["parameters"]
     assert rows["lora"]["to_lora"] == 1.0
+    assert [name for name, row in rows.items() if row.get("diagnostics", 0) > 0] == ["qtha", "qtha, quantum: none"]
     assert "x LoRA" in capsys.readouterr().out
