@@ -24,7 +24,7 @@ from . import results
 from .adapters import EQUAL, QTHA, equal_rank, settings
 from .block import Block, ready
 from .spec import Cell, Method, Suite, eval_steps, fingerprint, repeats, search
-from .worker import Job, Processes, has_gpu, import_all
+from .worker import Job, Processes, end_with_parent, has_gpu, import_all
 
 DEFAULTS = {"val_set_size": 0.0, "save_strategy": "no", "logging_steps": 1, "dataset_num_proc": 1, "use_wandb": False}
 TESTED = {"test", "score", "score_rows", "score_tokens"}  # keys of a block that decide on the test figures
@@ -238,11 +238,17 @@ def apart(work: Callable[[], None], log: Path) -> str | None:
     reader, writer = os.pipe()
     if child := os.fork():
         os.close(writer)
-        with os.fdopen(reader) as pipe:
-            why = pipe.read()
-        _, status = os.waitpid(child, 0)
+        try:
+            with os.fdopen(reader) as pipe:
+                why = pipe.read()
+        except BaseException:
+            os.kill(child, signal.SIGKILL)
+            raise
+        finally:
+            _, status = os.waitpid(child, 0)
         return why or (f"its process ended with status {status}" if status else None)
     try:
+        end_with_parent()
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)

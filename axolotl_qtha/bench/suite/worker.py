@@ -6,6 +6,7 @@ A process that has looked for GPUs cannot be forked into one that uses them; the
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import json
 import os
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -27,6 +28,8 @@ from .block import Block, ready
 IMPORTS = ["axolotl.cli.train", "axolotl.train", "axolotl.core.builders", "axolotl.loaders", "axolotl.utils.data"]
 IMPORTS += ["axolotl_qtha.plugin", "bitsandbytes", "peft", "transformers.trainer", "trl"]
 POLL_SECONDS = 0.1
+STOPS = (signal.SIGINT, signal.SIGTERM)
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,8 @@ class Processes:
         try:
             while waiting or self._running:
                 while waiting and len(self._running) < self.count:
-                    self._running.append(self._start(waiting.pop(0)))
+                    with held():
+                        self._running.append(self._start(waiting.pop(0)))
                 yield self._ended()
         finally:
             for each in self._running:
@@ -149,8 +153,10 @@ class Processes:
         code = 1
         try:
             os.setpgid(0, 0)  # what kills it kills its own processes; a terminal's Ctrl-C is the parent's to handle
-            for number in (signal.SIGINT, signal.SIGTERM):
+            end_with_parent()
+            for number in STOPS:
                 signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
             for descriptor, flags in ((0, os.O_RDONLY), (1, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)):
                 os.dup2(os.open(job.log if descriptor else os.devnull, flags, 0o644), descriptor)
             os.dup2(1, 2)
@@ -163,6 +169,22 @@ class Processes:
             os._exit(code)
 
 
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Hold back what stops a suite, so that no process is started and forgotten."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process when its parent is gone, were it by SIGKILL; on Linux alone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def import_all() -> None:
     """Import what a run needs, before forking."""
     for name in IMPORTS:
@@ -170,4 +192,6 @@ def import_all() -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     run(Job(**json.loads(sys.argv[1])))

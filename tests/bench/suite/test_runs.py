@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import yaml
 from click.testing import CliRunner
 
 from axolotl_qtha.bench.suite import worker
-from axolotl_qtha.bench.suite.runner import stoppable
+from axolotl_qtha.bench.suite.runner import apart, stoppable
 from axolotl_qtha.bench.suite.worker import Job, Processes
 from axolotl_qtha.cli import bench
 
@@ -125,34 +126,66 @@ def test_dry_run_and_bad_suites(tmp_path):
     assert "Traceback" not in done.output
 
 
-def test_a_stopped_suite_leaves_no_process(tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "killed"])
+def test_a_stopped_suite_leaves_no_process(how, tmp_path):
     suite = write(tmp_path, max_steps=10_000, evaluations=1, learning_rates=[0.01])
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    process = subprocess.Popen(
-        ["axolotl", "qtha-bench", str(suite)],
-        cwd=tmp_path,
-        env={**os.environ, "PATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    logs = tmp_path / "out" / "logs"
-    start = time.monotonic()
+    printed, children = tmp_path / "printed", []
+    with printed.open("w") as out:  # a pipe would stay open as long as a child that was left
+        process = subprocess.Popen(
+            ["axolotl", "qtha-bench", str(suite)],
+            cwd=tmp_path,
+            env={**os.environ, "PATH": path},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     try:
-        while len(list(logs.glob("*--s*.log"))) < 2 and time.monotonic() - start < 240:  # of runs, not of their data
-            time.sleep(0.5)
+        # two runs, not the data made or tokenised before them
+        until(lambda: len(list((tmp_path / "out" / "logs").glob("*--s*.log"))) == 2 or process.poll() is not None, 240)
         time.sleep(1)
         children = _children(process.pid)
-        assert len(children) >= 2
-        process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
+        assert len(children) == 2
+        process.send_signal(how)
+        process.wait(timeout=60)
+        until(lambda: not any(map(_runs, children)), 20)
+        left = [pid for pid in children if _runs(pid)]
     finally:
         process.kill()
-    assert process.returncode == 1
-    assert b"Stopped; the runs under way are lost. The same line goes on with the others." in output
-    assert b"Traceback" not in output
-    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+        for pid in filter(_runs, children):
+            os.kill(pid, signal.SIGKILL)
+    assert not left
     assert not list((tmp_path / "out").glob("results/*.json"))
+    output = printed.read_text()
+    assert "Traceback" not in output
+    if how == signal.SIGINT:
+        assert process.returncode == 1
+        assert "Stopped; the runs under way are lost. The same line goes on with the others." in output
+
+
+def until(true, seconds):
+    start = time.monotonic()
+    while not true() and time.monotonic() - start < seconds:
+        time.sleep(0.2)
+
+
+def test_data_that_are_made_as_the_suite_is_stopped_are_left(tmp_path):
+    log = tmp_path / "log"
+
+    def work():
+        os.write(1, f"{os.getpid()}\n".encode())
+        time.sleep(600)
+
+    def stop():
+        until(lambda: log.exists() and log.read_text().endswith("\n"), 20)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        apart(work, log)
+    thread.join()
+    assert not _runs(int(log.read_text()))
 
 
 def test_sigterm_stops_as_ctrl_c_does():
@@ -164,6 +197,14 @@ def test_sigterm_stops_as_ctrl_c_does():
 
 def _children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _runs(pid):
+    """Return whether there is such a process, other than one that has ended and is still listed."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def job(folder, name, task="domain"):
