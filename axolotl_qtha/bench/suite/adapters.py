@@ -30,15 +30,27 @@ ADAPTERS = {
 CONTROLS = ("mpo-only", "silu", "frozen")  # what says whether a trained circuit adds anything
 
 
-def has_budget(adapter: str) -> bool:
-    """Return whether an adapter's size follows from `param_budget`."""
-    return adapter in QTHA and adapter != "lora-circuit"
+def has_budget(block: dict[str, Any]) -> bool:
+    """Return whether the size of QTHA with these keys follows from the suite's budgets."""
+    fixed = "bond_dim" in block and "mid_dim" in block
+    return not (fixed or "param_budget" in block or block.get("mpo") == "none")
 
 
-def settings(adapter: str, rank: int, budget: float | None, modules: list[str]) -> dict[str, Any]:
-    """Return the keys of Axolotl's YAML; `lora-equal` is given its own rank."""
-    if adapter in QTHA:
-        block = {"rank": rank, "alpha": 2 * rank, "target_modules": modules, **QTHA[adapter]}
+def settings(
+    adapter: str, rank: int, budget: float | None, modules: list[str], block: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the keys of Axolotl's YAML.
+
+    Args:
+        adapter: what is compared.
+        rank: its rank; `lora-equal` has its own.
+        budget: `param_budget`, where its size follows from the suite's budgets.
+        modules: the layers.
+        block: keys of the `qtha:` block, of a variant.
+    """
+    block = QTHA.get(adapter) if block is None else block
+    if block is not None:
+        block = {"rank": rank, "alpha": 2 * rank, "target_modules": modules, **block}
         if budget is not None:
             block["param_budget"] = budget
         return {"adapter": "qtha", "plugins": ["axolotl_qtha.QTHAPlugin"], "qtha": block}

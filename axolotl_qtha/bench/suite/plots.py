@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from .adapters import ADAPTERS
@@ -12,22 +13,29 @@ from .table import Entry
 
 PICTURES = ("pareto.png", "costs.png")
 # Okabe and Ito's colours, which the colour-blind can tell apart.
-COLOURS = dict(
-    zip(
-        ADAPTERS, ("#000000", "#777777", "#E69F00", "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#B8A800"), strict=True
-    )
-)
-MARKERS = dict(zip(ADAPTERS, "soDX^v<>P", strict=True))
+COLOURS = ("#000000", "#777777", "#E69F00", "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#B8A800")
+LOOKS = dict(zip(ADAPTERS, zip(COLOURS, "soDX^v<>P", strict=True), strict=True))
+MARKERS_OF_VARIANTS = "*hd8p"
+Looks = dict[str, tuple[Any, str]]  # colour and marker, by adapter
 
 
 def draw(found: list[Entry], runner: Runner) -> None:
     """Write the pictures into the suite's folder."""
-    tasks = runner.suite.task_names
-    _pareto(found, tasks).savefig(runner.folder / PICTURES[0], dpi=150)
-    _costs(found).savefig(runner.folder / PICTURES[1], dpi=150)
+    tasks, looks = runner.suite.task_names, _looks(runner.suite.variants)
+    _pareto(found, tasks, looks).savefig(runner.folder / PICTURES[0], dpi=150)
+    _costs(found, looks).savefig(runner.folder / PICTURES[1], dpi=150)
     for task in tasks:
         of_task = [entry for entry in found if entry.task == task]
-        _curves(of_task, runner.prepared(task).floor).savefig(runner.folder / f"curves-{task}.png", dpi=150)
+        _curves(of_task, runner.prepared(task).floor, looks).savefig(runner.folder / f"curves-{task}.png", dpi=150)
+
+
+def _looks(variants: Iterable[str]) -> Looks:
+    """Return the looks of the adapters, and of as many variants as there are."""
+    from matplotlib import colormaps
+
+    return LOOKS | {
+        name: (colormaps["tab20"](i % 20), MARKERS_OF_VARIANTS[i % len(MARKERS_OF_VARIANTS)]) for i, name in enumerate(variants)
+    }
 
 
 def _figure(width: float, height: float) -> Any:
@@ -36,15 +44,15 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _pareto(found: list[Entry], tasks: list[str]) -> Any:
+def _pareto(found: list[Entry], tasks: list[str], looks: Looks) -> Any:
     figure = _figure(4.6 * len(tasks) + 1.6, 4.2)
     panels = figure.subplots(1, len(tasks), squeeze=False)[0]
     for axes, task in zip(panels, tasks, strict=True):
         for entry in found:
             value = entry.mean("valid loss")
             if entry.task == task and value is not None:
-                name = entry.method.adapter
-                style = {"fmt": MARKERS[name], "color": COLOURS[name], "capsize": 3, "ms": 7}
+                colour, marker = looks[entry.method.adapter]
+                style = {"fmt": marker, "color": colour, "capsize": 3, "ms": 7}
                 axes.errorbar(entry.parameters, value.mean, yerr=value.half or 0, label=_name(entry), **style)
         axes.set(xscale="log", xlabel="trainable parameters", ylabel="validation loss (nats a token)", title=task)
         _plain_ticks(axes, sorted({entry.parameters for entry in found}))
@@ -63,7 +71,7 @@ def _plain_ticks(axes: Any, values: list[int]) -> None:
     axes.minorticks_off()
 
 
-def _curves(found: list[Entry], floor: dict[str, float]) -> Any:
+def _curves(found: list[Entry], floor: dict[str, float], looks: Looks) -> Any:
     figure = _figure(11, 4.4)
     panels = figure.subplots(1, 2)
     for axes, key, title in zip(panels, ("train loss", "valid loss"), ("training", "validation"), strict=True):
@@ -75,8 +83,8 @@ def _curves(found: list[Entry], floor: dict[str, float]) -> Any:
             if not points:
                 continue
             steps, means, halves = (list(column) for column in zip(*points, strict=True))
-            colour = COLOURS[entry.method.adapter]
-            style = {"marker": MARKERS[entry.method.adapter], "ms": 5, "markevery": max(1, len(steps) // 10), "lw": 1.3}
+            colour, marker = looks[entry.method.adapter]
+            style = {"marker": marker, "ms": 5, "markevery": max(1, len(steps) // 10), "lw": 1.3}
             axes.plot(steps, means, color=colour, label=_name(entry), **style)
             low, high = ([m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1))
             axes.fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
@@ -102,7 +110,7 @@ def _smooth(curve: dict[int, list[float]], width: int = 10) -> dict[int, list[fl
     return found or curve
 
 
-def _costs(found: list[Entry]) -> Any:
+def _costs(found: list[Entry], looks: Looks) -> Any:
     names = list(dict.fromkeys(_name(entry) for entry in found))
     figure = _figure(11, 1.2 + 0.32 * len(names))
     time, memory = figure.subplots(1, 2, sharey=True)
@@ -113,7 +121,7 @@ def _costs(found: list[Entry]) -> Any:
         for place, name in enumerate(names):
             values = sorted(value for entry in found if _name(entry) == name if (value := _cost(entry, keys)))
             if values:
-                axes.barh(place, values[len(values) // 2] / scale, color=COLOURS[name.split(",")[0]])
+                axes.barh(place, values[len(values) // 2] / scale, color=looks[name.split(",")[0]][0])
         axes.set_xlabel(label)
         axes.grid(alpha=0.3, axis="x")
     time.set_yticks(range(len(names)), names)

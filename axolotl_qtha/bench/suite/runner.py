@@ -16,8 +16,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
 
+from ...args import QTHABlock
 from ...config import QTHAConfig
+from ...model import select_targets
 from ...plan import count_lora_parameters, count_parameters, resolve
 from ..tasks import TASKS, Prepared
 from . import results
@@ -50,8 +53,8 @@ class Runner:
 
     def __init__(self, suite: Suite, jobs: int | None = None) -> None:
         self.suite, self.folder, self.count = suite, Path(suite.output_dir), jobs or suite.jobs
-        self.layers = layer_sizes(suite)
-        self.sizes = {method: size(suite, method, self.layers) for method in suite.methods()}
+        base = read_base(suite)
+        self.sizes = {method: size(suite, method, base) for method in suite.methods()}
         self._prepared: dict[str, Prepared] = {}
 
     def result_path(self, cell: Cell) -> Path:
@@ -165,7 +168,8 @@ class Runner:
     def keys(self, cell: Cell) -> dict[str, Any]:
         """Return Axolotl's keys of a run, without those of the task."""
         suite = self.suite
-        adapter = settings(cell.method.adapter, self.sizes[cell.method].rank, cell.method.budget, suite.target_modules)
+        name, rank, budget = cell.method.adapter, self.sizes[cell.method].rank, cell.method.budget
+        adapter = settings(name, rank, budget, suite.target_modules, suite.block(name))
         return {
             "base_model": suite.base_model,
             **DEFAULTS,
@@ -266,42 +270,44 @@ def _report(job: Job, out: Console) -> None:
         out.print(f"{status}: {Path(job.result).stem}: {result['run_info']['error_msg']}", markup=False, highlight=False)
 
 
-def layer_sizes(suite: Suite) -> list[tuple[int, int]]:
-    """Return (in_features, out_features) of the layers that are adapted, from the base's configuration alone.
+def read_base(suite: Suite) -> nn.Module:
+    """Return the base without weights.
 
     Raises:
-        ValueError: if the base cannot be read, or has no such layers.
+        ValueError: if it cannot be read.
     """
     from axolotl.utils.dict import DictDefault
 
-    from ...model import select_targets
     from ...planner.base import meta_base
 
-    base = meta_base(DictDefault({"base_model": suite.base_model, "torch_dtype": None}))
-    config = QTHAConfig(rank=suite.ranks[0], target_modules=list(suite.target_modules), task_type="CAUSAL_LM")
-    return list(select_targets(config, base).values())
+    return meta_base(DictDefault({"base_model": suite.base_model, "torch_dtype": None}))
 
 
-def size(suite: Suite, method: Method, layers: list[tuple[int, int]]) -> Size:
+def size(suite: Suite, method: Method, base: nn.Module) -> Size:
     """Return what a method trains.
 
     Raises:
-        ValueError: if a budget cannot be met.
+        ValueError: if a budget cannot be met, or the base has no such layers.
     """
-    rank = method.rank
-    if method.adapter in QTHA:
-        return Size(_ours(method.adapter, rank, method.budget, layers), rank)
-    if method.adapter == EQUAL:
-        rank = equal_rank(_ours("qtha", rank, method.budget or suite.budgets[0], layers), layers)
+    rank, adapter = method.rank, method.adapter
+    if (block := suite.block(adapter)) is not None:
+        return Size(_ours(suite, method, block, base)[0], rank)
+    qtha = dataclasses.replace(method, budget=method.budget or suite.budgets[0])
+    ours, layers = _ours(suite, qtha, QTHA["qtha"], base)
+    if adapter == EQUAL:
+        rank = equal_rank(ours, layers)
     parameters = count_lora_parameters(rank, layers)
-    if method.adapter == "dora":
+    if adapter == "dora":
         parameters += sum(outputs for _, outputs in layers)
     return Size(parameters, rank)
 
 
-def _ours(adapter: str, rank: int, budget: float | None, layers: list[tuple[int, int]]) -> int:
-    config = QTHAConfig(rank=rank, alpha=2 * rank, param_budget=budget, **QTHA[adapter])
-    return count_parameters(resolve(config, layers), layers)
+def _ours(suite: Suite, method: Method, block: dict[str, Any], base: nn.Module) -> tuple[int, list[tuple[int, int]]]:
+    """Return the parameters of QTHA, and (in_features, out_features) of the layers it is on."""
+    keys = settings(method.adapter, method.rank, method.budget, suite.target_modules, block)["qtha"]
+    config = QTHAConfig(**QTHABlock.model_validate(keys).adapter_settings(), task_type="CAUSAL_LM")
+    layers = list(select_targets(config, base).values())
+    return count_parameters(resolve(config, layers), layers), layers
 
 
 def without_paths(value: Any) -> Any:

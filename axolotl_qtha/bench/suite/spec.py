@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from ...args import QTHABlock
 from ...errors import close_names
 from ..tasks import TASKS
-from .adapters import ADAPTERS, EQUAL, has_budget
+from .adapters import ADAPTERS, EQUAL, QTHA, has_budget
 from .block import Block
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -48,6 +49,9 @@ class Suite(BaseModel):
     base_model: str = Field(description="Folder or name of the base.")
     tasks: list[str | Block] = Field(min_length=1, description=f"Of {sorted(TASKS)}, or blocks with data of one's own.")
     adapters: list[str] = Field(min_length=1, description=f"Of {sorted(ADAPTERS)}.")
+    variants: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+(-[A-Za-z0-9_.]+)*$")], dict[str, Any]] = Field(
+        default_factory=dict, description="Further adapters: QTHA with other keys of the `qtha:` block, by names of one's own."
+    )
     ranks: list[Whole] = Field(default=[8], min_length=1, description="Ranks of all adapters.")
     budgets: list[Annotated[float, Field(gt=0, le=1)]] = Field(
         default=[0.24], min_length=1, description="QTHA: `param_budget`, trainable parameters as a share of LoRA's."
@@ -81,6 +85,22 @@ class Suite(BaseModel):
                 raise ValueError(_unknown(name, "adapter", ADAPTERS))
         return adapters
 
+    @field_validator("variants")
+    @classmethod
+    def _variants_work(cls, variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, block in variants.items():
+            if name in ADAPTERS:
+                raise ValueError(f"{name!r} is an adapter's name. What works: a name of its own.")
+            if taken := sorted(set(block) & {"rank", "seed"}):
+                raise ValueError(
+                    f"{name}: {taken[0]!r} is set by the suite for each run. What works: `{taken[0]}s` of the suite."
+                )
+            try:
+                QTHABlock.model_validate(block)
+            except ValidationError as error:
+                raise ValueError(f"{name}: " + "; ".join(map(_line, error.errors()))) from error
+        return variants
+
     @field_validator("settings")
     @classmethod
     def _settings_free(cls, settings: dict[str, Any]) -> dict[str, Any]:
@@ -110,14 +130,19 @@ class Suite(BaseModel):
         """Return what is compared on each task."""
         return [
             Method(adapter, rank, budget)
-            for adapter in self.adapters
+            for adapter in (*self.adapters, *self.variants)
             for rank in self.ranks
             for budget in (self.budgets if self._sized(adapter) else [None])
         ]
 
+    def block(self, adapter: str) -> dict[str, Any] | None:
+        """Return the keys of the `qtha:` block that make an adapter what it is; None for PEFT's."""
+        return self.variants.get(adapter, QTHA.get(adapter))
+
     def _sized(self, adapter: str) -> bool:
         """Return whether an adapter's size depends on the budget; that of `lora-equal` is only named if there are several."""
-        return has_budget(adapter) or (adapter == EQUAL and len(self.budgets) > 1)
+        block = self.block(adapter)
+        return has_budget(block) if block is not None else adapter == EQUAL and len(self.budgets) > 1
 
 
 @dataclass(frozen=True)

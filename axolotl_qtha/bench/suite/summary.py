@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -190,7 +191,9 @@ def _sentence(difference: Difference) -> str:
 
 
 def _adapters(runner: Runner) -> str:
-    return "Adapters: " + "; ".join(f"`{name}` {ADAPTERS[name]}" for name in runner.suite.adapters) + "."
+    meanings = {name: ADAPTERS[name] for name in runner.suite.adapters}
+    meanings |= {name: f"QTHA with {json.dumps(block)}" for name, block in runner.suite.variants.items()}
+    return "Adapters: " + "; ".join(f"`{name}` {meaning}" for name, meaning in meanings.items()) + "."
 
 
 def markdown(head: list[str], rows: Iterable[list[str]]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import results
-from .adapters import CONTROLS, EQUAL, LORA
+from .adapters import ADAPTERS, CONTROLS, EQUAL, LORA
 from .runner import Runner
 from .spec import Cell, Method, repeats, search
 from .statistics import Interval, interval, paired
@@ -135,17 +135,16 @@ def _at(curves: dict[int, dict[int, float]], step: int) -> dict[int, float]:
 
 
 def differences(found: list[Entry], key: str = "valid loss") -> list[Difference]:
-    """Return every method against LoRA of the same rank, and `qtha` against LoRA of its size and against each control."""
+    """Return every method against LoRA of its rank, `qtha` against LoRA of its size and each control, variants against `qtha`."""
     pairs = []
     for entry in found:
         for other in found:
             if other.task != entry.task or other.method.rank != entry.method.rank or other is entry:
                 continue
-            same_budget = other.method.budget == entry.method.budget
-            against_lora = other.method.adapter == LORA
-            ours = entry.method.adapter == "qtha"
-            of_its_size = other.method.adapter == EQUAL and (same_budget or other.method.budget is None)
-            if against_lora or (ours and (of_its_size or (other.method.adapter in CONTROLS and same_budget))):
+            mine, its = entry.method.adapter, other.method.adapter
+            same_budget = None in (budgets := (entry.method.budget, other.method.budget)) or len(set(budgets)) == 1
+            against = {LORA} | ({EQUAL, *CONTROLS} if mine == "qtha" else set() if mine in ADAPTERS else {"qtha"})
+            if its in against and (its == LORA or same_budget):
                 pairs.append((entry, other))
     return [
         Difference(a, b, key, None if a.incomplete or b.incomplete else paired(a.values(key), b.values(key))) for a, b in pairs

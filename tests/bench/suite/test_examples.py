@@ -5,12 +5,13 @@ from axolotl.utils.config import prepare_plugins, validate_config
 from axolotl.utils.data.wrappers import get_dataset_wrapper
 from axolotl.utils.dict import DictDefault
 from datasets import Dataset
+from torch import nn
 from transformers import AutoTokenizer
 
 from axolotl_qtha.bench.suite import runner as module
 from axolotl_qtha.bench.suite.runner import Runner
 from axolotl_qtha.bench.suite.score import question_and_answer
-from axolotl_qtha.bench.suite.spec import read_suite, search
+from axolotl_qtha.bench.suite.spec import LINEAR, read_suite, search
 from axolotl_qtha.bench.tasks import high_rank
 
 from ...e2e.commands import QUICKSTART
@@ -21,13 +22,14 @@ HUB = [path for path in SUITES if "-" in path.stem]
 
 @pytest.fixture
 def made(request, monkeypatch):
-    """The runner of a suite, which is given the layers of a base on the Hub."""
+    """The runner of a suite, which is given the layers of its base if that is on the Hub."""
     path = request.param
     suite = read_suite(path)
     if path in HUB:
         _, hidden, inter, query, kv = MODELS[suite.base_model.split("/")[-1]]
-        block = [(hidden, query), (hidden, kv), (hidden, kv), (query, hidden), (hidden, inter), (hidden, inter), (inter, hidden)]
-        monkeypatch.setattr(module, "layer_sizes", lambda _: block)  # one of its layers: the others are the same
+        sizes = [(hidden, query), (hidden, kv), (hidden, kv), (query, hidden), (hidden, inter), (hidden, inter), (inter, hidden)]
+        layers = {name: nn.Linear(*size, device="meta") for name, size in zip(LINEAR, sizes, strict=True)}
+        monkeypatch.setattr(module, "read_base", lambda _: nn.ModuleDict(layers))  # one block of it: the others are the same
     else:
         monkeypatch.chdir(QUICKSTART.parents[1])
     for split in high_rank.COUNTS:

@@ -126,8 +126,16 @@ def test_dry_run_and_bad_suites(tmp_path):
     assert "Traceback" not in done.output
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT as in a terminal; what a shell starts in the background ignores it, and so do its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "killed"])
-def test_a_stopped_suite_leaves_no_process(how, tmp_path):
+def test_a_stopped_suite_leaves_no_process(how, tmp_path, interruptible):
     suite = write(tmp_path, max_steps=10_000, evaluations=1, learning_rates=[0.01])
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     printed, children = tmp_path / "printed", []
@@ -169,12 +177,12 @@ def until(true, seconds):
         time.sleep(0.2)
 
 
-def test_data_that_are_made_as_the_suite_is_stopped_are_left(tmp_path):
+def test_data_that_are_made_as_the_suite_is_stopped_are_left(tmp_path, interruptible):
     log = tmp_path / "log"
 
     def work():
         os.write(1, f"{os.getpid()}\n".encode())
-        time.sleep(600)
+        time.sleep(60)
 
     def stop():
         until(lambda: log.exists() and log.read_text().endswith("\n"), 20)

@@ -12,19 +12,27 @@ from axolotl_qtha.plan import count_lora_parameters
 from ...e2e.commands import QUICKSTART
 from .test_spec import suite
 
+VARIANTS = {
+    "attention": {"target_modules": ["q_proj", "v_proj"], "param_budget": 0.5},
+    "first": {"layers_to_transform": [0], "alpha": 4},
+    "bonds": {"bond_dim": 4, "mid_dim": 8, "quantum": "none"},
+    "learned": {"angle_scale": "learned", "circuit_lr": 0.1},
+}
+
 
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory):
-    return Runner(suite(tmp_path_factory.mktemp("suite"), adapters=list(ADAPTERS), ranks=[8], budgets=[0.24]))
+    folder = tmp_path_factory.mktemp("suite")
+    return Runner(suite(folder, adapters=list(ADAPTERS), variants=VARIANTS, ranks=[8], budgets=[0.24]))
 
 
-@pytest.mark.parametrize("adapter", sorted(ADAPTERS))
+@pytest.mark.parametrize("adapter", sorted([*ADAPTERS, *VARIANTS]))
 def test_counts_are_those_of_the_model(runner, adapter):
     method = next(method for method in runner.sizes if method.adapter == adapter)
     size = runner.sizes[method]
-    keys = settings(adapter, size.rank, method.budget, runner.suite.target_modules)
-    if adapter in QTHA:
-        config = QTHAConfig(task_type="CAUSAL_LM", **keys["qtha"])
+    keys = settings(adapter, size.rank, method.budget, runner.suite.target_modules, VARIANTS.get(adapter))
+    if adapter in QTHA or adapter in VARIANTS:
+        config = QTHAConfig(task_type="CAUSAL_LM", **{key: value for key, value in keys["qtha"].items() if key != "circuit_lr"})
     else:
         config = LoraConfig(
             r=keys["lora_r"],

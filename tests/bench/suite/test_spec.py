@@ -76,6 +76,11 @@ def test_the_runs_of_a_suite(tmp_path):
         ({"max_steps": None}, r"max_steps: Field required"),
         ({"steps": 3}, r"'steps' is no key of a suite. What works: .*`max_steps`"),
         ({"settings": {"seed": 3}}, r"settings: 'seed' is set by the suite for each run"),
+        ({"variants": {"slow": {"circiut_lr": 1e-3}}}, r"variants: slow: .*circiut_lr.*What works: `circuit_lr`"),
+        ({"variants": {"slow": {"num_cores": 0}}}, r"variants: slow: .*num_cores: 0"),
+        ({"variants": {"slow": {"rank": 2}}}, r"variants: slow: 'rank' is set by the suite for each run.*`ranks`"),
+        ({"variants": {"qtha": {"alpha": 2}}}, r"variants: 'qtha' is an adapter's name"),
+        ({"variants": {"a--b": {"alpha": 2}}}, r"variants.*a--b"),
         ({"tasks": [{"name": "mine", "train": {}, "test": {}}]}, r"tasks.0.validation: Field required"),
     ],
 )
@@ -115,6 +120,25 @@ def test_keys_of_a_run(tmp_path):
     assert settings("dora", 8, None, ["q_proj"])["peft_use_dora"]
     assert "param_budget" not in settings("lora-circuit", 8, None, ["q_proj"])["qtha"]
     assert {settings(name, 4, None, [])["adapter"] for name in ADAPTERS} == {"lora", "qtha"}
+
+
+def test_variants_are_qtha_with_other_keys(tmp_path):
+    variants = {
+        "attention": {"target_modules": ["q_proj", "v_proj"], "param_budget": 0.5},
+        "bonds": {"bond_dim": 4, "mid_dim": 8, "quantum": "none"},
+        "slow": {"circuit_lr": 1e-3, "alpha": 4},
+    }
+    runner = Runner(suite(tmp_path, adapters=["lora", "qtha"], variants=variants, ranks=[8]))
+    assert [method.name for method in runner.sizes if method.adapter in variants] == [
+        "attention--r8",
+        "bonds--r8",
+        "slow--r8-b0.24",
+        "slow--r8-b0.4",
+    ]
+    keys = {cell.method.name: runner.keys(cell) for cell in search(runner.suite)}
+    assert keys["slow--r8-b0.4"]["qtha"] | {"quantum": "qtha"} == keys["qtha--r8-b0.4"]["qtha"] | variants["slow"]
+    assert keys["attention--r8"]["qtha"] == {"rank": 8, "alpha": 16, **variants["attention"]}
+    assert keys["attention--r8"]["adapter"] == "qtha"
 
 
 def test_settings_are_recorded_without_local_paths(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 from axolotl_qtha.bench.suite import results
 from axolotl_qtha.bench.suite.runner import Runner, count
 from axolotl_qtha.bench.suite.spec import Cell, repeats, search
-from axolotl_qtha.bench.suite.summary import summary
+from axolotl_qtha.bench.suite.summary import summary, write_summary
 from axolotl_qtha.bench.suite.table import differences, entries
 
 from .test_spec import suite
@@ -111,3 +111,19 @@ def test_parameters_are_those_of_the_runs(tmp_path):
     put(runner, Cell("domain", lora, 0.01, 3), 4.0, 3.0, parameters=12345)
     found = {entry.method.adapter: entry.parameters for entry in entries(runner)}
     assert found == {"lora": 12345, "qtha": runner.sizes[method_of(runner, "qtha")].parameters}
+
+
+def test_variants_are_compared_with_lora_and_with_qtha(tmp_path):
+    variants = {"slow": {"circuit_lr": 0.001}, "bonds": {"bond_dim": 4, "mid_dim": 8}}
+    runner = make(tmp_path, adapters=["lora", "qtha", "mpo-only"], variants=variants)
+    for number, cell in enumerate(search(runner.suite)):
+        put(runner, cell, 4.0, 3.5, 3.0 + 0.01 * number)
+    for key, rate in runner.chosen().items():
+        for seed in runner.suite.seeds[1:]:
+            put(runner, Cell(*key, rate, seed), 4.0, 3.5, 3.0)
+    pairs = {(d.ours.method.adapter, d.other.method.adapter) for d in differences(entries(runner))}
+    to_lora = {(name, "lora") for name in ("qtha", "mpo-only", *variants)}
+    assert pairs == to_lora | {("qtha", "mpo-only"), ("slow", "qtha"), ("bonds", "qtha")}
+    text = write_summary(runner, "axolotl qtha-bench suite.yml").read_text()
+    assert "| slow, r 8, 0.24 - qtha, r 8, 0.24 |" in text
+    assert '`bonds` QTHA with {"bond_dim": 4, "mid_dim": 8}' in text
