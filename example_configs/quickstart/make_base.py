@@ -60,15 +60,15 @@ def pack(documents: list[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tens
     return torch.tensor(stream[: rows * SEQUENCE]).view(rows, SEQUENCE)
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Build the randomly initialised model: Llama's layout with grouped-query attention."""
+def build_model(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int) -> LlamaForCausalLM:
+    """Build the randomly initialised model: Llama's layout with grouped-query attention, heads of 32."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        hidden_size=hidden,
+        intermediate_size=hidden * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 64,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
@@ -155,8 +155,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="rows of 256 tokens per step (8)")
     parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate (4e-3)")
     parser.add_argument("--vocabulary", type=int, default=2048, help="tokenizer size (2048)")
+    parser.add_argument("--hidden", type=int, default=128, help="hidden size, a multiple of 64 (128)")
+    parser.add_argument("--layers", type=int, default=4, help="transformer layers (4)")
     parser.add_argument("--seed", type=int, default=42, help="seed of everything random (42)")
     args = parser.parse_args()
+    if args.hidden <= 0 or args.hidden % 64:
+        parser.error(f"--hidden {args.hidden}: no multiple of 64. What works: 128, 192, 256, 384, 512, ...")
     torch.manual_seed(args.seed)
 
     documents = pretraining_documents()
@@ -165,7 +169,7 @@ def main() -> None:
     tokenizer = train_tokenizer(documents[held_out:], args.vocabulary)
     validation = pack(documents[:held_out], tokenizer)
     rows = pack(documents[held_out:], tokenizer)
-    model = build_model(tokenizer)
+    model = build_model(tokenizer, args.hidden, args.layers)
     print(
         f"{len(documents)} texts, {sum(map(len, documents)) / 1e6:.1f} MB, "
         f"{rows.numel() / 1e6:.2f} M training tokens, {model.num_parameters()} parameters"

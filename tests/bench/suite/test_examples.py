@@ -17,20 +17,21 @@ from axolotl_qtha.bench.tasks import high_rank
 from ...e2e.commands import QUICKSTART
 from ...test_examples import MODELS, SUITES
 
+SHAPES = MODELS | {"base-384": (4, 384, 1056, 384, 192)}  # that make_base.py would make
 HUB = [path for path in SUITES if "-" in path.stem]
 
 
 @pytest.fixture
 def made(request, monkeypatch):
-    """The runner of a suite, which is given the layers of its base if that is on the Hub."""
+    """The runner of a suite, which is given the layers of its base if that is not here."""
     path = request.param
     suite = read_suite(path)
-    if path in HUB:
-        _, hidden, inter, query, kv = MODELS[suite.base_model.split("/")[-1]]
+    if (name := suite.base_model.split("/")[-1]) in SHAPES:
+        _, hidden, inter, query, kv = SHAPES[name]
         sizes = [(hidden, query), (hidden, kv), (hidden, kv), (query, hidden), (hidden, inter), (hidden, inter), (inter, hidden)]
         layers = {name: nn.Linear(*size, device="meta") for name, size in zip(LINEAR, sizes, strict=True)}
         monkeypatch.setattr(module, "read_base", lambda _: nn.ModuleDict(layers))  # one block of it: the others are the same
-    else:
+    if path not in HUB:
         monkeypatch.chdir(QUICKSTART.parents[1])
     for split in high_rank.COUNTS:
         monkeypatch.setitem(high_rank.COUNTS, split, 1)
