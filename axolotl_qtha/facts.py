@@ -105,7 +105,7 @@ def facts_of(cfg: Any, state: Any = None, model_config: Any = None) -> Facts:
         quantisation=_quantisation(cfg, model_config),
         precision=choice(cfg.torch_dtype and str(cfg.torch_dtype).removeprefix("torch."), ("float32", "float16", "bfloat16")),
         seed=_whole(cfg.seed),
-        versions=_versions(),
+        versions={"axolotl_qtha": __version__, **versions(PACKAGES)},
     )
 
 
@@ -191,11 +191,12 @@ def _last(log: list[dict[str, Any]], key: str) -> float | None:
     return next((_number(row[key]) for row in reversed(log) if key in row), None)
 
 
-def _versions() -> dict[str, str]:
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those packages that are installed."""
     found = {}
-    for name in PACKAGES:
+    for name in packages:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return {"axolotl_qtha": __version__, **found}
+    return found

@@ -7,9 +7,10 @@ import math
 import os
 import platform
 import re
-from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from ...facts import versions
 
 SCHEMA = 1
 STATUS = ("success", "diverged", "failed")
@@ -45,7 +46,7 @@ def make(cell: dict[str, Any], settings: str, config: dict[str, Any], info: dict
             "error_msg": info.pop("error_msg", ""),
         },
         "train_info": info,
-        "meta_info": {"package_info": _versions(), "system_info": _system()},
+        "meta_info": {"package_info": versions(PACKAGES), "system_info": _system()},
     }
 
 
@@ -99,16 +100,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _system() -> dict[str, Any]:
