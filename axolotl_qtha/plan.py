@@ -223,6 +223,12 @@ def describe(config: QTHAConfig, sizes: list[tuple[int, int]]) -> list[str]:
             split = " x ".join(str(i) for i in factor.sizes)
             note = f" (padded to {factor.padded}: {factor.size} does not split evenly)" if factor.padded != factor.size else ""
             lines.append(f"  size {factor.size} -> {split}{note}")
+        share = 1 - sum(shapes[size].parts["mpo_a"] + shapes[size].parts["mpo_b"] for size in sizes) / total
+        if share > 0.5:
+            lines.append(
+                f"  {share:.0%} of the parameters are in rank-sized matrices and angles. On layers this narrow fewer "
+                "target_modules (the MLP's) or fewer circuit_layers leave the tensor networks more."
+            )
     if config.has_circuit and config.gate_order == "2025-05":
         lines.append(f"  gate_order 2025-05: the last ring's {config.rank} angles have no effect and get no gradient.")
     return lines

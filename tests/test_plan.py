@@ -211,3 +211,17 @@ def test_describe_tells_what_was_chosen():
     assert any("size 3584 -> 8 x 8 x 8 x 7" in line for line in lines)
     assert any("padded to 3584: 3583 does not split evenly" in line for line in lines)
     assert "the last ring's 8 angles have no effect" in lines[-1]
+
+
+@pytest.mark.parametrize(("width", "told"), [(128, True), (384, False)])
+def test_describe_tells_where_a_budget_leaves_the_tensor_networks_little(width, told):
+    inner = 11 * width // 4
+    sizes = 2 * [(width, width), (width, width // 2), (width, inner)] + [(inner, width)]
+    config = resolve(QTHAConfig(rank=8, param_budget=0.24), sizes)
+    parts = [adapter_shape(config, *size).parts for size in sizes]
+    small = sum(value for each in parts for name, value in each.items() if not name.startswith("mpo")) / sum(
+        sum(each.values()) for each in parts
+    )
+    assert (small > 0.5) == told
+    lines = [line for line in describe(config, sizes) if "rank-sized matrices" in line]
+    assert [line.split()[0] for line in lines] == ([f"{small:.0%}"] if told else [])
