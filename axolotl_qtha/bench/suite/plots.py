@@ -33,9 +33,9 @@ def _looks(variants: Iterable[str]) -> Looks:
     """Return the looks of the adapters, and of as many variants as there are."""
     from matplotlib import colormaps
 
-    return LOOKS | {
-        name: (colormaps["tab20"](i % 20), MARKERS_OF_VARIANTS[i % len(MARKERS_OF_VARIANTS)]) for i, name in enumerate(variants)
-    }
+    colours = [colormaps["tab20b"](4 * (i % 5) + i // 5) for i in range(20)]  # neighbours differ in hue
+    marks = MARKERS_OF_VARIANTS
+    return LOOKS | {name: (colours[i % len(colours)], marks[i % len(marks)]) for i, name in enumerate(variants)}
 
 
 def _figure(width: float, height: float) -> Any:
