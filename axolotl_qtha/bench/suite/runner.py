@@ -291,23 +291,29 @@ def size(suite: Suite, method: Method, base: nn.Module) -> Size:
     """
     rank, adapter = method.rank, method.adapter
     if (block := suite.block(adapter)) is not None:
-        return Size(_ours(suite, method, block, base)[0], rank)
-    qtha = dataclasses.replace(method, budget=method.budget or suite.budgets[0])
-    ours, layers = _ours(suite, qtha, QTHA["qtha"], base)
+        return Size(_ours(suite, method, block, base), rank)
+    # Which layers these are is no matter of rank or budget, which QTHA might not allow.
+    layers = _layers(QTHAConfig(target_modules=list(suite.target_modules), task_type="CAUSAL_LM"), base)
     if adapter == EQUAL:
-        rank = equal_rank(ours, layers)
+        qtha = dataclasses.replace(method, budget=method.budget or suite.budgets[0])
+        rank = equal_rank(_ours(suite, qtha, QTHA["qtha"], base), layers)
     parameters = count_lora_parameters(rank, layers)
     if adapter == "dora":
         parameters += sum(outputs for _, outputs in layers)
     return Size(parameters, rank)
 
 
-def _ours(suite: Suite, method: Method, block: dict[str, Any], base: nn.Module) -> tuple[int, list[tuple[int, int]]]:
-    """Return the parameters of QTHA, and (in_features, out_features) of the layers it is on."""
+def _ours(suite: Suite, method: Method, block: dict[str, Any], base: nn.Module) -> int:
+    """Return the parameters of QTHA."""
     keys = settings(method.adapter, method.rank, method.budget, suite.target_modules, block)["qtha"]
     config = QTHAConfig(**QTHABlock.model_validate(keys).adapter_settings(), task_type="CAUSAL_LM")
-    layers = list(select_targets(config, base).values())
-    return count_parameters(resolve(config, layers), layers), layers
+    layers = _layers(config, base)
+    return count_parameters(resolve(config, layers), layers)
+
+
+def _layers(config: QTHAConfig, base: nn.Module) -> list[tuple[int, int]]:
+    """Return (in_features, out_features) of the layers that are adapted."""
+    return list(select_targets(config, base).values())
 
 
 def without_paths(value: Any) -> Any:

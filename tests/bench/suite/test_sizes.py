@@ -52,6 +52,12 @@ def test_budgets_are_kept_and_lora_equal_is_not_handicapped(runner):
     assert counts["lora-equal"] >= counts["qtha"]
 
 
+@pytest.mark.parametrize(("rank", "budget"), [(16, 0.24), (8, 0.01)], ids=["more qubits than there are", "too small a budget"])
+def test_what_qtha_cannot_have_is_no_matter_of_pefts_adapters(tmp_path, rank, budget):
+    runner = Runner(suite(tmp_path, adapters=["lora", "dora"], ranks=[rank], budgets=[budget]))
+    assert [size.parameters for size in runner.sizes.values()] == [9344 * rank, 9344 * rank + 4864]
+
+
 def test_equal_rank():
     layers = [(10, 20), (30, 40)]
     assert count_lora_parameters(1, layers) == 100
