@@ -169,7 +169,7 @@ def measure(adapters: dict[str, QTHAAdapter], z: dict[str, Tensor], norms: dict[
             found |= _by_layer(key, dict(zip(shares, each.tolist(), strict=True)))
     if grams:
         each = next(numbers).reshape(-1, *grams[0].shape)
-        found["qtha/effective_rank"] = float(effective_ranks(each[each.isfinite().all(-1).all(-1).all(-1)]).mean())
+        found["qtha/effective_rank"] = float(effective_ranks(each[each.isfinite().flatten(1).all(1)]).mean())
     if norms:
         found |= dict(zip(norms, next(numbers).tolist(), strict=True))
     return {key: value for key, value in found.items() if math.isfinite(value)}

@@ -134,6 +134,13 @@ def _at(curves: dict[int, dict[int, float]], step: int) -> dict[int, float]:
     return {key: curve[step] for key, curve in curves.items() if step in curve}
 
 
+def _compared(adapter: str) -> set[str]:
+    """Return what an adapter is compared with besides LoRA, at one budget where both have one."""
+    if adapter == "qtha":
+        return {EQUAL, *CONTROLS}
+    return set() if adapter in ADAPTERS else {"qtha"}  # a variant
+
+
 def differences(found: list[Entry], key: str = "valid loss") -> list[Difference]:
     """Return every method against LoRA of its rank, `qtha` against LoRA of its size and each control, variants against `qtha`."""
     pairs = []
@@ -142,9 +149,8 @@ def differences(found: list[Entry], key: str = "valid loss") -> list[Difference]
             if other.task != entry.task or other.method.rank != entry.method.rank or other is entry:
                 continue
             mine, its = entry.method.adapter, other.method.adapter
-            same_budget = None in (budgets := (entry.method.budget, other.method.budget)) or len(set(budgets)) == 1
-            against = {LORA} | ({EQUAL, *CONTROLS} if mine == "qtha" else set() if mine in ADAPTERS else {"qtha"})
-            if its in against and (its == LORA or same_budget):
+            budgets = {entry.method.budget, other.method.budget} - {None}
+            if its == LORA or (its in _compared(mine) and len(budgets) <= 1):
                 pairs.append((entry, other))
     return [
         Difference(a, b, key, None if a.incomplete or b.incomplete else paired(a.values(key), b.values(key))) for a, b in pairs
