@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import axolotl.cli  # noqa: F401  it sets up logging, which after an import of absl (rouge-score's) closes pytest's own stream
 import yaml
 
 REPOSITORY = Path(__file__).parents[2]
