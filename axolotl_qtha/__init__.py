@@ -6,8 +6,8 @@ Importing this package registers the `QTHA` method with PEFT, so that `get_peft_
 
 from typing import TYPE_CHECKING, Any
 
-from .config import QTHAConfig
-from .model import QTHAModel, register
+from .tuner.config import QTHAConfig
+from .tuner.model import QTHAModel, register
 from .version import __version__
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from axolotl.utils.dict import DictDefault
 
     from .circuit.ansatz import Ansatz
-    from .config import QTHAConfig
     from .planner.scaling import Scaling
+    from .tuner.config import QTHAConfig
 
 EXAMPLES = {"global_batch": 256, "tflops": 400, "bandwidth": 300, "network": 50, "latency": 10, "gpus_per_node": 8}
 
@@ -32,8 +32,8 @@ def config_schema(output_format: str, field: str | None) -> None:
 
     Axolotl's own `config-schema` shows Axolotl's keys only: it loads no plugin.
     """
-    from .args import QTHABlock
     from .errors import close_names
+    from .settings.args import QTHABlock
 
     schema = QTHABlock.model_json_schema()
     if field is not None:
@@ -73,10 +73,10 @@ def plan(
     **predicted: float | None,
 ) -> None:
     """Say what training CONFIG will need: parameters, memory, circuits. No weights are downloaded or loaded."""
-    from .args import adapter_config
-    from .planner.base import read_config
     from .planner.estimate import find_settings, local_gpus, make_plan
     from .planner.show import console, show_plan, show_scaling, show_settings
+    from .settings.args import adapter_config
+    from .settings.meta_base import read_config
 
     with _errors():
         _check_plan(find_budget, gpu_memory, ranks, scaling, predicted)
@@ -213,7 +213,7 @@ def export(**options: Any) -> None:
 def verify(config: Path, tokens: int, tolerance: float, seed: int) -> None:
     """Compare every circuit engine of this machine with Qiskit, on the circuit of CONFIG; exits with 1 if one is off."""
     with _errors():
-        from .circuit.verify import compare, table, verdict
+        from .bench.verify import compare, table, verdict
         from .planner.show import console
 
         settings, circuit = _circuit(config)
@@ -232,9 +232,9 @@ def verify(config: Path, tokens: int, tolerance: float, seed: int) -> None:
 def estimate(config: Path, steps: int | None, tokens: int) -> None:
     """Say what CONFIG will cost on IBM Quantum: circuits, jobs, QPU seconds. Nothing is submitted. Exits with 1 above the cap."""
     with _errors():
-        from .ibm.estimate import estimate_config, explain, table
-        from .planner.base import read_config
+        from .ibm.cost import estimate_config, explain, table
         from .planner.show import console
+        from .settings.meta_base import read_config
 
         result = estimate_config(read_config(config), steps, tokens)
         out = console()
@@ -258,7 +258,7 @@ def hardware_eval(**options: Any) -> None:
     nothing is submitted above max_qpu_seconds.
     """
     with _errors():
-        from .ibm.hardware_eval import Options, hardware_eval
+        from .hardware_eval.command import Options, hardware_eval
         from .ibm.runner import JobFailed
         from .planner.show import console
 
@@ -297,7 +297,7 @@ def report(folder: Path, output: Path | None) -> None:
     """Draw what the adapters did in a training, from the log in OUTPUT_DIR or its last checkpoint."""
     with _errors():
         from .planner.show import console
-        from .report import draw, read_log, table
+        from .training.diagnostics_report import draw, read_log, table
 
         rows = read_log(folder)
         path = output or folder / "qtha-report.png"
@@ -309,9 +309,9 @@ def report(folder: Path, output: Path | None) -> None:
 
 def _circuit(config: Path) -> tuple[QTHAConfig, Ansatz]:
     """Return the adapter of a configuration and its circuit."""
-    from .args import adapter_config
-    from .plan import ansatz
-    from .planner.base import read_yaml
+    from .settings.args import adapter_config
+    from .settings.meta_base import read_yaml
+    from .tuner.sizes import ansatz
 
     settings = adapter_config(read_yaml(config))
     if not settings.has_circuit:

@@ -14,18 +14,19 @@ from axolotl.utils.train import determine_last_checkpoint
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from . import checkpoints, quantization
-from .args import DIAGNOSTICS_STEPS, adapter_config, adapter_settings
-from .card import facts_of, make_card, write_card
-from .config import SIMULATION_KEYS, QTHAConfig, differences
-from .diagnostics import Diagnostics
-from .guards import DropOneRanksShard, RefuseUntrainedEvaluation
 from .ibm.options import refuse_secrets
-from .layer import QTHALayer, refuse_nonlinear_merge
-from .model import synchronise
-from .parallel import deepspeed_settings, zero_stage
-from .plan import describe
-from .saving import guard
+from .settings import quantization
+from .settings.args import DIAGNOSTICS_STEPS, adapter_config, adapter_settings
+from .settings.parallel import deepspeed_settings, zero_stage
+from .training import checkpoints
+from .training.diagnostics import Diagnostics
+from .training.guards import DropOneRanksShard, RefuseUntrainedEvaluation
+from .training.model_card import facts_of, make_card, write_card
+from .tuner.config import SIMULATION_KEYS, QTHAConfig, differences
+from .tuner.layer import QTHALayer, refuse_nonlinear_merge
+from .tuner.model import synchronise
+from .tuner.saving import guard
+from .tuner.sizes import describe
 
 if TYPE_CHECKING:
     from axolotl.utils.dict import DictDefault
@@ -54,7 +55,7 @@ class QTHAPlugin(BasePlugin):
 
     def get_input_args(self) -> str:
         """Name the class that holds the `qtha:` block."""
-        return "axolotl_qtha.args.QTHAArgs"
+        return "axolotl_qtha.settings.args.QTHAArgs"
 
     def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
         """Name the adapter."""
@@ -78,7 +79,7 @@ class QTHAPlugin(BasePlugin):
         if self._training:
             self._training = False  # once: DPO and the like may load a second model
             if (config := adapter_config(cfg)).quantum_backend == "ibm":
-                from .ibm.callback import refuse_untrainable  # starts Qiskit
+                from .training.device_callback import refuse_untrainable  # starts Qiskit
 
                 refuse_untrainable(config, getattr(cfg.rl, "value", cfg.rl))
             _choose_checkpoint(cfg)
@@ -129,7 +130,7 @@ class QTHAPlugin(BasePlugin):
         for line in describe(peft_model.active_peft_config, _sizes(peft_model)):
             LOG.info(line)
         if self._inference and config.quantum_backend == "ibm":
-            from .ibm.callback import show_inference_cost
+            from .training.device_callback import show_inference_cost
 
             show_inference_cost(config, len(_sizes(peft_model)))
         return peft_model, peft_model.active_peft_config
@@ -148,8 +149,8 @@ class QTHAPlugin(BasePlugin):
         if steps := int((cfg.qtha or {}).get("diagnostics_steps", DIAGNOSTICS_STEPS)):
             callbacks.append(Diagnostics(trainer, steps))
         if (config := adapter_config(cfg)).quantum_backend == "ibm":
-            from .ibm.callback import TrainOnDevice
             from .planner.memory import sequences
+            from .training.device_callback import TrainOnDevice
 
             callbacks.append(TrainOnDevice(trainer, config, sequences(cfg) * cfg.sequence_len))
         return callbacks
@@ -224,9 +225,9 @@ def _write_own_cards(cfg: DictDefault, trainer: Trainer, model: PeftModel) -> No
 
 def _show_plan(cfg: DictDefault) -> None:
     """Print what `axolotl qtha-plan` prints; wrong `qtha:` settings stop here, before the weights are downloaded."""
-    from .planner.base import UnknownBase
     from .planner.estimate import local_gpus, make_plan
     from .planner.show import console, show_plan
+    from .settings.meta_base import UnknownBase
 
     try:
         with torch.random.fork_rng(devices=[]):

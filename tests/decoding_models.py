@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from axolotl_qtha.folded import folding_each_time
+from axolotl_qtha.tuner.fold_cache import folding_each_time
 
 from .models import adapted, adapters, llama, logits, tokens, train
 

@@ -3,7 +3,7 @@
 import torch
 
 from axolotl_qtha.export.fit import Pass, adapters_of
-from axolotl_qtha.export.text import Sequence, batches
+from axolotl_qtha.trained.calibration_text import Sequence, batches
 
 from .models import VOCABULARY
 

@@ -5,7 +5,7 @@ from peft import get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from axolotl_qtha import QTHAConfig
-from axolotl_qtha.layer import QTHALinear
+from axolotl_qtha.tuner.layer import QTHALinear
 
 VOCABULARY = 97
 # 48 and 24 (two of four heads) split evenly over two cores, 89 is a prime and is padded

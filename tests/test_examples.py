@@ -8,9 +8,9 @@ from axolotl.utils.config import prepare_plugins, validate_config
 from axolotl.utils.dict import DictDefault
 
 from axolotl_qtha import QTHAConfig
-from axolotl_qtha.args import QTHABlock
 from axolotl_qtha.ibm.options import IBMOptions
-from axolotl_qtha.plan import count_lora_parameters, count_parameters, resolve
+from axolotl_qtha.settings.args import QTHABlock
+from axolotl_qtha.tuner.sizes import count_lora_parameters, count_parameters, resolve
 
 from .e2e.commands import REPOSITORY
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from axolotl_qtha.circuit.ansatz import Ansatz
-from axolotl_qtha.circuit.engine import expectation_values
 from axolotl_qtha.circuit.simulation import Simulation
 from axolotl_qtha.circuit.torch_engine import in_pytorch
+from axolotl_qtha.tuner.backends import expectation_values
 
 Gradients = tuple[Tensor, Tensor, Tensor]  # <Z> (tokens, n), gradients of z (tokens, n) and of the angles (rows, n)
 Run = Callable[[Tensor, Tensor, Tensor], Gradients]

@@ -24,10 +24,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from axolotl_qtha import QTHAConfig
-from axolotl_qtha.args import DIAGNOSTICS_STEPS
 from axolotl_qtha.circuit.ansatz import Ansatz
 from axolotl_qtha.circuit.torch_engine import expectation_values
-from axolotl_qtha.diagnostics import active_adapters, gradient_norms, measure, sample
+from axolotl_qtha.settings.args import DIAGNOSTICS_STEPS
+from axolotl_qtha.training.diagnostics import active_adapters, gradient_norms, measure, sample
 
 SHAPES = ((3584, 3584), (3584, 18944))
 RANKS = (4, 8)

@@ -18,14 +18,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from ..card import facts_of, make_card, write_card
-from ..config import QTHAConfig
 from ..errors import refusal
-from ..layer import QTHALayer
-from ..planner.base import read_yaml
-from ..saving import WEIGHTS
-from ..trained import adapter_folder, check_base, configuration, refuse_untrained
-from . import lowrank, merged, place, text
+from ..settings.meta_base import read_yaml
+from ..trained import calibration_text as text
+from ..trained.adapter_folder import adapter_folder, check_base, configuration, refuse_untrained
+from ..training.model_card import facts_of, make_card, write_card
+from ..tuner.config import QTHAConfig
+from ..tuner.layer import QTHALayer
+from ..tuner.saving import WEIGHTS
+from . import lowrank, merged
+from . import output_folder as place
 from .distil import distilled
 from .fit import Pass, adapters_of, collect, exact, linear, wide
 from .lowrank import LowRank

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
-from ..adapter import QTHAAdapter
-from ..layer import QTHALayer
+from ..trained.calibration_text import Batch
+from ..tuner.adapter import QTHAAdapter
+from ..tuner.layer import QTHALayer
 from .lowrank import PREFIX, LowRank
 from .surrogate import Moments, solve, solve_wide
-from .text import Batch
 
 ROW_TOLERANCE = 0.01  # root mean square of a . x - 1 up to which a row counts as carrying a constant
 

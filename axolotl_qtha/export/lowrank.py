@@ -14,8 +14,8 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..config import QTHAConfig
-from ..saving import WEIGHTS
+from ..tuner.config import QTHAConfig
+from ..tuner.saving import WEIGHTS
 
 PREFIX = "base_model.model."  # what PEFT puts before the names of the base's modules
 

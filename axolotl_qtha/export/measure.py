@@ -14,9 +14,9 @@ from peft import PeftModel
 from rich.progress import track
 from torch import Tensor
 
+from ..trained.calibration_text import IGNORED, Batch
 from .fit import Pass, Tokens, classical, replaced
 from .lowrank import LowRank
-from .text import IGNORED, Batch
 
 WITH_CONSTANTS = "linear, with constants"  # the name of that export among those compared
 

@@ -24,7 +24,7 @@ import numpy as np
 from ..circuit.ansatz import Ansatz
 from ..errors import refusal
 from .circuits import ISACircuit, estimator_options
-from .estimate import Cost, rate
+from .cost import Cost, rate
 from .journal import Entry, Journal
 from .options import IBMOptions
 from .progress import progress

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..circuit.noise import device
 from ..errors import close_names, refusal
-from .estimate import MAX_EXECUTIONS
+from .cost import MAX_EXECUTIONS
 from .options import IBMOptions
 
 if TYPE_CHECKING:

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from axolotl.utils.dict import DictDefault
 from peft import PeftModel, get_peft_model
 
-from ..args import adapter_config
-from ..config import QTHAConfig
-from ..layer import QTHALayer
-from ..model import select_targets
-from ..plan import adapter_shape, ansatz, count_lora_parameters, count_parameters, resolve
-from ..quantization import complete, connect
-from .base import meta_base
+from ..settings.args import adapter_config
+from ..settings.meta_base import meta_base
+from ..settings.quantization import complete, connect
+from ..tuner.config import QTHAConfig
+from ..tuner.layer import QTHALayer
+from ..tuner.model import select_targets
+from ..tuner.sizes import adapter_shape, ansatz, count_lora_parameters, count_parameters, resolve
 from .memory import FUSED_LOSSES, Memory, footprint, sequences, weight_bytes
 from .sharding import shards
 

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_iter
 from transformers import PreTrainedModel
 
 from ..circuit.torch_engine import chunk_tokens
-from ..config import QTHAConfig
-from .base import QuantisedLinear
+from ..settings.meta_base import QuantisedLinear
+from ..tuner.config import QTHAConfig
 from .sharding import Shards
 
 # Bytes of optimiser state per trainable parameter, by what Axolotl's `optimizer:` names contain; the first match counts.

@@ -37,10 +37,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from ..bench.layer import seconds
-from ..config import QTHAConfig
 from ..errors import refusal
-from ..layer import QTHALayer
-from .base import meta_base
+from ..settings.meta_base import meta_base
+from ..tuner.config import QTHAConfig
+from ..tuner.layer import QTHALayer
 from .estimate import adapted, gate_counts, gpu_bytes
 from .memory import Footprint, footprint, sequences
 from .sharding import BUCKET, HALF_BYTES, Shards, bucket_entries, decoder_blocks, shards

@@ -32,8 +32,8 @@ from axolotl.utils.dict import DictDefault
 from peft import PeftModel
 from torch import nn
 
-from ..parallel import deepspeed_settings, zero_stage
-from .base import QuantisedLinear
+from ..settings.meta_base import QuantisedLinear
+from ..settings.parallel import deepspeed_settings, zero_stage
 
 MASTER_BYTES = 4  # of ZeRO's float32 copy of what is trained
 HALF_BYTES = 2

@@ -7,7 +7,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from ..plan import compared
+from ..tuner.sizes import compared
 from .estimate import CONTEXT_BYTES, FRAGMENTATION, Plan, Setting
 from .memory import Memory
 from .scaling import Network, Scaling

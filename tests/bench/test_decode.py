@@ -6,8 +6,8 @@ import sys
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from axolotl_qtha.adapter import QTHAAdapter
 from axolotl_qtha.bench import decode
+from axolotl_qtha.tuner.adapter import QTHAAdapter
 
 CONFIG = LlamaConfig(
     vocab_size=97,

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 
 from axolotl_qtha.bench import wire
-from axolotl_qtha.plan import count_lora_parameters
+from axolotl_qtha.tuner.sizes import count_lora_parameters
 from tests.e2e.ranks import ZERO
 
 from .test_step import LAYERS, SIZES

@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from axolotl_qtha.circuit import aer, shifts
 from axolotl_qtha.circuit.ansatz import GATE_ORDERS, Ansatz
-from axolotl_qtha.circuit.engine import expectation_values, prepare
 from axolotl_qtha.circuit.simulation import Simulation
 from axolotl_qtha.circuit.torch_engine import NonFiniteAngle
+from axolotl_qtha.tuner.backends import expectation_values, prepare
 
 from .reference import angles_and_inputs, expectations, shift_gradients
 
@@ -247,7 +247,7 @@ FORKED = """
 import torch
 from torch.utils.data import DataLoader, Dataset
 from axolotl_qtha.circuit.ansatz import Ansatz
-from axolotl_qtha.circuit.engine import expectation_values
+from axolotl_qtha.tuner.backends import expectation_values
 from axolotl_qtha.circuit.simulation import Simulation
 
 ansatz = Ansatz(3, 2)

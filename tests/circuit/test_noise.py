@@ -12,8 +12,8 @@ from qiskit_ibm_runtime.fake_provider import FakeManilaV2
 
 from axolotl_qtha.circuit import aer, noise
 from axolotl_qtha.circuit.ansatz import Ansatz
-from axolotl_qtha.circuit.engine import expectation_values
 from axolotl_qtha.circuit.simulation import Simulation
+from axolotl_qtha.tuner.backends import expectation_values
 
 from .reference import angles_and_inputs, values
 

@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from axolotl_qtha.folded import folding_each_time
+from axolotl_qtha.tuner.fold_cache import folding_each_time
 
 from .commands import QUICKSTART, REPOSITORY, run, write_config
 

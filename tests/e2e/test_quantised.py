@@ -12,8 +12,8 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from axolotl_qtha import quantization
-from axolotl_qtha.layer import QTHALayer
+from axolotl_qtha.settings import quantization
+from axolotl_qtha.tuner.layer import QTHALayer
 
 from ..quantised import NF4
 from .commands import QUICKSTART, losses, run, train_here, write_config

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from axolotl_qtha.checkpoints import fault
+from axolotl_qtha.training.checkpoints import fault
 
 from .commands import train_here
 from .ranks import Servers, assert_follows, config_for, history, logits_in_memory, logits_of, output, train

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from axolotl_qtha.export import fit
 from axolotl_qtha.export.distil import distilled
 from axolotl_qtha.export.measure import measure
-from axolotl_qtha.export.text import Batch
+from axolotl_qtha.trained.calibration_text import Batch
 
 from ..export_models import sequences, text_pass
 from ..models import adapted, gpt2, llama, logits, qwen2, tokens, train

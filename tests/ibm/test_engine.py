@@ -9,7 +9,6 @@ from torch.utils.checkpoint import checkpoint
 
 from axolotl_qtha.circuit import torch_engine
 from axolotl_qtha.circuit.ansatz import Ansatz
-from axolotl_qtha.circuit.engine import expectation_values, prepare
 from axolotl_qtha.circuit.simulation import Simulation
 from axolotl_qtha.circuit.torch_engine import NonFiniteAngle
 from axolotl_qtha.ibm import engine
@@ -17,6 +16,7 @@ from axolotl_qtha.ibm.journal import Journal
 from axolotl_qtha.ibm.options import IBMOptions
 from axolotl_qtha.ibm.runner import Runner
 from axolotl_qtha.ibm.service import LocalService
+from axolotl_qtha.tuner.backends import expectation_values, prepare
 
 from ..circuit.reference import angles_and_inputs, shift_gradients
 from .boundary import NOISELESS

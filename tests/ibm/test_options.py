@@ -11,12 +11,12 @@ from click.testing import CliRunner
 from pydantic import SecretStr
 
 from axolotl_qtha import QTHAConfig
-from axolotl_qtha.args import QTHABlock, adapter_config
 from axolotl_qtha.cli import config_schema, draw
 from axolotl_qtha.errors import PrivateSettings
 from axolotl_qtha.ibm.options import IBMOptions
+from axolotl_qtha.settings.args import QTHABlock, adapter_config
 
-from ..test_args import BASE, validated
+from ..settings.test_args import BASE, validated
 
 PLANTED = "Zq83-planted-credential"
 FAKE = {"backend": "fake:manila"}

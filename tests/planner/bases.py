@@ -15,7 +15,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from axolotl_qtha.planner.base import read_config
+from axolotl_qtha.settings.meta_base import read_config
 
 SIZES = {
     "vocab_size": 1000,

@@ -5,12 +5,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
-from axolotl_qtha.args import adapter_config
 from axolotl_qtha.circuit.ansatz import Ansatz
-from axolotl_qtha.layer import QTHALayer
-from axolotl_qtha.planner.base import UnknownBase, read_config
 from axolotl_qtha.planner.estimate import find_settings, make_plan
 from axolotl_qtha.planner.show import console, show_plan
+from axolotl_qtha.settings.args import adapter_config
+from axolotl_qtha.settings.meta_base import UnknownBase, read_config
+from axolotl_qtha.tuner.layer import QTHALayer
 
 from .bases import CONFIGS, MORE, SIZES, run_on, write_run
 

@@ -10,18 +10,10 @@ from peft import get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
-from axolotl_qtha.args import adapter_config
 from axolotl_qtha.planner.estimate import adapted, make_plan
-from axolotl_qtha.planner.scaling import (
-    Network,
-    communication,
-    lora_model,
-    measure_tflops,
-    predict,
-    rank_counts,
-    step_flops,
-)
+from axolotl_qtha.planner.scaling import Network, communication, lora_model, measure_tflops, predict, rank_counts, step_flops
 from axolotl_qtha.planner.sharding import shards
+from axolotl_qtha.settings.args import adapter_config
 
 from .bases import CONFIGS, SIZES, run_on, write_run
 

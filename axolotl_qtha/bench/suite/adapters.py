@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...plan import count_lora_parameters
+from ...tuner.sizes import count_lora_parameters
 
 LORA, EQUAL = "lora", "lora-equal"
 # QTHA and its controls, as keys of the `qtha:` block. All but `lora-circuit` share a budget.

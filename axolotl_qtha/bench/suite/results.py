@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ...facts import versions
+from ...settings.public_facts import versions
 
 SCHEMA = 1
 STATUS = ("success", "diverged", "failed")

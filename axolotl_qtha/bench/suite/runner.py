@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
-from ...args import QTHABlock
-from ...config import QTHAConfig
-from ...model import select_targets
-from ...plan import count_lora_parameters, count_parameters, resolve
+from ...settings.args import QTHABlock
+from ...tuner.config import QTHAConfig
+from ...tuner.model import select_targets
+from ...tuner.sizes import count_lora_parameters, count_parameters, resolve
 from ..tasks import TASKS, Prepared
 from . import results
 from .adapters import EQUAL, QTHA, equal_rank, settings
@@ -278,7 +278,7 @@ def read_base(suite: Suite) -> nn.Module:
     """
     from axolotl.utils.dict import DictDefault
 
-    from ...planner.base import meta_base
+    from ...settings.meta_base import meta_base
 
     return meta_base(DictDefault({"base_model": suite.base_model, "torch_dtype": None}))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ...export.text import IGNORED
+from ...trained.calibration_text import IGNORED
 from ..tasks import Metric
 from ..tasks.answers import generate, overlap
 

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ...args import QTHABlock
 from ...errors import close_names
+from ...settings.args import QTHABlock
 from ..tasks import TASKS
 from .adapters import ADAPTERS, EQUAL, QTHA, has_budget
 from .block import Block

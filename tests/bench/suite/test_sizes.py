@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from axolotl_qtha import QTHAConfig
 from axolotl_qtha.bench.suite.adapters import ADAPTERS, QTHA, equal_rank, settings
 from axolotl_qtha.bench.suite.runner import Runner
-from axolotl_qtha.plan import count_lora_parameters
+from axolotl_qtha.tuner.sizes import count_lora_parameters
 
 from ...e2e.commands import QUICKSTART
 from .test_spec import suite

@@ -11,8 +11,8 @@ from axolotl.integrations.base import BasePlugin
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-import axolotl_qtha.saving
-from axolotl_qtha.folded import folding_each_time
+import axolotl_qtha.tuner.saving
+from axolotl_qtha.tuner.fold_cache import folding_each_time
 
 TOKENS = torch.arange(2, 34).reshape(2, 16)  # the prompts whose logits are compared
 
@@ -62,14 +62,14 @@ class KillAfter(TrainerCallback):
 
 
 def _kill_in_save(folder):
-    move = axolotl_qtha.saving._move
+    move = axolotl_qtha.tuner.saving._move
 
     def killed(source, target):
         if Path(target).name == folder:
             os.kill(os.getpid(), signal.SIGKILL)
         move(source, target)
 
-    axolotl_qtha.saving._move = killed
+    axolotl_qtha.tuner.saving._move = killed
 
 
 def _rank():

@@ -1,0 +1,132 @@
+"""All engines of this machine on one circuit, compared with Qiskit.
+
+Values are compared with Qiskit's `Statevector`, gradients with the parameter shift run exactly on Aer in double precision. Where
+the configuration asks for shots or noise, its values are compared with the exact ones of the same noise, in standard errors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from ..circuit import torch_engine
+from ..circuit.aer import Engine
+from ..circuit.ansatz import Ansatz
+from ..circuit.simulation import Simulation
+from ..tuner.backends import expectation_values
+
+STANDARD_ERRORS = 5.0
+REFERENCE = Simulation("aer")  # of the gradients
+
+
+@dataclass(frozen=True)
+class Row:
+    """How far one engine is off: the largest differences, and whether they are within the tolerance."""
+
+    engine: str
+    values: float
+    gradients: float | None  # None: not compared
+    unit: str  # of `values`: "" or "standard errors"
+    passed: bool
+
+
+def compare(ansatz: Ansatz, simulation: Simulation, tokens: int, tolerance: float, seed: int) -> Iterator[Row]:
+    """Yield a row for every engine present, on random angles within a turn."""
+    random = np.random.default_rng(seed)
+    z = random.uniform(-np.pi, np.pi, (tokens, ansatz.qubits))
+    angles = random.uniform(-np.pi, np.pi, (ansatz.rows, ansatz.qubits))
+    weights = random.normal(size=z.shape)
+    exact = Engine(ansatz, REFERENCE, None)
+    values = _statevector(ansatz, z, angles)
+    gradients = exact.gradients(weights, z, angles)
+    for name, dtype, device, how, plain in _engines(ansatz.qubits):
+        inputs = [torch.tensor(array, dtype=dtype, device=device, requires_grad=True) for array in (z, angles)]
+        with torch_engine.in_pytorch() if plain else nullcontext():
+            result = expectation_values(inputs[0], inputs[1], ansatz, how)
+            grads = torch.autograd.grad((result * torch.tensor(weights).to(result)).sum(), inputs)
+        off = _largest(result, values)
+        grads_off = max(_largest(grad, expected) for grad, expected in zip(grads, gradients, strict=True))
+        reference = how == REFERENCE  # its own gradients would be compared with themselves
+        yield Row(name, off, None if reference else grads_off, "", max(off, grads_off) <= tolerance)
+    if simulation.noise_model != "none" or simulation.shots is not None:
+        yield _sampled(ansatz, simulation, z, angles)
+
+
+def _engines(qubits: int) -> Iterator[tuple[str, torch.dtype, str, Simulation, bool]]:
+    """Yield name, dtype, device, simulation, and whether the exact engine is kept to PyTorch."""
+    from qiskit_aer import AerSimulator
+
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    for device in devices:
+        for dtype in (torch.float32, torch.float64):
+            kind = f"{device}, {str(dtype).removeprefix('torch.')}"
+            if torch_engine.fused(torch.empty(1, qubits, dtype=dtype, device=device)):
+                yield f"torch, {kind}, {'compiled' if device == 'cpu' else 'Triton'}", dtype, device, Simulation(), False
+            yield f"torch, {kind}, PyTorch", dtype, device, Simulation(), True
+    yield "aer, double", torch.float64, "cpu", REFERENCE, False
+    yield "aer, single", torch.float32, "cpu", Simulation("aer", precision="single"), False
+    if "GPU" in AerSimulator().available_devices():
+        yield "aer_gpu, double", torch.float64, "cpu", Simulation("aer_gpu"), False
+
+
+def _sampled(ansatz: Ansatz, simulation: Simulation, z: np.ndarray, angles: np.ndarray) -> Row:
+    """Compare shots with exact values of the same noise; without shots, where both are exact, Aer's two ways to get them."""
+    name = f"{simulation.backend}, noise_model {simulation.noise_model}, {simulation.shots or 'no'} shots"
+    on_cpu = dataclasses.replace(simulation, backend="aer", shots=None, precision="double")
+    exact = Engine(ansatz, on_cpu, None)
+    expected = exact.expectations(exact.gates.points(z, angles))
+    asked = expectation_values(torch.tensor(z), torch.tensor(angles), ansatz, simulation).numpy()
+    if simulation.shots is None:
+        off = float(np.abs(asked - expected).max())
+        return Row(name, off, None, "", off <= 1e-5)
+    # a value of +-1 has no spread; half a shot keeps rounding from counting as an infinity of standard errors
+    error = np.sqrt((1 - expected**2).clip(0) / simulation.shots) + 0.5 / simulation.shots
+    off = float((np.abs(asked - expected) / error).max())
+    return Row(name, off, None, "standard errors", off <= STANDARD_ERRORS)
+
+
+def _statevector(ansatz: Ansatz, z: np.ndarray, angles: np.ndarray) -> np.ndarray:
+    """Return <Z_i>, (tokens, n), from Qiskit's `Statevector`."""
+    from qiskit.quantum_info import Pauli, Statevector
+
+    circuit = ansatz.circuit()
+    observables = [Pauli("I" * (ansatz.qubits - 1 - i) + "Z" + "I" * i) for i in range(ansatz.qubits)]
+    flat = angles.reshape(-1)
+    rows = []
+    for token in z:
+        values = {p: (token if p.vector.name == "z" else flat)[p.index] for p in circuit.parameters}
+        state = Statevector(circuit.assign_parameters(values))
+        rows.append([state.expectation_value(observable).real for observable in observables])
+    return np.array(rows)
+
+
+def _largest(result: Tensor, expected: np.ndarray) -> float:
+    return float(np.abs(result.detach().cpu().double().numpy() - expected).max())
+
+
+def table(rows: list[Row], ansatz: Ansatz) -> Table:
+    """Return the comparison as a table."""
+    table = Table(title=f"{ansatz.qubits} qubits, {ansatz.layers} layers: largest differences from Qiskit")
+    for column in ("engine", "values", "gradients", ""):
+        table.add_column(column, justify="right" if column in ("values", "gradients") else "left")
+    for row in rows:
+        values = f"{row.values:.1f} {row.unit}" if row.unit else f"{row.values:.1e}"
+        gradients = "not compared" if row.gradients is None else f"{row.gradients:.1e}"
+        table.add_row(row.engine, values, gradients, "ok" if row.passed else "OFF")
+    return table
+
+
+def verdict(rows: list[Row], tolerance: float) -> str:
+    """Return the comparison in a sentence."""
+    failed = [row.engine for row in rows if not row.passed]
+    words = f"All within {tolerance:g}." if not failed else f"Off by more than {tolerance:g}: {'; '.join(failed)}."
+    if any(row.unit for row in rows):
+        words += f" With shots up to {STANDARD_ERRORS:g} standard errors pass as chance."
+    return words

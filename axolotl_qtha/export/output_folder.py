@@ -1,0 +1,93 @@
+"""Where an export goes: the whole folder at once, or nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from ..errors import refusal
+from ..tuner.saving import flush
+from .report import JSON
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def check(out: Path, overwrite: bool, inputs: list[Path]) -> None:
+    """Refuse an output folder that holds anything, before any work is done.
+
+    Args:
+        out: the folder to be written.
+        overwrite: whether an earlier export may be replaced.
+        inputs: folders that the export reads, which it must not replace.
+
+    Raises:
+        ValueError: naming --out.
+    """
+    target = out.resolve()
+    for folder in (*inputs, Path.cwd()):
+        if folder.exists() and (target == folder.resolve() or target in folder.resolve().parents):
+            raise refusal("--out", str(out), f"would replace {str(folder)!r}, which is in use", "a folder of its own")
+    if out.exists() and not out.is_dir():
+        raise refusal("--out", str(out), "is a file", "a folder that does not exist yet")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise refusal("--out", str(out), "is not empty", "another folder, or `--overwrite` to replace an earlier export")
+    if not (out / JSON).is_file():
+        raise refusal("--out", str(out), f"is no earlier export (it holds no {JSON}), and --overwrite would delete it", "another")
+
+
+@contextmanager
+def folder_for(out: Path) -> Iterator[Path]:
+    """Give a folder beside `out` to write to, which takes its name at the end, or goes if anything is raised.
+
+    Raises:
+        ValueError: naming --out, if the disk is full.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.exporting-", dir=out.parent))
+    try:
+        scratch.chmod(0o755)
+        yield scratch
+        for file in scratch.rglob("*"):
+            flush(file)
+        flush(scratch)
+        _take(scratch, out)
+    except (OSError, SafetensorError) as error:
+        if _number(error) in FULL:
+            works = "another disk, or a smaller export: `--format lora`"
+            raise refusal("--out", str(out), f"cannot be written ({error}); nothing was left there", works) from error
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _number(error: OSError | SafetensorError) -> int | None:
+    """Return the number of an operating system's error, which safetensors tells in words."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found.group(1)) if found else None
+
+
+def _take(scratch: Path, out: Path) -> None:
+    """Rename `scratch` to `out`; what was there goes once its successor is in place."""
+    if not out.exists():
+        os.rename(scratch, out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.replaced-", dir=out.parent))
+    os.rename(out, old)  # over the empty folder
+    try:
+        os.rename(scratch, out)
+    except OSError:
+        os.rename(old, out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""`axolotl qtha-hardware-eval`: a trained adapter on a device, beside simulations of it."""

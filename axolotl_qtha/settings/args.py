@@ -1,0 +1,190 @@
+"""The `qtha:` block of an Axolotl YAML, and the combinations it refuses.
+
+The block's keys are `QTHAConfig`'s fields plus `circuit_lr`, which concerns the optimiser and not the adapter. Axolotl
+drops unknown top-level keys without a word, so everything of ours is nested in one block that forbids them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+
+from ..circuit import noise
+from ..errors import close_names, refusal
+from ..ibm.options import refuse_secrets
+from ..tuner.config import QTHAConfig
+from . import parallel, quantization
+
+# LoRA keys that `adapter: qtha` does not read, and what to write instead.
+LORA_KEYS = {
+    "lora_r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "lora_target_modules": "target_modules",
+    "lora_modules_to_save": "modules_to_save",
+    "peft_layers_to_transform": "layers_to_transform",
+    "peft_layers_pattern": "layers_pattern",
+}
+# Keys that Axolotl would accept beside `adapter: qtha` and that would do nothing, or harm.
+REFUSED = {
+    "lora_target_linear": "write `qtha: {target_modules: all-linear}` instead",
+    "lora_mlp_kernel": "these kernels are LoRA's own; leave it out",
+    "lora_qkv_kernel": "these kernels are LoRA's own; leave it out",
+    "lora_o_kernel": "these kernels are LoRA's own; leave it out",
+    "lora_embedding_kernel": "these kernels are LoRA's own; leave it out",
+    "lora_rank_pattern": "all modules share `qtha: {rank: ...}`; leave it out",
+    "lora_alpha_pattern": "all modules share `qtha: {alpha: ...}`; leave it out",
+    "lora_target_parameters": "only modules can be adapted, with `qtha: {target_modules: ...}`; leave it out",
+    "lora_fan_in_fan_out": "GPT-2's transposed layers are recognised by themselves; leave it out",
+    "loraplus_lr_ratio": "LoRA+ knows LoRA's two matrices only; leave it out, and see `qtha: {circuit_lr: ...}`",
+    "peft_use_dora": "DoRA is another method; leave it out, or use `adapter: lora`",
+    "peft_use_rslora": "scale by `qtha: {alpha: ...}`; leave it out",
+    "peft_layer_replication": "leave it out",
+    "peft_init_lora_weights": "write `qtha: {init: kaiming}` or `tt_svd` instead",
+    "peft_trainable_token_indices": "train new tokens with `qtha: {modules_to_save: [embed_tokens, lm_head]}`",
+    "peft_ensure_weight_tying": "leave it out",
+    "peft": "its `loftq_config` is LoRA's own; leave it out",
+    "relora": "it merges LoRA's matrices as it trains; leave it out, or use `adapter: lora`",
+    "lisa_n_layers": "it trains the base model's own layers; leave it out",
+    "unfrozen_parameters": "the base stays frozen; train modules in full with `qtha: {modules_to_save: [...]}`",
+    "flash_attn_fuse_mlp": "it replaces the layers that carry adapters; leave it out",
+    "use_onebitllms": "it replaces the layers that carry adapters; leave it out",
+    "qat": "it replaces the layers that carry adapters; leave it out",
+    "quantize_moe_experts": "Axolotl has it for `adapter: lora` and `qlora` only; leave it out, experts then stay as they are",
+}
+DIAGNOSTICS_STEPS = 10
+# The angles (or their classical twin's weights), by the names the trainer sees.
+CIRCUIT_PARAMETERS = ["qtha_adapter.default.angles", "qtha_adapter.default.units", "qtha_adapter.default.scale"]
+
+
+class _Block(BaseModel):
+    """What the generated block adds to the plain fields."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    circuit_lr: float | None = Field(
+        default=None,
+        gt=0,
+        description="Learning rate of the circuit's angles (`quantum: silu`: of its classical twin). Default: learning_rate.",
+    )
+
+    diagnostics_steps: int = Field(
+        default=DIAGNOSTICS_STEPS,
+        strict=True,
+        ge=0,
+        description="Measure what circuit, cores and matrices do at every this many steps, for the trainer's log; 0: never.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_known(cls, data: Any) -> Any:
+        refuse_secrets(data, "qtha")
+        for key, value in data.items() if isinstance(data, dict) else ():
+            if key not in cls.model_fields:
+                close = close_names(str(key), cls.model_fields) or sorted(cls.model_fields)
+                raise refusal(key, value, "is not a key of the `qtha:` block", ", ".join(f"`{name}`" for name in close))
+        return data
+
+    @model_validator(mode="after")
+    def _values_work(self) -> _Block:
+        config = QTHAConfig(**self.adapter_settings())
+        if self.circuit_lr is not None and config.quantum in ("none", "frozen"):
+            raise refusal("circuit_lr", self.circuit_lr, f"has nothing to train with `quantum: {config.quantum}`", "leave it out")
+        if config.has_circuit and config.noise_model != "none":
+            noise.check(config.noise_model, config.rank)
+        if config.ibm is not None and config.ibm.is_fake:
+            noise.device(config.ibm.backend, config.rank, "ibm.backend", "`least_busy`, a device's name, or `fake:manila`")
+        return self
+
+    def adapter_settings(self) -> dict[str, Any]:
+        """Return the keys that were set, as arguments of `QTHAConfig`."""
+        return self.model_dump(exclude_none=True, exclude={"circuit_lr", "diagnostics_steps"})
+
+
+def _block_fields() -> dict[str, Any]:
+    hints = get_type_hints(QTHAConfig)
+    return {
+        field.name: (
+            hints[field.name],
+            # strict where a boolean would pass as a number; floats stay lax, since YAML reads 1e-3 as text
+            Field(
+                default=field.default, description=field.metadata["help"], strict=True if field.type.startswith("int") else None
+            ),
+        )
+        for field in dataclasses.fields(QTHAConfig)
+        if field.name in QTHAConfig.__annotations__
+    }
+
+
+QTHABlock = create_model("QTHABlock", __base__=_Block, __doc__="The `qtha:` block.", **_block_fields())
+
+
+class QTHAArgs(BaseModel):
+    """What the plugin adds to Axolotl's configuration."""
+
+    qtha: QTHABlock | None = Field(  # type: ignore[valid-type]
+        default=None, description="Quantum Tensor Hybrid Adaptation, read with `adapter: qtha`."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def qtha_check_and_connect(cls, data: Any) -> Any:
+        """Refuse what cannot work with `adapter: qtha`, and connect the block to Axolotl's own keys."""
+        if not isinstance(data, dict):
+            return data
+        refuse_secrets(data.get("qtha"), "qtha")
+        if data.get("adapter") != "qtha":
+            if data.get("qtha") is not None:
+                raise ValueError(
+                    f"qtha: the block has no effect with `adapter: {data.get('adapter')}`. "
+                    "What works: `adapter: qtha`, or no `qtha:` block."
+                )
+            return data
+        block = data.get("qtha")
+        block = block if isinstance(block, dict) else {}
+        _refuse(data, block)
+        parallel.connect(data)
+        quantization.connect(data)
+        data["merge_method"] = "legacy"  # the other method reads the adapter as LoRA and may write an unmerged base
+        if block.get("modules_to_save"):  # Axolotl asks for this key when tokens are added
+            data["lora_modules_to_save"] = block["modules_to_save"]
+        if block.get("circuit_lr") is not None:
+            groups = [group for group in data.get("lr_groups") or [] if group.get("name") != "qtha_circuit"]
+            lr = float(block["circuit_lr"])
+            data["lr_groups"] = [*groups, {"name": "qtha_circuit", "modules": CIRCUIT_PARAMETERS, "lr": lr}]
+        return data
+
+
+def adapter_settings(cfg: Any) -> dict[str, Any]:
+    """Return the adapter's settings that a validated Axolotl configuration names."""
+    return QTHABlock.model_validate(dict(cfg.qtha or {})).adapter_settings()
+
+
+def adapter_config(cfg: Any) -> QTHAConfig:
+    """Return the adapter that a validated Axolotl configuration describes."""
+    settings = {"seed": cfg.seed, **adapter_settings(cfg)}
+    return QTHAConfig(**settings, task_type="CAUSAL_LM", base_model_name_or_path=cfg.base_model)
+
+
+def _refuse(data: dict[str, Any], block: dict[str, Any]) -> None:
+    for key, ours in LORA_KEYS.items():
+        if (value := data.get(key)) and value != block.get(ours):
+            raise ValueError(f"{key}: {value!r} is not read by `adapter: qtha`. What works: `qtha: {{{ours}: {value}}}`.")
+    for key, advice in REFUSED.items():
+        if value := data.get(key):
+            raise ValueError(f"{key}: {value!r} does not work with `adapter: qtha`: {advice}.")
+    _refuse_reentrant(data)
+
+
+def _refuse_reentrant(data: dict[str, Any]) -> None:
+    """Refuse what Axolotl refuses for `adapter: qlora` alone: it is TRL that cannot do it."""
+    checkpointing = data.get("gradient_checkpointing_kwargs") or {}
+    gpus = (data.get("capabilities") or {}).get("n_gpu") or 1
+    reentrant = data.get("gradient_checkpointing") and checkpointing.get("use_reentrant")
+    if data.get("rl") and data.get("load_in_4bit") and reentrant and gpus > 1:
+        raise ValueError(
+            f"gradient_checkpointing_kwargs: {dict(checkpointing)!r} does not work with `rl:` and `load_in_4bit: true` on "
+            f"{gpus} GPUs. What works: `gradient_checkpointing_kwargs: {{use_reentrant: false}}`."
+        )

@@ -1,0 +1,1 @@
+"""Reading a trained adapter: its folder, the text it is looked at with, and what passes through it."""

@@ -1,0 +1,1 @@
+"""Around a training run: guards, checkpoints, diagnostics and the model card."""

@@ -1,0 +1,171 @@
+"""Checkpoints of a training run: which are complete, which fit the run, and how another number of ranks reads them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import zipfile
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from ..tuner.config import check_adapter_file
+from ..tuner.saving import SCRATCH
+
+UNIVERSAL = "_universal"  # how the folder of converted states ends
+ONE_RANKS_SHARD = "pytorch_model_fsdp.bin"
+KINDS = {"deepspeed": "`deepspeed:`", "fsdp": "`fsdp_version: 2`", "plain": "neither `deepspeed:` nor `fsdp_config:`"}
+
+
+def of_run(output_dir: str | Path) -> list[Path]:
+    """Return the checkpoints of a run, the latest last, complete or not."""
+    found = (path for path in Path(output_dir).glob("checkpoint-*") if path.name.rsplit("-", 1)[-1].isdigit())
+    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[-1]))
+
+
+def fault(folder: Path) -> str | None:
+    """Return why a checkpoint is not complete, or None.
+
+    transformers writes the adapter, the optimiser's states and the random generators, and `trainer_state.json` last; a run that
+    was killed in between leaves a folder that has the name of a checkpoint.
+    """
+    if any(folder.glob(f"**/{SCRATCH}*")):
+        return "its adapter was being saved"
+    for name in ("trainer_state.json", "adapter_config.json"):
+        try:
+            json.loads((folder / name).read_text())
+        except (OSError, ValueError):
+            return f"{name} is missing or cut off"
+    try:
+        check_adapter_file(folder)
+    except ValueError as error:
+        return str(error)
+    if not (folder / "adapter_model.safetensors").is_file():
+        return "adapter_model.safetensors is missing"
+    for path in folder.rglob("*"):  # PyTorch's files are archives, with the table of contents at the end
+        inside = path.relative_to(folder)
+        converted = inside.parts[0].endswith(UNIVERSAL)  # made anew where it was not finished
+        if path.suffix in (".pt", ".pth", ".bin") and not converted and not zipfile.is_zipfile(path):
+            return f"{inside} is cut off"
+    if (folder / ONE_RANKS_SHARD).exists():
+        return f"{ONE_RANKS_SHARD} was not yet taken out"
+    return _missing_rank(folder)
+
+
+def _missing_rank(folder: Path) -> str | None:
+    """Return which rank's file is not there, as far as the others tell."""
+    generators = {int(path.stem.rsplit("_", 1)[-1]) for path in folder.glob("rng_state_*.pth")}
+    states = [int(found[1]) for path in _optimiser_states(folder) if (found := re.search(r"zero_pp_rank_(\d+)_", path.name))]
+    ranks = max([*generators, *states], default=0) + 1
+    if generators or ranks > 1:  # one rank alone has no number
+        ranks = max(ranks, 2)
+        if missing := sorted(set(range(ranks)) - generators):
+            return f"rng_state_{missing[0]}.pth is missing"
+    if states and (missing := sorted(set(range(ranks)) - set(states))):
+        return f"the optimiser's states of rank {missing[0]} are missing"
+    if kind(folder) == "deepspeed" and not (folder / "latest").is_file():
+        return "latest is missing"
+    return None
+
+
+def _optimiser_states(folder: Path) -> list[Path]:
+    return list(folder.glob("global_step*/*zero_pp_rank_*_optim_states.pt"))
+
+
+def ranks_of(folder: Path) -> int | None:
+    """Return how many ranks wrote a DeepSpeed checkpoint; None for any other."""
+    return len(_optimiser_states(folder)) or None
+
+
+def kind(folder: Path) -> str | None:
+    """Return what wrote a checkpoint's optimiser states, a key of `KINDS`; None if there are none."""
+    if any(folder.glob("global_step*")):
+        return "deepspeed"
+    if (folder / "optimizer.bin").is_file():
+        return "fsdp"
+    return "plain" if (folder / "optimizer.pt").is_file() else None
+
+
+def set_aside_incomplete(output_dir: str | Path) -> list[tuple[Path, str]]:
+    """Rename incomplete checkpoints, so that none is taken for the latest; return the new names and what is wrong with each."""
+    moved = []
+    for folder in of_run(output_dir):
+        if why := fault(folder):
+            place, count = folder.with_name(f"incomplete-{folder.name}"), 1
+            while place.exists():
+                count += 1
+                place = folder.with_name(f"incomplete-{count}-{folder.name}")
+            folder.rename(place)
+            moved.append((place, why))
+    return moved
+
+
+def check(folder: Path, output_dir: str | Path, ours: str, stage: int) -> None:
+    """Refuse to continue from a checkpoint that is not complete, or was written by another way to share a run.
+
+    Args:
+        folder: what `resume_from_checkpoint` names.
+        output_dir: where other checkpoints of the run are.
+        ours: how this run is shared, a key of `KINDS`.
+        stage: this run's ZeRO stage.
+
+    Raises:
+        ValueError: naming the fault, and what works.
+    """
+    key = f"resume_from_checkpoint: {str(folder)!r}"
+    if not folder.is_dir():
+        raise ValueError(f"{key} is no folder. What works: {_others(output_dir, folder)}.")
+    if not (folder / "trainer_state.json").is_file() and not re.fullmatch(r"checkpoint-\d+", folder.name):
+        raise ValueError(
+            f"{key} is no checkpoint: it has no trainer_state.json. What works: {_others(output_dir, folder)}, or "
+            "`lora_model_dir:` to train an adapter on from step 0."
+        )
+    if why := fault(folder):
+        raise ValueError(f"{key} is not complete: {why}. What works: {_others(output_dir, folder)}.")
+    theirs = kind(folder)
+    if theirs is not None and theirs != ours:
+        raise ValueError(
+            f"{key} was written with {KINDS[theirs]}, the YAML has {KINDS[ours]}: the optimiser's states would be left out. What "
+            f"works: {KINDS[theirs]}, or `lora_model_dir: {folder}` to start at step 0 with its adapter."
+        )
+    sharded = any(folder.glob("global_step*/zero_pp_rank_*_model_states.pt"))
+    if theirs == "deepspeed" and sharded != (stage == 3):
+        written = "ZeRO-3" if sharded else "ZeRO-1 or 2"
+        raise ValueError(
+            f"{key} was written with {written}, `deepspeed:` names stage {stage}: DeepSpeed cannot turn one into the other. What "
+            f"works: {written}, or `lora_model_dir: {folder}` to start at step 0 with its adapter."
+        )
+
+
+def _others(output_dir: str | Path, folder: Path) -> str:
+    complete = [path for path in of_run(output_dir) if path != folder and fault(path) is None]
+    return f"the last complete one, {str(complete[-1])!r}" if complete else "to start anew, as no checkpoint here is complete"
+
+
+def for_another_number_of_ranks(deepspeed: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings with which DeepSpeed reads a checkpoint that `convert` has converted."""
+    return {**deepspeed, "checkpoint": {**(deepspeed.get("checkpoint") or {}), "load_universal": True}}
+
+
+def convert(folder: Path) -> None:
+    """Write DeepSpeed's universal form beside the states of each rank, once: one file a parameter, for any number of ranks."""
+    marker = folder / "latest_universal"
+    if marker.is_file():
+        return
+    from deepspeed.checkpoint.ds_to_universal import main
+
+    step = (folder / "latest").read_text().strip()
+    output = folder / f"{step}{UNIVERSAL}"
+    shutil.rmtree(output, ignore_errors=True)  # of a conversion that was killed
+    main(
+        Namespace(
+            input_folder=str(folder / step),
+            output_folder=str(output),
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=True,
+        )
+    )

@@ -1,0 +1,256 @@
+"""The model card that is written with an adapter or an export: the README.md of its folder, in Hugging Face's format.
+
+It is composed of settings of `QTHAConfig` that are named here one by one and of `facts.Facts`, never of a dump of the YAML.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..circuit.ansatz import Ansatz
+from ..settings.public_facts import Facts, Source, choice, facts_of, plain
+from ..tuner.config import QTHAConfig
+from ..tuner.sizes import adapter_shape, compared, count_lora_parameters, count_parameters
+
+__all__ = ["Facts", "Source", "facts_of", "make_card", "shown", "write_card"]
+
+Kind = Literal["adapter", "lora", "merged"]
+FILE = "README.md"
+# Settings of the adapter that a card shows.
+SETTINGS = ("rank", "alpha", "dropout", "target_modules", "exclude_modules", "layers_to_transform", "modules_to_save", "seed")
+CORE_SETTINGS = ("bond_dim", "mid_dim", "num_cores", "in_factors", "out_factors", "init", "core_gain")
+CIRCUIT_SETTINGS = ("angle_scale", "gate_order", "quantum_backend", "shots", "noise_model", "precision", "gradient")
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
+FOLDER = "PATH/TO/THIS/FOLDER"
+WIDTH = 110  # columns of the circuit's drawing
+
+BRANCHES = {
+    "qtha": "and a small simulated quantum circuit",
+    "qwthn": "multiplied by a small simulated quantum circuit",
+    "frozen": "and a small simulated quantum circuit, random and not trained,",
+    "silu": "and a small classical network in the place of the quantum circuit",
+    "none": "without a quantum circuit",
+}
+
+
+def make_card(
+    config: QTHAConfig,
+    facts: Facts,
+    sizes: list[tuple[int, int]],
+    kind: Kind = "adapter",
+    measured: Mapping[str, Any] | None = None,
+) -> ModelCard:
+    """Return the card of an adapter, or of what was exported from one.
+
+    Args:
+        config: of the QTHA adapter, with bond_dim and mid_dim settled.
+        facts: of its training.
+        sizes: (in_features, out_features) of every adapted layer.
+        kind: what the folder holds: the adapter, a plain LoRA, or the base with an export merged in.
+        measured: of an export: surrogate, constant, rank, text, fitted_tokens, predicted_tokens; by model (base, qtha, export)
+            perplexity, kl_nats_per_token and top1_agreement (a share of 1); perplexity_gain_kept (a share of 1, or None).
+    """
+    rank = int((measured or {}).get("rank", config.rank)) if kind == "lora" else config.rank
+    sections = [
+        _introduction(config, facts, kind),
+        _export(measured) if measured and kind != "adapter" else "",
+        _loading(config, facts, kind, rank),
+        _parameters(config, sizes, kind, rank),
+        _circuit(config, kind) if config.has_circuit else "",
+        _training(config, facts),
+        "## Licence\n\nNone is set: whoever publishes this chooses one, within the terms of the base model and of the data.",
+        "## Framework versions\n\n" + "\n".join(f"- {name} {version}" for name, version in facts.versions.items()),
+    ]
+    text = "\n\n".join(section for section in sections if section)
+    return ModelCard(f"---\n{_metadata(config, facts, kind).to_yaml()}\n---\n\n{text}\n")
+
+
+def write_card(card: ModelCard, folder: str | os.PathLike[str]) -> None:
+    """Write the folder's README.md, all of it at once."""
+    scratch = Path(folder, f".{FILE}-{os.getpid()}")
+    try:
+        card.save(scratch)
+        os.replace(scratch, Path(folder, FILE))
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _metadata(config: QTHAConfig, facts: Facts, kind: Kind) -> ModelCardData:
+    on_hub = facts.base.place == "hub"
+    tags = [
+        "qtha",
+        "axolotl",
+        "tensor-network",
+        *(["quantum-machine-learning"] if config.has_circuit and kind == "adapter" else []),
+    ]
+    tags += ["lora"] if kind == "lora" else []
+    tags += [f"base_model:adapter:{facts.base.name}"] if on_hub and kind != "merged" else []
+    return ModelCardData(
+        base_model=facts.base.name if on_hub else None,
+        datasets=[data.name for data in facts.datasets if data.place == "hub"] or None,
+        library_name="transformers" if kind == "merged" else "peft",
+        pipeline_tag="text-generation" if config.task_type == "CAUSAL_LM" else None,
+        tags=tags,
+    )
+
+
+def _introduction(config: QTHAConfig, facts: Facts, kind: Kind) -> str:
+    networks = "two tensor networks (matrix product operators)" if config.mpo == "tt" else "two matrices"
+    method = (
+        "[QTHA](https://arxiv.org/abs/2503.12790) (Quantum Tensor Hybrid Adaptation) adapter: "
+        f"{networks} {BRANCHES[config.quantum]} beside each adapted linear layer, which stays frozen."
+    )
+    name = facts.base.name or "a local model"
+    title, what = {
+        "adapter": (f"QTHA adapter of {name}", f"A {method}"),
+        "lora": (f"LoRA of {name}, exported from a QTHA adapter", f"A plain LoRA adapter that stands in for a {method}"),
+        "merged": (f"{name} with a QTHA adapter merged in", f"A model with a stand-in merged into its weights for a {method}"),
+    }[kind]
+    return f"# {title}\n\n{what}\n\nBase model: {facts.base}."
+
+
+def _export(measured: Mapping[str, Any]) -> str:
+    perplexity, kl, same = (measured[key] for key in ("perplexity", "kl_nats_per_token", "top1_agreement"))
+    head = ("model", "perplexity", "KL(QTHA, model)", "same first choice as QTHA")
+    rows = [
+        (name, f"{perplexity[key]:,.3f}", f"{kl[key]:.3g}", f"{same[key]:.1%}")
+        for key, name in (("base", "base"), ("qtha", "base with the QTHA adapter"), ("export", "this export"))
+    ]
+    kept = measured["perplexity_gain_kept"]
+    verdict = "The adapter did not lower the perplexity of this text: there is no gain to keep."
+    if kept is not None:
+        verdict = f"The export keeps {kept:.1%} of the perplexity that the adapter gained over the base."
+    surrogate = choice(measured["surrogate"], ("exact", "linear", "wide", "distilled"))
+    return (
+        f"## Exported from a QTHA adapter\n\nSurrogate: `{surrogate}`, fitted to {measured['fitted_tokens']:,} tokens. Constants "
+        f"of the fit: {plain(measured['constant'])}. Measured on {measured['predicted_tokens']:,} held-out tokens of "
+        f"{plain(measured['text'])}; KL in nats per token.\n\n{_table(head, rows)}\n\n{verdict}"
+    )
+
+
+def _loading(config: QTHAConfig, facts: Facts, kind: Kind, rank: int) -> str:
+    base = facts.base.loadable
+    load = f'AutoModelForCausalLM.from_pretrained("{FOLDER if kind == "merged" else base}")'
+    peft = f'model = PeftModel.from_pretrained({load}, "{FOLDER}")'
+    imports = "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM"
+    settings = {"base_model": base, "plugins": ["axolotl_qtha.QTHAPlugin"], "adapter": "qtha", "lora_model_dir": FOLDER}
+    if kind == "adapter":
+        return (
+            "## How to load\n\nWith PEFT and the Python package `axolotl_qtha`:\n\n"
+            + _block("python", f"import axolotl_qtha  # makes the method known to PEFT\n{imports}\n\n{peft}")
+            + "\n\nWith [Axolotl](https://github.com/axolotl-ai-cloud/axolotl), in the YAML of a training or evaluation:\n\n"
+            + _block("yaml", _yaml(settings | {"qtha": shown(config)}))
+        )
+    if kind == "merged":
+        code = f"from transformers import AutoModelForCausalLM\n\nmodel = {load}"
+        with_, serve = "transformers", f"vllm serve {FOLDER}"
+    else:
+        code, with_ = f"{imports}\n\n{peft}", "PEFT"
+        most = next((most for most in VLLM_RANKS if most >= rank), None)
+        serve = f"vllm serve {base} --enable-lora --lora-modules qtha={FOLDER} --max-lora-rank {most}" if most else ""
+        serve = "" if config.modules_to_save else serve  # which vLLM refuses
+    text = f"## How to load\n\nWith {with_}; `axolotl_qtha` is not needed:\n\n{_block('python', code)}"
+    text += f"\n\nWith vLLM{' (if it has no biases)' if kind == 'lora' else ''}:\n\n{_block('bash', serve)}" if serve else ""
+    return f"{text}\n\nSettings of the QTHA adapter it was exported from:\n\n{_block('yaml', _yaml({'qtha': shown(config)}))}"
+
+
+def shown(config: QTHAConfig) -> dict[str, Any]:
+    """Return the settings of the adapter that a card shows, as the `qtha:` block has them."""
+    keys = [*SETTINGS, "mpo", *(CORE_SETTINGS if config.mpo == "tt" else ()), "quantum"]
+    keys += ["circuit_layers"] if config.quantum != "none" else []
+    keys += CIRCUIT_SETTINGS if config.has_circuit else ()
+    saved = config.to_dict()  # which names no device: whoever loads it has another account, or none
+    values = {key: saved[key] for key in keys}
+    values = {key: sorted(value) if isinstance(value, (set, list, tuple)) else value for key, value in values.items()}
+    return {key: value for key, value in values.items() if value is not None and not _has_path(value)}
+
+
+def _has_path(value: Any) -> bool:
+    return any("/" in str(item) for item in (value if isinstance(value, list) else [value]))
+
+
+def _parameters(config: QTHAConfig, sizes: list[tuple[int, int]], kind: Kind, rank: int) -> str:
+    ours, lora = count_parameters(config, sizes), count_lora_parameters(config.rank, sizes)
+    rows = [
+        ("this adapter" if kind == "adapter" else "the QTHA adapter", f"{ours:,}"),
+        (f"LoRA of rank {config.rank} on the same {len(sizes)} layers", f"{lora:,}"),
+    ]
+    if kind == "lora":
+        rows.append((f"this LoRA, rank {rank}", f"{count_lora_parameters(rank, sizes):,}"))
+    text = f"QTHA trains {compared(ours, lora)} than LoRA of the same rank."
+    if config.has_circuit and (angles := sum(adapter_shape(config, *size).parts.get("branch", 0) for size in sizes)):
+        text += f" {angles:,} of its parameters are angles of the circuits."
+    if config.modules_to_save:
+        text += f" Not counted are modules trained in full: {', '.join(f'`{name}`' for name in sorted(config.modules_to_save))}."
+    return f"## Trainable parameters\n\n{_table(('', 'parameters'), rows)}\n\n{text}"
+
+
+def _circuit(config: QTHAConfig, kind: Kind) -> str:
+    again = (
+        f" The circuit has {config.circuit_layers} such layers, with angles of their own." if config.circuit_layers > 1 else ""
+    )
+    return (
+        f"## Circuit{'' if kind == 'adapter' else ' of the QTHA adapter'}\n\n"
+        f"One layer on {config.rank} qubits: `z` are the {config.rank} numbers of the bottleneck, `theta` the angles, ■ marks a "
+        "gate's control, and the expectation values of Z are read out. Every adapted layer of the model has its own circuit."
+        f"{again}\n\n" + _block("text", _drawing(Ansatz(config.rank, 1, config.gate_order)))
+    )
+
+
+@cache
+def _drawing(ansatz: Ansatz) -> str:
+    from ..circuit.draw import text
+
+    return "\n".join(line.rstrip() for line in text(ansatz, WIDTH).splitlines())
+
+
+def _circuits(config: QTHAConfig) -> str | None:
+    """Return what ran the circuits of a training on IBM Quantum, None for others; neither account nor instance."""
+    if (ibm := config.simulation.ibm) is None:
+        return None
+    some = f"{ibm.tokens_per_step} tokens of each forward pass on `{ibm.backend}`, {ibm.executions:,} shots"
+    return f"{some}, gradient by {ibm.gradient}; the others simulated exactly"
+
+
+def _training(config: QTHAConfig, facts: Facts) -> str:
+    rows = {
+        "data": ", ".join(map(str, facts.datasets)) or None,
+        "evaluated on": ", ".join(map(str, facts.evaluated_on)) or None,
+        "method": facts.method,
+        "base quantised to": facts.quantisation,
+        "precision": facts.precision,
+        "sequence length": facts.sequence_length,
+        "sequences per step": facts.batch,
+        "optimiser": facts.optimizer,
+        "learning rate": facts.learning_rate,
+        "learning rate of the circuit": facts.circuit_lr,
+        "schedule": facts.scheduler,
+        "circuits": _circuits(config),
+        "seed": facts.seed,
+        "steps": facts.steps,
+        "epochs": facts.epochs and round(facts.epochs, 4),
+        "last training loss": facts.train_loss and round(facts.train_loss, 4),
+        f"evaluation loss at step {facts.eval_step}": facts.eval_loss and round(facts.eval_loss, 4),
+        "best step, loaded at the end": facts.best_step,
+    }
+    return "## Training\n\n" + _table(("", "value"), [(key, f"{value}") for key, value in rows.items() if value is not None])
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [head, ("---", *("---:" for _ in head[1:])), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _block(language: str, text: str) -> str:
+    return f"```{language}\n{text.rstrip()}\n```"
+
+
+def _yaml(values: dict[str, Any]) -> str:
+    return yaml.safe_dump(values, sort_keys=False, width=100, default_flow_style=None)

@@ -1,0 +1,1 @@
+"""The QTHA method as PEFT has methods (`peft/tuners/...`), with PyTorch and PEFT alone."""

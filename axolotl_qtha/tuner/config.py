@@ -1,0 +1,348 @@
+"""QTHAConfig: the one object that describes an adapter, with or without Axolotl.
+
+The `qtha:` block of an Axolotl YAML is generated from these fields (see `args.py`), so a key is described once, here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from peft import PeftConfig
+
+from ..circuit.ansatz import GATE_ORDERS, MAX_QUBITS
+from ..circuit.simulation import Backend, Gradient, Precision, Simulation
+from ..errors import refusal
+from ..ibm.options import IBMOptions
+from .peft_type import QTHA
+
+Quantum = Literal["qtha", "none", "silu", "frozen", "qwthn"]
+TensorNetwork = Literal["tt", "none"]
+AngleScale = Literal["raw", "learned", "tanh"]
+GateOrder = Literal["2025-06", "2025-05"]
+CoreGain = Literal["balanced", "none"]
+Init = Literal["kaiming", "tt_svd"]
+MAX_SHOTS = 1_000_000  # as Aer itself
+MAX_CORES = 12  # more would split any layer into factors of 2 and 1
+# How circuits are run is no part of a trained adapter: it may be loaded and run in another way.
+SIMULATION_KEYS = ("quantum_backend", "shots", "seed_simulator", "noise_model", "precision", "gradient", "ibm")
+CIRCUIT_MODES = ("qtha", "frozen", "qwthn")  # values of `quantum` that run a circuit
+
+
+def _key(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class QTHAConfig(PeftConfig):
+    """Configuration of a QTHA adapter.
+
+    Raises:
+        ValueError: if a value, or a combination of values, cannot work.
+    """
+
+    rank: int = _key(
+        8,
+        "Width r of the adapter's bottleneck, the rank of its linear part; also the number of qubits, so at most "
+        f"{MAX_QUBITS} with a circuit.",
+    )
+    alpha: float = _key(16.0, "The adapter's output is scaled by alpha / rank, as in LoRA.")
+    dropout: float = _key(0.0, "Dropout probability on the adapter's input, in [0, 1).")
+    param_budget: float | None = _key(
+        None,
+        "Trainable parameters as a share of LoRA of the same rank on the same modules. Picks bond_dim and mid_dim, "
+        "whichever is not set. Default 0.24 (the paper's 76 % fewer) unless both are set.",
+    )
+    bond_dim: int | None = _key(None, "Bond dimension chi of the matrix product operators. Default: from param_budget.")
+    mid_dim: int | None = _key(
+        None, "Width m between each matrix product operator and the rank-r maps, at least rank. Default: from param_budget."
+    )
+    num_cores: int = _key(2, "Number of cores K of each matrix product operator.")
+    in_factors: dict[int, list[int]] | None = _key(
+        None,
+        "How to factorise input sizes into K cores, as {size: [factors]}, e.g. {3584: [64, 56]}. "
+        "Sizes not named are factorised as evenly as possible.",
+    )
+    out_factors: dict[int, list[int]] | None = _key(None, "The same for output sizes.")
+    target_modules: list[str] | str | None = _key(
+        "all-linear",
+        "Modules to adapt: a list of name endings, a regular expression for whole names, or `all-linear` "
+        "(every linear layer but the output head).",
+    )
+    exclude_modules: list[str] | str | None = _key(None, "Modules to leave out: a list of name endings or a regular expression.")
+    layers_to_transform: list[int] | int | None = _key(
+        None, "Indices of the transformer layers to adapt. Not together with a regular expression in target_modules."
+    )
+    layers_pattern: list[str] | str | None = _key(
+        None, "Name of the model's list of layers, if not found by itself (`layers`, `h`, ...)."
+    )
+    modules_to_save: list[str] | None = _key(
+        None, "Further modules to train in full and save with the adapter, e.g. [embed_tokens, lm_head] after adding tokens."
+    )
+    quantum: Quantum = _key(
+        "qtha",
+        "The branch beside the linear one: `qtha` trained circuit, `frozen` random circuit that is not trained, `silu` "
+        "classical network of the same wiring and size, `none` no branch (exactly a low-rank adapter), `qwthn` the "
+        "paper's first version (product instead of sum).",
+    )
+    mpo: TensorNetwork = _key("tt", "`tt`: matrix product operators; `none`: full r-wide matrices, as LoRA.")
+    circuit_layers: int = _key(2, "Layers L of the circuit (4 * rank * L angles). The authors use L = rank.")
+    angle_scale: AngleScale = _key(
+        "tanh",
+        "How the bottleneck's z becomes radians: `raw` z itself, as the authors (wraps around), `learned` z times a "
+        "trained scale per qubit, `tanh` pi * tanh(z / pi), bounded to (-pi, pi).",
+    )
+    gate_order: GateOrder = _key(
+        "2025-06",
+        "Order of the gates: `2025-06` the authors' present one; `2025-05` their earlier one, whose last ring of "
+        "rank angles has no effect and no gradient.",
+    )
+    init: Init = _key(
+        "kaiming",
+        "`kaiming`: random cores, as the authors, scaled so that z starts with unit variance; `tt_svd`: cores from the "
+        "leading singular directions of the pre-trained weight (TensorLy). Both start as an exact no-op.",
+    )
+    core_gain: CoreGain = _key(
+        "balanced",
+        "`balanced`: cores are stored divided by a constant, so that at one learning rate they learn as fast as "
+        "LoRA's matrices; `none`: stored as they are, as the authors (wants a 3 to 10 times larger learning rate).",
+    )
+    quantum_backend: Backend = _key(
+        "torch",
+        "What runs the circuit: `torch`, the exact simulator of this project (compiled, or fused on a GPU); `aer` or `aer_gpu`, "
+        "Qiskit Aer: thousands of times slower, for shots, noise and second opinions; `ibm`, a device of IBM Quantum, or a fake "
+        "one, see `ibm`.",
+    )
+    shots: int | None = _key(None, "Aer: measurements per circuit. Default: exact expectation values.")
+    seed_simulator: int | None = _key(
+        None, "Aer: seed of the shots, which are a function of it, the angles and the rank; `ibm`: of the draws. Default: seed."
+    )
+    noise_model: str = _key(
+        "none",
+        "Aer: `none`, `depolarizing` (0.001 after each RY, 0.01 after each CX, a CRZ being two CX), or `fake:` and the name of "
+        "an IBM device, e.g. `fake:manila`: its gates, coupling and measured noise (needs the `ibm` extra).",
+    )
+    precision: Precision | None = _key(None, "Aer: `single` or `double` precision. Default: double.")
+    gradient: Gradient | None = _key(
+        None,
+        "Aer: `parameter_shift`, from shifted circuits run in the same way, exact in expectation; or `adjoint`, the exact "
+        "engine's, without noise and shots, at no extra circuits. Default: parameter_shift.",
+    )
+    ibm: IBMOptions | None = _key(
+        None,
+        "`quantum_backend: ibm`: which device, how, and what it may cost, as a block of keys of its own, e.g. "
+        "`{backend: least_busy, max_qpu_seconds: 60}`. Never saved with the adapter.",
+    )
+    seed: int | None = _key(None, "Seed of the adapter's initial values. Default: Axolotl's `seed`, else 42.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = QTHA
+        for key in ("target_modules", "exclude_modules"):
+            if isinstance(value := getattr(self, key), (list, tuple)):
+                setattr(self, key, set(value))
+        for key in ("in_factors", "out_factors"):  # JSON knows string keys only
+            if isinstance(value := getattr(self, key), dict):
+                setattr(self, key, {int(size): [int(i) for i in sizes] for size, sizes in value.items()})
+        if isinstance(self.ibm, dict):
+            self.ibm = IBMOptions.model_validate(self.ibm)
+        if self.quantum_backend == "ibm" and self.ibm is None:
+            self.ibm = IBMOptions()
+        if self.seed is None:
+            self.seed = 42
+        self._check_values()
+        self._check_combinations()
+
+    @property
+    def scaling(self) -> float:
+        """The factor alpha / rank of the adapter's output."""
+        return self.alpha / self.rank
+
+    @property
+    def has_circuit(self) -> bool:
+        """Whether the quantum branch runs a circuit."""
+        return self.quantum in CIRCUIT_MODES
+
+    @property
+    def simulation(self) -> Simulation:
+        """How the circuit is run."""
+        if self.quantum_backend == "torch":
+            return Simulation()
+        seed = self.seed if self.seed_simulator is None else self.seed_simulator
+        assert seed is not None
+        if self.quantum_backend == "ibm":
+            return Simulation("ibm", seed=seed, ibm=self.ibm)
+        return Simulation(
+            self.quantum_backend,
+            self.shots,
+            seed,
+            self.noise_model,
+            self.precision or "double",
+            self.gradient or "parameter_shift",
+        )
+
+    def run_as(self, other: QTHAConfig) -> None:
+        """Take over from another configuration how circuits are run."""
+        for key in SIMULATION_KEYS:
+            setattr(self, key, getattr(other, key))
+        self._check_simulation()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings that are saved.
+
+        The `ibm:` block says who pays and how much: it is left out, and the adapter then loads on the exact simulator.
+        """
+        result = super().to_dict()
+        result.pop("ibm")
+        if self.quantum_backend == "ibm":
+            result["quantum_backend"] = "torch"
+        return result
+
+    def _check_values(self) -> None:
+        choices: dict[str, Any] = {
+            "quantum": Quantum,
+            "mpo": TensorNetwork,
+            "angle_scale": AngleScale,
+            "gate_order": GateOrder,
+            "init": Init,
+            "core_gain": CoreGain,
+            "quantum_backend": Backend,
+        }
+        assert set(get_args(GateOrder)) == set(GATE_ORDERS)
+        for key, kind in choices.items():
+            if (value := getattr(self, key)) not in get_args(kind):
+                raise refusal(key, value, "is not a choice", ", ".join(f"`{choice}`" for choice in get_args(kind)))
+        for key in ("rank", "bond_dim", "mid_dim", "num_cores", "circuit_layers"):
+            value = getattr(self, key)
+            if value is None and key in ("bond_dim", "mid_dim"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise refusal(key, value, "is not a positive whole number", f"`{key}: 8`")
+        for key, kind in {"precision": Precision, "gradient": Gradient}.items():
+            if (value := getattr(self, key)) is not None and value not in get_args(kind):
+                raise refusal(key, value, "is not a choice", ", ".join(f"`{choice}`" for choice in get_args(kind)))
+        if self.shots is not None and (type(self.shots) is not int or not 1 <= self.shots <= MAX_SHOTS):
+            raise refusal("shots", self.shots, f"is not a whole number from 1 to {MAX_SHOTS:,}", "`shots: 1024`, or none: exact")
+        if self.num_cores > MAX_CORES:
+            raise refusal("num_cores", self.num_cores, f"is more than {MAX_CORES}", "`num_cores: 2`")
+        for key in ("seed", "seed_simulator"):
+            value = getattr(self, key)
+            if (value is not None or key == "seed") and (type(value) is not int or not 0 <= value < 2**32):
+                raise refusal(key, value, "is not a whole number from 0 to 2**32 - 1", f"`{key}: 42`")
+        if self.has_circuit and self.rank > MAX_QUBITS:
+            raise refusal(
+                "rank",
+                self.rank,
+                f"is one qubit per rank, more than the {MAX_QUBITS} that `quantum: {self.quantum}` can simulate",
+                f"`rank: {MAX_QUBITS}` or less, or `quantum: none` or `silu` with any rank",
+            )
+        if not 0 <= self.dropout < 1:
+            raise refusal("dropout", self.dropout, "is not a probability below 1", "`dropout: 0.05`")
+        if not 0 < self.alpha < math.inf:
+            raise refusal("alpha", self.alpha, "is not a positive number", "`alpha: 16`")
+        if self.param_budget is not None and not 0 < self.param_budget <= 1:
+            raise refusal("param_budget", self.param_budget, "is not a share in (0, 1]", "`param_budget: 0.24`")
+
+    def _check_combinations(self) -> None:
+        if self.mid_dim is not None and self.mid_dim < self.rank:
+            raise refusal(
+                "mid_dim",
+                self.mid_dim,
+                f"is below rank {self.rank}: the adapter could not reach its rank",
+                f"`mid_dim: {self.rank}`",
+            )
+        for key in ("in_factors", "out_factors"):
+            for size, factors in (getattr(self, key) or {}).items():
+                if len(factors) != self.num_cores or any(i < 1 for i in factors) or math.prod(factors) < size:
+                    raise refusal(
+                        key,
+                        {size: factors},
+                        f"is not {self.num_cores} (num_cores) positive factors whose product is {size}, or more to pad",
+                        f"leave {size} out, or e.g. `num_cores: 2` with `{{3584: [64, 56]}}`",
+                    )
+                if math.prod(factors) >= 2 * size:
+                    raise refusal(key, {size: factors}, f"has a product of {math.prod(factors)}, not {size}", f"leave {size} out")
+        if self.mpo == "none":
+            for key in ("param_budget", "bond_dim", "mid_dim", "in_factors", "out_factors"):
+                if (value := getattr(self, key)) is not None:
+                    raise refusal(key, value, "needs the matrix product operators, which `mpo: none` leaves out", "`mpo: tt`")
+            if self.init == "tt_svd":
+                raise refusal("init", self.init, "decomposes into cores, which `mpo: none` leaves out", "`mpo: tt`")
+        self._check_simulation()
+        is_regex = isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear"
+        if is_regex and self.layers_to_transform is not None:
+            raise refusal(
+                "layers_to_transform",
+                self.layers_to_transform,
+                "has no effect beside a regular expression in target_modules",
+                "name the layers in the expression, or give target_modules as a list",
+            )
+
+    def _check_simulation(self) -> None:
+        if self.quantum_backend != "torch" and not self.has_circuit:
+            why = f"has no circuit to run with `quantum: {self.quantum}`"
+            raise refusal("quantum_backend", self.quantum_backend, why, "leave it out")
+        if self.ibm is not None and self.quantum_backend != "ibm":
+            why = f"has no effect with `quantum_backend: {self.quantum_backend}`"
+            raise refusal("ibm", self.ibm.backend, why, "`quantum_backend: ibm`, or no `ibm:` block")
+        for key in SIMULATION_KEYS[1:-1] if self.quantum_backend in ("torch", "ibm") else ():
+            if (value := getattr(self, key)) in (None, "none") or (self.quantum_backend == "ibm" and key == "seed_simulator"):
+                continue
+            if self.quantum_backend == "torch":
+                why, works = "is Aer's: `quantum_backend: torch` is exact", f"leave {key} out, or `quantum_backend: aer`"
+            else:
+                ours = f"`ibm: {{{key}: ...}}`" if key in IBMOptions.model_fields else "a device has its own noise: leave it out"
+                why, works = "is Aer's, not of `quantum_backend: ibm`", ours
+            raise refusal(key, value, why, works)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
+        """Read a saved configuration; a damaged adapter file beside it is an error here, before any weight is touched."""
+        check_adapter_file(Path(pretrained_model_name_or_path))
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+
+def check_adapter_file(folder: Path) -> None:
+    """Refuse a truncated, corrupt or foreign `adapter_model.safetensors` in `folder`; no file at all passes.
+
+    Raises:
+        ValueError: if the file's header cannot be read or it holds no QTHA tensors.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is corrupt or truncated ({error}). What works: an adapter folder copied whole, or an earlier "
+            "checkpoint-* folder of the run."
+        ) from error
+    if not any("qtha_adapter" in name for name in names):
+        raise ValueError(
+            f"{path} holds no QTHA adapter: its tensors are {names[:3]}... What works: a folder written by `adapter: qtha`."
+        )
+
+
+def differences(saved: QTHAConfig, wanted: dict[str, Any]) -> list[str]:
+    """Return `key: saved value, wanted value` for each of `wanted`'s keys whose value differs from the saved one."""
+    current = json.loads(json.dumps(saved.to_dict(), default=_plain))
+    asked = json.loads(json.dumps(wanted, default=_plain))
+    rows = []
+    for key, value in asked.items():
+        have = current.get(key)
+        if isinstance(have, list) and isinstance(value, list):
+            have, value = sorted(have), sorted(value)
+        if have != value:
+            rows.append(f"qtha.{key}: the adapter was made with {have!r}, the YAML says {value!r}")
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)

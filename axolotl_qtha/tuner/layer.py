@@ -1,0 +1,182 @@
+"""QTHALinear: a frozen linear layer with QTHA adapters.
+
+```
+ x (.., d) --MPO_A--> u (.., m) --W_A--> z (.., r) --+--circuit--> q = <Z_i> --W_Q--+
+                                                     |                             (+)--> h (.., r)
+                                                     +-------------W_C-------------+
+ h --W_B--> v (.., m) --MPO_B--> (.., o)             y = y0 + (alpha / r) * MPO_B W_B h
+```
+
+Everything outside the circuit is linear and passes through r numbers, so tokens never go through the cores: A = W_A MPO_A
+(r x d) and B = MPO_B W_B (o x r) are contracted once per forward, at a cost that does not depend on the number of tokens.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..circuit.torch_engine import NonFiniteAngle
+from ..errors import refusal
+from ..settings.quantization import backend
+from .adapter import QTHAAdapter
+from .config import QTHAConfig
+from .sizes import adapter_shape
+
+
+class QTHALayer(BaseTunerLayer):
+    """What PEFT needs to know of an adapted layer: its adapters by name."""
+
+    adapter_layer_names = ("qtha_adapter",)
+    other_param_names = ()
+
+    def __init__(self, base_layer: nn.Module, **quantization: Any) -> None:
+        self.base_layer = base_layer
+        self.name = type(self).__name__  # in errors; its place in the model, once it has one
+        self.quantization_backend = backend(self.get_base_layer(), **quantization)
+        self.qtha_adapter = nn.ModuleDict()
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.in_features, self.out_features = layer_sizes(self.get_base_layer())
+
+    def update_layer(self, adapter_name: str, config: QTHAConfig, seed: int) -> None:
+        """Add an adapter, or reset the one of this name."""
+        weight = self._dense_weight() if config.init == "tt_svd" else None
+        shape = adapter_shape(config, self.in_features, self.out_features)
+        self.qtha_adapter[adapter_name] = QTHAAdapter(config, shape, seed, weight)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _dense_weight(self) -> Tensor | None:
+        """Return the frozen weight as (out_features, in_features), dequantised, or None on the meta device."""
+        layer = self.get_base_layer()
+        if any(parameter.device.type == "meta" for parameter in layer.parameters()):
+            return None
+        try:
+            with whole(layer):
+                weight = self.get_base_weight().detach().clone()
+        except (TypeError, NotImplementedError) as error:
+            raise refusal(
+                "init", "tt_svd", f"reads the frozen weights, and {type(layer).__name__} cannot give them", "`init: kaiming`"
+            ) from error
+        return weight.T if isinstance(layer, Conv1D) else weight
+
+
+class QTHALinear(nn.Module, QTHALayer):
+    """A frozen `nn.Linear` (or GPT-2's `Conv1D`) with QTHA adapters."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: QTHAConfig, seed: int, **quantization: Any) -> None:
+        """Wrap a frozen layer; `quantization` is what PEFT's quantisation backends need to know of the model."""
+        super().__init__()
+        QTHALayer.__init__(self, base_layer, **quantization)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, seed)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the layer's output (.., out_features) in the base layer's dtype."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return result
+        if self.quantization_backend is not None:
+            self._refuse_cut_gradient(x, result)
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        for name in self.active_adapters:
+            if name in self.qtha_adapter:
+                result = result + self._change(name, x).to(result.dtype)
+        return result
+
+    def _change(self, name: str, x: Tensor) -> Tensor:
+        """Return what an adapter adds; its errors name this layer."""
+        try:
+            change: Tensor = self.qtha_adapter[name](x)
+        except NonFiniteAngle as error:
+            raise NonFiniteAngle(f"{self.name}: {error}") from None
+        return change
+
+    def _refuse_cut_gradient(self, x: Tensor, result: Tensor) -> None:
+        """Refuse to train on a frozen layer without a backward pass: the adapters before it would learn the wrong gradient."""
+        if x.requires_grad and torch.is_grad_enabled() and not result.requires_grad:
+            layer = self.get_base_layer()
+            kind = f"{type(layer).__name__} with {type(getattr(layer, 'weight', None)).__name__}"
+            raise ValueError(
+                f"the base is quantised in a way that passes no gradient on ({kind}), so nothing before it can be trained. "
+                "What works: a weight-only quantisation, such as `load_in_4bit: true` on the full-precision base."
+            )
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """Return the change of the weight that equals the adapter, in the base weight's layout.
+
+        Raises:
+            ValueError: unless the adapter is linear (`quantum: none`).
+        """
+        adapter: QTHAAdapter = self.qtha_adapter[adapter_name]  # type: ignore[assignment]
+        refuse_nonlinear_merge(adapter_name, adapter.config)
+        delta = adapter.fold_b() @ adapter.effective("w_c") @ adapter.fold_a()
+        return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add linear adapters into the frozen weight; with `safe_merge`, not if the sum holds NaN or infinity."""
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.qtha_adapter:
+                continue
+            refuse_quantised_merge(self)
+            weight = self.get_base_weight()
+            merged = (weight + self.get_delta_weight(name)).to(weight.dtype)
+            if safe_merge and not bool(merged.isfinite().all()):
+                raise ValueError(f"merging adapter {name!r} gives NaN or infinite weights; nothing was merged.")
+            self.set_base_weight(merged)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Take merged adapters out of the weight again (up to rounding)."""
+        while self.merged_adapters:
+            weight = self.get_base_weight()
+            self.set_base_weight((weight - self.get_delta_weight(self.merged_adapters.pop())).to(weight.dtype))
+
+
+def whole(module: nn.Module) -> AbstractContextManager[Any]:
+    """Gather a module's parameters if ZeRO-3 has partitioned them; to be called on every rank."""
+    parameters = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
+    if not parameters:
+        return nullcontext()
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    result: AbstractContextManager[Any] = GatheredParameters(parameters)
+    return result
+
+
+def layer_sizes(layer: nn.Module) -> tuple[int, int]:
+    """Return (in_features, out_features) from the layer's attributes; a sharded weight's shape would not tell."""
+    if isinstance(layer, Conv1D):
+        return layer.nx, layer.nf
+    return int(layer.in_features), int(layer.out_features)  # type: ignore[arg-type]
+
+
+def refuse_nonlinear_merge(adapter_name: str, config: QTHAConfig, yaml: str = "CONFIG.yml", out: str = "FOLDER") -> None:
+    """Refuse to merge an adapter that no change of the weight can express; the message has the command for these files."""
+    if config.quantum != "none":
+        raise ValueError(
+            f"adapter {adapter_name!r} has `quantum: {config.quantum}`, which is not linear in x: no merged weight equals it, "
+            f"and none was written. What works: `axolotl qtha-export {yaml} --format merged --out {out}`, which merges the "
+            "closest linear adapter and says what that costs; the adapter unmerged; or `qtha: {quantum: none}`, which merges "
+            "exactly."
+        )
+
+
+def refuse_quantised_merge(layer: QTHALayer) -> None:
+    """Refuse to merge into a quantised weight, where rounding to a few bits would take most of the adapter away again."""
+    if layer.quantization_backend is not None:
+        raise ValueError(
+            f"the base is quantised ({layer.quantization_backend.backend_name}): merging would round the adapter to its bits; "
+            "nothing was merged. What works: merge on the full-precision base, as `axolotl merge-lora` does, which loads "
+            "`base_model` with `load_in_4bit: false`; where that is a quantised checkpoint, name the one it was made from."
+        )

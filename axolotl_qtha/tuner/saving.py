@@ -1,0 +1,114 @@
+"""Complete adapter folders or none: every save is checked as it lies on the disk before it takes the old one's place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..errors import IncompleteAdapter
+from .adapter import QTHAAdapter
+
+SCRATCH = ".saving-"  # folders in which a save was not finished
+WEIGHTS = "adapter_model.safetensors"
+
+
+def guard(model: PeftModel) -> None:
+    """Have the model's `save_pretrained` write complete adapter folders, or raise `IncompleteAdapter`."""
+    model.save_pretrained = partial(_save, model)  # type: ignore[method-assign]  # kept when FSDP2 changes the class
+
+
+def _save(model: PeftModel, save_directory: str | Path, *args: Any, is_main_process: bool = True, **kwargs: Any) -> None:
+    """Do as PEFT's `save_pretrained` does, in a folder beside the files, and put these in place once they are complete.
+
+    Raises:
+        IncompleteAdapter: if a tensor is missing, of another shape, or not finite; nothing is replaced then.
+    """
+    write: Any = partial(type(model).save_pretrained, model)
+    if not is_main_process:
+        write(str(save_directory), *args, is_main_process=False, **kwargs)
+        return
+    folder = Path(save_directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as name:
+        scratch = Path(name)
+        if (card := folder / "README.md").is_file():  # PEFT adds to the one that is there
+            shutil.copy2(card, scratch)
+        write(str(scratch), *args, **kwargs)
+        for adapter in model.peft_config:
+            path = scratch / ("" if adapter == "default" else adapter) / WEIGHTS
+            if path.is_file():  # not one of `selected_adapters` otherwise
+                check(load_file(path), expected(model, adapter), folder)
+        _move(scratch, folder)
+
+
+def expected(model: PeftModel, adapter: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors that the saved adapter holds, by name; modules_to_save included."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, QTHAAdapter) and path.endswith(f".{adapter}"):
+            tensors, path = module.state_names(), path.removesuffix(f".{adapter}")
+        elif isinstance(module, AuxiliaryTrainingWrapper) and adapter in (kept := getattr(module, "modules_to_save", {})):
+            tensors = dict(kept[adapter].named_parameters())
+        else:
+            continue
+        shapes |= {f"{path}.{name}": _whole_shape(tensor) for name, tensor in tensors.items()}
+    return shapes
+
+
+def _whole_shape(tensor: Tensor) -> tuple[int, ...]:
+    """Return the shape a tensor has when it is not partitioned by ZeRO-3; FSDP2's tensors know it."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def check(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
+    """Refuse tensors that are not the whole adapter.
+
+    Args:
+        tensors: what would be saved, by name.
+        shapes: what belongs into the file; further tensors (embeddings that were resized) are let through.
+        folder: where it would be saved, for the message.
+
+    Raises:
+        IncompleteAdapter: naming the first tensors at fault.
+    """
+    faults = [f"{name} is missing" for name in shapes if name not in tensors]
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != shapes.get(name, tuple(tensor.shape)) or not tensor.numel():
+            faults.append(f"{name} has shape {tuple(tensor.shape)} instead of {shapes.get(name, 'any entries')}")
+        elif tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            faults.append(f"{name} holds NaN or infinite values")
+    if faults:
+        raise IncompleteAdapter(
+            f"{str(folder)!r}: {len(faults)} of {len(shapes)} adapter tensors are not fit to be saved: {'; '.join(faults[:3])}. "
+            "Nothing was written; what lay there before is as it was. What works: for NaN, an earlier checkpoint with a smaller "
+            "learning_rate or max_grad_norm; for missing or empty tensors, saving on all ranks at once, as Axolotl does."
+        )
+
+
+def _move(source: Path, target: Path) -> None:
+    """Move files into a folder, each at once and only after it has reached the disk."""
+    for file in sorted(path for path in source.rglob("*") if path.is_file()):
+        place = target / file.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        flush(file)
+        os.replace(file, place)
+    flush(target)
+
+
+def flush(path: Path) -> None:
+    """Have a file or folder reach the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,234 @@
+"""Counting parameters and meeting a parameter budget, from sizes alone: nothing here touches a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from ..circuit.ansatz import Ansatz
+from ..errors import refusal
+from .config import QTHAConfig
+from .mpo import Factors, MPOShape, factorize
+
+DEFAULT_BUDGET = 0.24
+LARGEST_MID = 8  # mid_dim is searched up to this many times the rank
+
+
+@dataclass(frozen=True)
+class AdapterShape:
+    """Every size inside the adapter of one linear layer of shape (out_features, in_features)."""
+
+    in_features: int
+    out_features: int
+    rank: int
+    mpo_a: MPOShape | None  # in_features -> mid_dim; None with `mpo: none`
+    mpo_b: MPOShape | None  # mid_dim -> out_features
+    branch_rows: int  # rows of `rank` numbers that drive the branch: angles, or the weights of `silu`
+    has_branch: bool
+    trains_branch: bool
+    learns_scale: bool
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Trainable parameters by part."""
+        r = self.rank
+        if self.mpo_a is None or self.mpo_b is None:
+            parts = {"a": r * self.in_features, "b": r * self.out_features}
+        else:
+            parts = {
+                "mpo_a": self.mpo_a.num_parameters,
+                "w_a": r * self.mpo_a.outputs.padded,
+                "w_b": r * self.mpo_b.inputs.padded,
+                "mpo_b": self.mpo_b.num_parameters,
+            }
+        parts["w_c"] = r * r
+        if self.has_branch:
+            parts["w_q"] = r * r
+        if self.trains_branch:
+            parts["branch"] = r * self.branch_rows
+        if self.learns_scale:
+            parts["scale"] = r
+        return parts
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trainable parameters."""
+        return sum(self.parts.values())
+
+
+def ansatz(config: QTHAConfig) -> Ansatz:
+    """Return the circuit of a configuration."""
+    return Ansatz(config.rank, config.circuit_layers, config.gate_order)
+
+
+def _branch_rows(config: QTHAConfig) -> int:
+    """Rows of the branch's (rows, rank) table. The classical twin `silu` has as many as the circuit it stands in for."""
+    if config.has_circuit:
+        return ansatz(config).rows
+    return 4 * config.circuit_layers if config.quantum == "silu" else 0
+
+
+def adapter_shape(config: QTHAConfig, in_features: int, out_features: int) -> AdapterShape:
+    """Return the sizes of the adapter on a (out_features, in_features) layer; bond_dim and mid_dim must be set."""
+    mpo_a = mpo_b = None
+    if config.mpo == "tt":
+        assert config.bond_dim is not None
+        assert config.mid_dim is not None
+        mid = factorize(config.mid_dim, config.num_cores)
+        mpo_a = MPOShape(mid, _factors(config.in_factors, in_features, config.num_cores), config.bond_dim)
+        mpo_b = MPOShape(_factors(config.out_factors, out_features, config.num_cores), mid, config.bond_dim)
+    return AdapterShape(
+        in_features,
+        out_features,
+        config.rank,
+        mpo_a,
+        mpo_b,
+        branch_rows=_branch_rows(config),
+        has_branch=config.quantum != "none",
+        trains_branch=config.quantum in ("qtha", "qwthn", "silu"),
+        learns_scale=config.has_circuit and config.angle_scale == "learned",
+    )
+
+
+def _factors(given: dict[int, list[int]] | None, size: int, cores: int) -> Factors:
+    if given and size in given:
+        return Factors(size, tuple(given[size]))
+    return factorize(size, cores)
+
+
+def count_parameters(config: QTHAConfig, sizes: Iterable[tuple[int, int]]) -> int:
+    """Return the trainable parameters on layers of the given (in_features, out_features)."""
+    return sum(adapter_shape(config, *size).num_parameters for size in sizes)
+
+
+def count_lora_parameters(rank: int, sizes: Iterable[tuple[int, int]]) -> int:
+    """Return the trainable parameters of LoRA of the same rank on the same layers."""
+    return sum(rank * (inputs + outputs) for inputs, outputs in sizes)
+
+
+def resolve(config: QTHAConfig, sizes: list[tuple[int, int]]) -> QTHAConfig:
+    """Return the configuration with bond_dim and mid_dim set, as large as param_budget allows.
+
+    Args:
+        config: the adapter's configuration.
+        sizes: (in_features, out_features) of every adapted layer.
+
+    Raises:
+        ValueError: if no bond_dim and mid_dim meet the budget; names the smallest budget that can be met.
+    """
+    for key, index in (("in_factors", 0), ("out_factors", 1)):
+        named, present = getattr(config, key) or {}, {size[index] for size in sizes}
+        if unused := sorted(set(named) - present):
+            raise refusal(
+                key, {size: named[size] for size in unused}, "names sizes no adapted layer has", f"sizes of {sorted(present)}"
+            )
+    if config.mpo == "none":
+        return config
+    lora = count_lora_parameters(config.rank, sizes)
+    if config.bond_dim is not None and config.mid_dim is not None:
+        total = count_parameters(config, sizes)
+        if config.param_budget is not None and total > config.param_budget * lora:
+            raise refusal(
+                "param_budget",
+                config.param_budget,
+                f"is below bond_dim {config.bond_dim} and mid_dim {config.mid_dim}: {total:,} parameters of LoRA's {lora:,}",
+                _advice(total, lora, "leave bond_dim or mid_dim out"),
+            )
+        return config
+    budget = DEFAULT_BUDGET if config.param_budget is None else config.param_budget
+    mids = list(_mid_dims(config)) if config.mid_dim is None else [config.mid_dim]
+    bonds = [1] if config.bond_dim is None else [config.bond_dim]
+    smallest = min(
+        (replace(config, mid_dim=mid, bond_dim=bond, param_budget=None) for mid in mids for bond in bonds),
+        key=lambda candidate: count_parameters(candidate, sizes),
+    )
+    if (total := count_parameters(smallest, sizes)) > budget * lora:
+        raise refusal(
+            "param_budget",
+            budget,
+            f"cannot be met at rank {config.rank} on these {len(sizes)} modules (LoRA: {lora:,} parameters)",
+            _advice(total, lora, f"a larger rank, wider target_modules or another num_cores (the least here: {total:,})"),
+        )
+    best = max(
+        (candidate for mid in mids if (candidate := _largest(config, mid, sizes, budget * lora)) is not None),
+        key=_preference,
+    )
+    return replace(config, bond_dim=best.bond_dim, mid_dim=best.mid_dim)
+
+
+def _mid_dims(config: QTHAConfig) -> Iterator[int]:
+    """Yield the widths from rank up that split evenly over the cores."""
+    for mid in range(config.rank, LARGEST_MID * config.rank + 1):
+        factors = factorize(mid, config.num_cores)
+        if factors.padded == mid and factors.sizes[0] <= 2 * factors.sizes[-1]:
+            yield mid
+
+
+def _largest(config: QTHAConfig, mid: int, sizes: list[tuple[int, int]], limit: float) -> QTHAConfig | None:
+    """Return the configuration of this mid_dim with the largest bond_dim within the limit, or None."""
+
+    def candidate(bond: int) -> QTHAConfig:
+        return replace(config, mid_dim=mid, bond_dim=bond, param_budget=None)
+
+    def fits(bond: int) -> bool:
+        return count_parameters(candidate(bond), sizes) <= limit
+
+    if config.bond_dim is not None:
+        return candidate(config.bond_dim) if fits(config.bond_dim) else None
+    if not fits(1):
+        return None
+    low, high = 1, 2
+    most = max(max(size) for size in sizes) * mid  # no bond can fill more
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return candidate(low)
+
+
+def _preference(config: QTHAConfig) -> tuple[int, int]:
+    """Order candidates of one budget: the widest bond first, then the widest middle."""
+    assert config.bond_dim is not None
+    assert config.mid_dim is not None
+    return config.bond_dim, config.mid_dim
+
+
+def _advice(total: int, lora: int, otherwise: str) -> str:
+    """Say which param_budget would do, if one can: shares above 1 are not accepted."""
+    share = math.ceil(1e4 * total / lora - 1e-9) / 1e4  # rounded up, so that the printed value works
+    return f"`param_budget: {share}`, or {otherwise}" if total <= lora else otherwise
+
+
+def compared(total: int, lora: int) -> str:
+    """Return how many parameters fewer or more than LoRA's, in per cent."""
+    return f"{abs(1 - total / lora):.1%} {'fewer' if total <= lora else 'more'}"
+
+
+def describe(config: QTHAConfig, sizes: list[tuple[int, int]]) -> list[str]:
+    """Return lines for the log: what was chosen, the parameters against LoRA's, and which sizes were padded."""
+    total, lora = count_parameters(config, sizes), count_lora_parameters(config.rank, sizes)
+    network = "full matrices (mpo: none)" if config.mpo == "none" else f"bond_dim {config.bond_dim}, mid_dim {config.mid_dim}"
+    lines = [
+        f"QTHA on {len(sizes)} modules: rank {config.rank}, {network}, quantum: {config.quantum}; {total:,} trainable "
+        f"parameters, {compared(total, lora)} than LoRA of the same rank ({lora:,})."
+    ]
+    if config.mpo == "tt":
+        shapes = {size: adapter_shape(config, *size) for size in sorted(set(sizes))}
+        factors = {
+            f for shape in shapes.values() if shape.mpo_a and shape.mpo_b for f in (shape.mpo_a.inputs, shape.mpo_b.outputs)
+        }
+        for factor in sorted(factors, key=lambda f: f.size):
+            split = " x ".join(str(i) for i in factor.sizes)
+            note = f" (padded to {factor.padded}: {factor.size} does not split evenly)" if factor.padded != factor.size else ""
+            lines.append(f"  size {factor.size} -> {split}{note}")
+        share = 1 - sum(shapes[size].parts["mpo_a"] + shapes[size].parts["mpo_b"] for size in sizes) / total
+        if share > 0.5:
+            lines.append(
+                f"  {share:.0%} of the parameters are in rank-sized matrices and angles. On layers this narrow fewer "
+                "target_modules (the MLP's) or fewer circuit_layers leave the tensor networks more."
+            )
+    if config.has_circuit and config.gate_order == "2025-05":
+        lines.append(f"  gate_order 2025-05: the last ring's {config.rank} angles have no effect and get no gradient.")
+    return lines

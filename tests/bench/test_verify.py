@@ -1,0 +1,95 @@
+"""`axolotl qtha-verify`: it passes on what is right, and finds what is wrong."""
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from axolotl_qtha.bench.verify import compare
+from axolotl_qtha.circuit import native, torch_engine
+from axolotl_qtha.circuit.ansatz import Ansatz
+from axolotl_qtha.circuit.simulation import Simulation
+from axolotl_qtha.cli import verify
+
+from ..e2e.commands import write_config
+
+
+def rows(simulation=Simulation()):  # noqa: B008 (frozen)
+    return {row.engine: row for row in compare(Ansatz(3, 2), simulation, tokens=3, tolerance=1e-5, seed=0)}
+
+
+def test_every_engine_of_this_machine_passes():
+    found = rows()
+    expected = {"torch, cpu, float32, PyTorch", "torch, cpu, float64, PyTorch", "aer, double", "aer, single"}
+    if native.library() is not None:
+        expected |= {"torch, cpu, float32, compiled", "torch, cpu, float64, compiled"}
+    assert {name for name in found if "cuda" not in name and "gpu" not in name} == expected
+    assert all(row.passed for row in found.values())
+    for name, row in found.items():
+        limit = 1e-12 if "float64" in name or "double" in name else 1e-5
+        assert row.values <= limit
+        assert row.gradients is None or row.gradients <= limit
+
+
+@pytest.mark.parametrize("noise_model", ["none", "depolarizing", "fake:manila"])
+def test_shots_and_noise_are_compared_in_standard_errors(noise_model):
+    simulation = Simulation("aer", shots=500, noise_model=noise_model)
+    row = rows(simulation)[f"aer, noise_model {noise_model}, 500 shots"]
+    assert row.unit == "standard errors"
+    assert row.passed
+    assert 0 < row.values <= 5
+
+
+def test_a_wrong_value_is_found(monkeypatch):
+    right = torch_engine.Run.expectations
+    monkeypatch.setattr(torch_engine.Run, "expectations", lambda self, state: right(self, state) + 2e-5)
+    off = [name for name, row in rows().items() if not row.passed]
+    assert off == ["torch, cpu, float32, PyTorch", "torch, cpu, float64, PyTorch"]
+
+
+def test_a_wrong_gradient_is_found(monkeypatch):
+    right = torch_engine.Run.gradients
+
+    def wrong(self, psi, grad):
+        grad_z, grad_angles = right(self, psi, grad)
+        return grad_z, grad_angles * torch.tensor([1.0, 1.0, 1.001]).to(grad_angles)
+
+    monkeypatch.setattr(torch_engine.Run, "gradients", wrong)
+    off = {name: row for name, row in rows().items() if not row.passed}
+    assert set(off) == {"torch, cpu, float32, PyTorch", "torch, cpu, float64, PyTorch"}
+    assert all(row.values <= 1e-5 < row.gradients for row in off.values())
+
+
+def test_biased_shots_are_found(monkeypatch):
+    from axolotl_qtha.circuit.aer import Engine
+
+    right = Engine.expectations
+
+    def biased(self, angles):
+        return right(self, angles) + (0.2 if self.simulation.shots else 0.0)
+
+    monkeypatch.setattr(Engine, "expectations", biased)
+    found = rows(Simulation("aer", shots=1000))
+    assert [name for name, row in found.items() if not row.passed] == ["aer, noise_model none, 1000 shots"]
+
+
+def test_command(tmp_path, monkeypatch):
+    config = str(write_config(tmp_path, qtha={"quantum_backend": "aer", "shots": 200, "rank": 2}))
+    done = CliRunner().invoke(verify, [config, "--tokens", "2"])
+    assert done.exit_code == 0, done.output
+    assert "All within 1e-05." in done.output
+    assert "standard errors" in done.output
+    done = CliRunner().invoke(verify, [config, "--tolerance", "1e-18"])
+    assert done.exit_code == 1
+    assert "Off by more than 1e-18: torch, cpu, float32, " in done.output
+    done = CliRunner().invoke(verify, [str(write_config(tmp_path, qtha={"quantum": "silu"}))])
+    assert done.exit_code == 1
+    assert "runs no circuit" in done.output
+
+
+def test_random_angles_follow_the_seed():
+    def values(seed):
+        return [row.values for row in compare(Ansatz(2, 1), Simulation(), tokens=2, tolerance=1e-5, seed=seed)]
+
+    assert np.array_equal(values(0), values(0))
+    assert not np.array_equal(values(0), values(1))

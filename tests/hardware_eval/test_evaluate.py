@@ -1,0 +1,210 @@
+"""What a hardware evaluation says, against definitions written down here, and circuits whose errors are known."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from axolotl_qtha.circuit.aer import Engine
+from axolotl_qtha.circuit.simulation import Simulation
+from axolotl_qtha.hardware_eval.evaluate import (
+    DEVICE,
+    EXACT,
+    NOISE,
+    SHOTS,
+    chosen,
+    circuits_of,
+    evaluate,
+    facts,
+    ratio_error,
+    ways,
+)
+from axolotl_qtha.hardware_eval.report import Evaluation, model_table, qubit_table, verdict
+from axolotl_qtha.ibm.journal import Journal
+from axolotl_qtha.ibm.options import IBMOptions
+from axolotl_qtha.ibm.runner import Runner
+from axolotl_qtha.ibm.service import connect
+from axolotl_qtha.planner.show import console
+from axolotl_qtha.trained.calibration_text import IGNORED, Sequence
+from axolotl_qtha.tuner.sizes import ansatz
+
+from ..export_models import sequences, text_pass
+from ..models import adapted, llama, train
+
+SHOTS_GIVEN = 512
+OPTIONS = IBMOptions(backend="fake:manila", shots=SHOTS_GIVEN, resilience_level=0)
+QUBITS = 2
+
+
+@pytest.fixture(scope="module")
+def model():
+    return train(adapted(llama(), quantum="qtha", rank=QUBITS, circuit_layers=1, target_modules=["o_proj"]))
+
+
+@pytest.fixture(scope="module")
+def text():
+    """Six sequences of which the first third is a prompt."""
+    return [Sequence(row.ids, [IGNORED] * (len(row.ids) // 3) + row.ids[len(row.ids) // 3 :]) for row in sequences(6)]
+
+
+@pytest.fixture(scope="module")
+def device(model, tmp_path_factory):
+    journal = Journal(tmp_path_factory.mktemp("journal"))
+    yield Runner(ansatz(model.peft_config["default"]), OPTIONS, connect(OPTIONS, QUBITS), journal)
+    journal.close()
+
+
+@pytest.fixture(scope="module")
+def found(model, text, device):
+    return {way.name: way for way in evaluate(text_pass(model, text), device, ways(device, Simulation()), None)}
+
+
+def answers(model, text):
+    """Return log-likelihood, tokens, and first choices of each answer, in float64 and without padding."""
+    result = []
+    for sequence in text:
+        with torch.no_grad():
+            logs = model(input_ids=torch.tensor([sequence.ids])).logits[0, :-1].double().log_softmax(-1)
+        labels = torch.tensor(sequence.labels[1:])
+        wanted = labels != IGNORED
+        likely = logs[wanted].gather(1, labels[wanted][:, None]).sum()
+        result.append((float(likely), int(wanted.sum()), logs[wanted].argmax(1), logs[wanted]))
+    return result
+
+
+def test_exact_circuits_are_the_model_itself(model, text, found):
+    expected = answers(model, text)
+    perplexity = np.exp(-sum(part[0] for part in expected) / sum(part[1] for part in expected))
+    assert found[EXACT].perplexity == pytest.approx(perplexity, rel=1e-5)  # float32 logits in batches of other shapes
+    assert (found[EXACT].difference, found[EXACT].kl, found[EXACT].answer_agreement) == (0, 0, 1)
+    assert found[EXACT].deviation is None
+
+
+def test_circuits_with_known_errors(model, text, device):
+    """<Z> of the first qubit is off by 0.3, that of the second by noise: figures by definition, the model's own by hand."""
+    exact = Engine(device.ansatz, Simulation("aer"), None)
+    noise = np.random.default_rng(0)
+    offsets = []
+
+    def off(points):
+        offsets.append(np.stack([np.full(len(points), 0.3), noise.normal(0, 0.2, len(points))], axis=1))
+        return exact.expectations(points) + offsets[-1], np.full((len(points), QUBITS), 0.1)
+
+    result = {way.name: way for way in evaluate(text_pass(model, text), device, {EXACT: None, "off": off}, None)}["off"]
+    all_offsets = np.concatenate(offsets)
+    tolerance = 1e-5  # <Z> in float32
+    assert result.deviation.bias == pytest.approx(all_offsets.mean(axis=0), abs=tolerance)
+    assert result.deviation.std == pytest.approx(all_offsets.std(axis=0), abs=tolerance)
+    assert result.deviation.worst == pytest.approx(np.abs(all_offsets).max(axis=0), abs=tolerance)
+    assert result.deviation.standard_error == pytest.approx([0.1] * QUBITS)
+    assert len(all_offsets) == sum(circuits_of(text_pass(model, text), None)) * 2, "each token in both layers"
+
+
+def test_a_constant_error_does_to_the_model_what_it_does_by_hand(model, text, device):
+    """All <Z> are zero: the same as an adapter whose W_Q is zero."""
+    result = evaluate(text_pass(model, text), device, {EXACT: None, "zero": lambda p: (np.zeros((len(p), 2)),) * 2}, None)[1]
+    exact = answers(model, text)
+    fusions = [value for name, value in model.named_parameters() if name.endswith("w_q") or "w_q" in name]
+    kept = [value.detach().clone() for value in fusions]
+    with torch.no_grad():
+        for value in fusions:
+            value.zero_()
+    without = answers(model, text)
+    with torch.no_grad():
+        for value, before in zip(fusions, kept, strict=True):
+            value.copy_(before)
+    counts = np.array([part[1] for part in exact])
+    off = np.array([part[0] for part in without]) - [part[0] for part in exact]
+    assert result.difference == pytest.approx(off.sum() / counts.sum(), rel=1e-3, abs=1e-6)
+    assert abs(result.difference) > 1e-5
+    assert result.standard_error == pytest.approx(ratio_error(off, counts), rel=1e-3)
+    same = [(a[2] == b[2]).double().mean() for a, b in zip(exact, without, strict=True)]
+    tokens = sum(int((a[2] == b[2]).sum()) for a, b in zip(exact, without, strict=True))
+    assert result.token_agreement == pytest.approx(tokens / counts.sum(), abs=1.01 / counts.sum())
+    assert result.answer_agreement == pytest.approx(np.mean([value == 1 for value in same]), abs=1.01 / len(text))
+    kl = sum(float((a[3].exp() * (a[3] - b[3])).sum()) for a, b in zip(exact, without, strict=True)) / counts.sum()
+    assert result.kl == pytest.approx(kl, rel=1e-2)
+
+
+def test_shots_alone_scatter_as_shots_do(found):
+    """Of about 150 values each: a bias within 5 standard errors, and a spread within a quarter of the binomial one."""
+    deviation = found[SHOTS].deviation
+    for bias, std, error in zip(deviation.bias, deviation.std, deviation.standard_error, strict=True):
+        assert abs(bias) < 5 * error / np.sqrt(100)
+        assert std == pytest.approx(error, rel=0.25)
+        assert error <= SHOTS_GIVEN**-0.5
+
+
+def test_the_device_is_off_by_its_noise_and_the_noise_model_says_so(found):
+    """A simulated device and its noise model are one and the same, but for the shots."""
+    device, model = found[DEVICE].deviation, found[NOISE].deviation
+    count = 100
+    for i in range(QUBITS):
+        spread = np.hypot(device.std[i], model.std[i]) / np.sqrt(count)
+        assert abs(device.bias[i] - model.bias[i]) < 5 * spread
+        assert device.std[i] == pytest.approx(model.std[i], rel=0.3)
+    shots = found[SHOTS].deviation
+    assert np.hypot(device.bias, device.std).sum() > 1.2 * np.hypot(shots.bias, shots.std).sum(), "the noise is there"
+
+
+def test_the_noise_model_of_a_device_is_qiskits(device):
+    """The same circuits by Aer's own `from_backend`, read out exactly: within 5 standard errors of the shots."""
+    exact = Engine(device.ansatz, Simulation("aer", noise_model="fake:manila"), None)
+    points = np.random.default_rng(1).uniform(-3, 3, (40, len(device.isa.gates.kinds)))
+    values, errors = ways(device, Simulation(seed=3))[NOISE](points)
+    assert np.abs((values - exact.expectations(points)) / np.maximum(errors, 1e-3)).max() < 5
+
+
+def test_last_tokens_of_each_sequence():
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]]).bool()
+    assert chosen(mask, None).equal(mask)
+    assert chosen(mask, 2).equal(torch.tensor([[0, 1, 1, 0], [0, 0, 1, 1], [1, 0, 0, 0]]).bool())
+
+
+def test_the_error_of_a_ratio():
+    """Equal groups: that of a mean. Otherwise: the spread over many draws, of which the formula is the limit for many groups."""
+    values = np.array([1.0, 4.0, 2.0, 7.0])
+    assert ratio_error(3 * values, np.full(4, 3)) == pytest.approx(values.std(ddof=1) / 2)
+    assert ratio_error(values[:1], np.ones(1)) is None
+    random = np.random.default_rng(0)
+    ratios, errors = [], []
+    for _ in range(2000):
+        counts = random.integers(5, 40, 60).astype(float)
+        sums = counts * random.normal(0.2, 1, 60) + random.normal(0, 3, 60)
+        ratios.append(sums.sum() / counts.sum())
+        errors.append(ratio_error(sums, counts))
+    assert np.mean(errors) == pytest.approx(np.std(ratios), rel=0.08)
+
+
+def evaluation(found, device, samples=6):
+    return Evaluation(samples, 60, 100, 2, "the evaluation data", None, 0.0, facts(device), list(found.values()))
+
+
+def test_the_report(found, device, tmp_path):
+    report = evaluation(found, device)
+    out = console()
+    with out.capture() as captured:
+        out.print(qubit_table(report), model_table(report))
+    for name in (EXACT, SHOTS, NOISE, "fake_manila", "0 (on "):
+        assert name in captured.get()
+    report.write(tmp_path)
+    saved = json.loads((tmp_path / "hardware_eval.json").read_text())
+    assert [way["name"] for way in saved["ways"]] == [EXACT, SHOTS, NOISE, DEVICE]
+    assert saved["ways"][3]["deviation"]["bias"] == found[DEVICE].deviation.bias
+    assert saved["facts"]["executions"] == SHOTS_GIVEN
+    assert (tmp_path / "hardware_eval.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("difference", "error", "words"),
+    [(-0.5, 0.1, "is lower than"), (0.5, 0.1, "is higher than"), (-0.2, 0.1, "not told apart"), (1.0, None, "more --samples")],
+)
+def test_the_verdict(found, device, difference, error, words):
+    """With 6 answers the 95 % interval is 2.57 standard errors."""
+    report = evaluation(found, device)
+    way = report.ways[3]
+    before = way.difference, way.standard_error
+    way.difference, way.standard_error = difference, error
+    assert words in verdict(report)
+    way.difference, way.standard_error = before

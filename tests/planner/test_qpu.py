@@ -1,0 +1,208 @@
+"""The estimate: counts against an independent transpile and against what a step really submits, seconds against IBM's formula."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+from click.testing import CliRunner
+from qiskit import QuantumCircuit
+from qiskit.transpiler import generate_preset_pass_manager
+from qiskit_ibm_runtime.fake_provider import FakeManilaV2, FakeTorino
+
+from axolotl_qtha import QTHAConfig
+from axolotl_qtha.circuit.ansatz import Ansatz
+from axolotl_qtha.circuit.shifts import shift_circuits
+from axolotl_qtha.cli import estimate as command
+from axolotl_qtha.ibm import engine
+from axolotl_qtha.ibm.circuits import ISACircuit
+from axolotl_qtha.ibm.cost import Cost, estimate, rate
+from axolotl_qtha.ibm.journal import Journal
+from axolotl_qtha.ibm.options import IBMOptions
+from axolotl_qtha.ibm.runner import Runner
+from axolotl_qtha.ibm.service import LocalService
+
+from ..ibm.boundary import NOISELESS
+from ..ibm.test_journal import JOB
+from .bases import CONFIGS, write_run
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*no QubitProperties")
+
+MANILA = FakeManilaV2()
+
+
+def options(**changes):
+    return IBMOptions(**{"backend": "fake:manila", "shots": 1000, "resilience_level": 0, **changes})
+
+
+def independent(ansatz, backend):
+    """Return the circuit as Qiskit's pass manager makes it of the original, whose gates share their parameters."""
+    manager = generate_preset_pass_manager(optimization_level=3, backend=backend, seed_transpiler=0)
+    return manager.run(ansatz.circuit())
+
+
+@pytest.mark.parametrize("backend", [MANILA, FakeTorino()], ids=["manila", "torino"])
+@pytest.mark.parametrize(("qubits", "layers"), [(2, 1), (3, 2)])
+def test_counts_are_those_of_an_independent_transpile(backend, qubits, layers):
+    ansatz = Ansatz(qubits, layers)
+    price = rate(ISACircuit(ansatz, backend), options(), backend)
+    expected: QuantumCircuit = independent(ansatz, backend)
+    assert price.gates == dict(expected.count_ops())
+    assert price.depth == expected.depth()
+    assert price.two_qubit_gates == sum(len(gate.qubits) == 2 for gate in expected.data) > 0
+
+
+def test_seconds_are_ibms_formula():
+    isa = ISACircuit(Ansatz(2, 1), MANILA)
+    price = rate(isa, options(), MANILA)
+    measured = independent(Ansatz(2, 1), MANILA)
+    measured.measure_active()
+    length = measured.estimate_duration(MANILA.target) + max(MANILA.target["reset"][(qubit,)].duration for qubit in isa.qubits)
+    assert 1e-6 < length < 5e-5
+    cost = price.cost(7)
+    assert cost == Cost(7, 1, 7000, pytest.approx(2 + 7000 * (250e-6 + length), rel=1e-6))
+    assert price.cost(0) == Cost(0, 0, 0, 0.0)
+    # a device that does not say how long its gates take: IBM's "typical" length
+    blind = rate(ISACircuit(Ansatz(2, 1), NOISELESS), options(), NOISELESS)
+    assert blind.assumed
+    assert blind.cost(7).qpu_seconds == pytest.approx(2 + 7000 * 0.00035)  # and IBM's quick formula
+
+
+def test_mitigation_costs_what_its_options_say():
+    isa = ISACircuit(Ansatz(2, 1), MANILA)
+
+    def of(**changes):
+        return rate(isa, options(**changes), MANILA)
+
+    assert (of().executions, of().learning) == (1000, 0)
+    assert of(precision=0.1, shots=None).executions == 100
+    # 32 randomisations, of at least 64 shots each
+    assert of(twirling=True).executions == 16 * 64
+    assert (of(resilience_level=1, shots=4096).executions, of(resilience_level=1, shots=4096).learning) == (4096, 4096)
+    assert (of(resilience_level=2, shots=4096).executions, of(resilience_level=2, shots=4096).learning) == (3 * 4096, 4096)
+    assert of(resilience_level=2).seconds - 250e-6 == pytest.approx(3 * (of().seconds - 250e-6))
+
+
+def test_jobs_stay_within_the_limits():
+    isa = ISACircuit(Ansatz(2, 1), MANILA)
+    for changes in ({"shots": 5_000_000}, {"shots": 1}, {"shots": 4096, "resilience_level": 2}):
+        price = rate(isa, options(**changes), MANILA)
+        assert price.job(price.circuits_per_job).executions <= 5_000_000
+        full = price.cost(2 * price.circuits_per_job + 1)
+        assert (full.jobs, full.circuits) == (3, 2 * price.circuits_per_job + 1)
+        assert full.executions == full.circuits * price.executions + 3 * price.learning
+    assert rate(isa, options(shots=4096), MANILA).circuits_per_job == 5_000_000 // 4096
+    # with few shots the control system's memory is the limit: 26.8 million instructions a qubit
+    instructions = {"rz": 1, "sx": 2, "x": 2, "cx": 5}
+    each = 60 + sum(instructions[name] * count for name, count in isa.circuit.count_ops().items())
+    assert rate(isa, options(shots=1), MANILA).circuits_per_job == 26_800_000 // each
+
+
+@pytest.mark.parametrize("quantum", ["qtha", "frozen"])
+@pytest.mark.parametrize("changes", [{}, {"gradient": "spsa"}, {"gradient": "none"}, {"tokens_per_step": 100}], ids=str)
+def test_a_step_submits_what_was_estimated(tmp_path, monkeypatch, changes, quantum):
+    block = {"backend": "fake:manila", "shots": 10, "tokens_per_step": 3, "journal": str(tmp_path), **changes}
+    config = QTHAConfig(rank=2, circuit_layers=1, quantum=quantum, quantum_backend="ibm", ibm=block)
+    ansatz = Ansatz(2, 1)
+    runner = Runner(ansatz, config.ibm, LocalService(NOISELESS, config.ibm), Journal(tmp_path))
+    runner.rate = dataclasses.replace(runner.rate, circuits_per_job=25)  # a gradient takes several jobs
+    monkeypatch.setattr(engine, "runner", lambda *_: runner)
+    sizes = {"tokens": 5, "micro_batches": 1, "steps": 10, "used": 0.0, "evaluated": 5, "asked": 4}
+    expected = estimate(config, 1, runner.isa, NOISELESS, "none", **sizes)
+    expected = dataclasses.replace(expected, rate=runner.rate)
+    some = min(5, config.ibm.tokens_per_step)
+    step = runner.rate.cost(some) + runner.rate.cost(some * expected.gradient_circuits)
+    z = torch.randn(5, 2, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    angles = torch.randn(ansatz.rows, 2, requires_grad=quantum != "frozen")
+    result = engine.expectation_values(z, angles, ansatz, config.simulation)
+    if config.ibm.gradient == "none":
+        with pytest.raises(ValueError, match=r"ibm.gradient: 'none' trains nothing"):
+            result.sum().backward()
+    else:
+        (result + 2).square().sum().backward()  # no gradient is zero
+    entries = runner.journal.entries.values()
+    assert (sum(entry.circuits for entry in entries), len(entries)) == (step.circuits, step.jobs)
+    assert sum(entry.estimate for entry in entries) == pytest.approx(step.qpu_seconds)
+    assert expected.step.circuits == step.circuits
+    assert expected.run.circuits == 10 * step.circuits
+    if not changes and quantum == "qtha":
+        assert expected.gradient_circuits == shift_circuits(ansatz) == 28
+
+
+FAKE = {"rank": 2, "circuit_layers": 1, "param_budget": 0.5, "quantum_backend": "ibm"}
+
+
+def run(tmp_path, *arguments, ibm=None, **changes):
+    ibm = {"backend": "fake:manila", "shots": 1000, "resilience_level": 0, "journal": str(tmp_path / "journal"), **(ibm or {})}
+    path = write_run(tmp_path, CONFIGS["llama"], **{"qtha": {**FAKE, "ibm": ibm}, **changes})
+    return CliRunner().invoke(command, [str(path), *map(str, arguments)])
+
+
+def test_the_command_counts_and_submits_nothing(tmp_path):
+    done = run(tmp_path, "--steps", 5, "--tokens", 20)
+    assert done.exit_code == 0, done.output
+    # 21 adapted layers, 2 micro-batches, 8 of 512 tokens: a job for the forward and one for the gradient's 28 circuits a token
+    step = 21 * 2 * 8 * 29
+    price = rate(ISACircuit(Ansatz(2, 1), MANILA), options(), MANILA)
+    seconds = 42 * (price.job(8).qpu_seconds + price.job(8 * 28).qpu_seconds)
+    rows = {cells[0]: cells[1:] for line in done.output.splitlines() if len(cells := [c.strip() for c in line.split("│")[1:-1]])}
+    assert rows["a training step"] == [f"{step:,}", "84", f"{1000 * step:,}", f"{seconds:,.1f}"]
+    assert rows["the run, 5 steps"] == [f"{5 * step:,}", "420", f"{5000 * step:,}", f"{5 * seconds:,.1f}"]
+    # the evaluations while training are exact; those of `axolotl evaluate` have no gradient
+    assert rows["a batch of `axolotl evaluate`"][:2] == [f"{21 * 8}", "21"]
+    assert rows["reading 20 tokens in one pass"][:2] == [f"{21 * 8}", "21"]
+    assert rows["writing 20 tokens, one after the other"][:2] == [f"{21 * 20}", f"{21 * 20}"]
+    text = " ".join(done.output.split())
+    assert "nothing was submitted" in text
+    assert "https://quantum.cloud.ibm.com/docs/guides/estimate-job-run-time" in text
+    for name, count in independent(Ansatz(2, 1), MANILA).count_ops().items():
+        assert f"{count} {name}" in text
+    assert not (tmp_path / "journal").exists()
+
+
+def test_the_command_says_by_how_much_the_cap_is_exceeded(tmp_path):
+    done = run(tmp_path, ibm={"max_qpu_seconds": 100}, max_steps=2)
+    assert done.exit_code == 1
+    seconds = float(re.findall(r"the run, 2 steps.*│ +([\d,.]+) │", done.output)[0].replace(",", ""))
+    over = float(re.findall(r"([\d,.]+) too few for the run", done.output)[0].replace(",", ""))
+    assert over == pytest.approx(seconds - 100, abs=0.2)
+    assert run(tmp_path, ibm={"max_qpu_seconds": seconds + 1}, max_steps=2).exit_code == 0
+    assert "give `max_steps`" in run(tmp_path).output
+
+
+def test_the_command_counts_what_the_journal_has_used(tmp_path):
+    journal = Journal(tmp_path / "journal")  # in use by this process, as by a training
+    job = {**JOB, "local": True, "estimate": 4.0}
+    for tag in "ab":
+        journal.record("intent", tag=tag, **job)
+    journal.record("done", tag="a", qpu_seconds=30.0)
+    journal.record("intent", tag="real", **JOB)  # on a real device: another purse
+    before = sorted((path, path.read_bytes()) for path in tmp_path.rglob("journal/*") if path.is_file())
+    seconds = 2 * 42 * (2 * 2 + 232 * 1000 * rate(ISACircuit(Ansatz(2, 1), MANILA), options(), MANILA).seconds)
+    for short in (1, 0):
+        cap = round(seconds + 34 - short, 1) + 0.1
+        done = run(tmp_path, ibm={"max_qpu_seconds": cap}, max_steps=2)
+        assert done.exit_code == short
+        text = " ".join(done.output.split())
+        assert f"max_qpu_seconds: {cap:g}, 34.0 used by the journal, {cap - 34:,.1f} left: " in text
+        assert ("0.9 too few for the run" if short else "left: enough for the run") in text
+    assert sorted((path, path.read_bytes()) for path in tmp_path.rglob("journal/*") if path.is_file()) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"qtha": {"rank": 2}}, ["qtha.quantum_backend: 'torch'", "costs no QPU time"]),
+        ({"ibm": {"backend": "fake:manilla"}}, ["qtha.ibm.backend", "`fake:manila`"]),
+        ({"ibm": {"shots": 6_000_000}}, ["qtha.ibm.shots: 6000000", "5,000,000 at most"]),
+        ({"base_model": "nobody/nothing"}, ["base_model: 'nobody/nothing'"]),
+    ],
+    ids=str,
+)
+def test_errors_are_one_line_and_no_traceback(tmp_path, changes, words):
+    done = run(tmp_path, **changes)
+    assert done.exit_code == 1
+    assert isinstance(done.exception, SystemExit), done.exception
+    for word in words:
+        assert word in done.output
+    assert "Traceback" not in done.output
