@@ -226,8 +226,9 @@ def _write_own_cards(cfg: DictDefault, trainer: Trainer, model: PeftModel) -> No
 def _show_plan(cfg: DictDefault) -> None:
     """Print what `axolotl qtha-plan` prints; wrong `qtha:` settings stop here, before the weights are downloaded."""
     from .planner.estimate import local_gpus, make_plan
-    from .planner.show import console, show_plan
+    from .planner.show import show_plan
     from .settings.meta_base import UnknownBase
+    from .terminal import console
 
     try:
         with torch.random.fork_rng(devices=[]):

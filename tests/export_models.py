@@ -2,8 +2,8 @@
 
 import torch
 
-from axolotl_qtha.export.fit import Pass, adapters_of
 from axolotl_qtha.trained.calibration_text import Sequence, batches
+from axolotl_qtha.trained.passes import Pass, adapters_of
 
 from .models import VOCABULARY
 

@@ -30,10 +30,10 @@ from torch import Tensor
 
 from axolotl_qtha.bench.circuit_peers import ENGINES, Engine, Run
 from axolotl_qtha.bench.circuit_plot import plot
-from axolotl_qtha.bench.layer import kept_bytes, seconds
 from axolotl_qtha.circuit.ansatz import Ansatz
 from axolotl_qtha.circuit.program import program
 from axolotl_qtha.circuit.torch_engine import expectation_values
+from axolotl_qtha.timing import kept_bytes, seconds
 
 QUBITS, LAYERS, TOKENS = (2, 4, 6, 8, 10, 12), (1, 4, 8), (256, 2048, 8192)
 TOLERANCE = 1e-4  # float32, and gradients of size 10

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from axolotl_qtha import QTHAConfig
-from axolotl_qtha.bench.layer import seconds
+from axolotl_qtha.timing import seconds
 from axolotl_qtha.tuner.fold_cache import folding_each_time
 
 BASE = Path(__file__).parents[2] / "example_configs" / "quickstart" / "base"

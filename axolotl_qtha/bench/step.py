@@ -26,7 +26,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
 from axolotl_qtha import QTHAConfig
-from axolotl_qtha.bench.layer import peak_bytes, seconds
+from axolotl_qtha.timing import peak_bytes, seconds
 
 SHAPES: dict[str, PreTrainedConfig] = {
     "small": LlamaConfig(

@@ -216,9 +216,18 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
     return result
 
 
+def prepare(ansatz: Ansatz, simulation: Simulation) -> None:
+    """Compile the circuit.
+
+    Raises:
+        ValueError: naming the key, where there is no GPU, no such device, or not enough memory.
+    """
+    engine(ansatz, simulation)
+
+
 @torch.compiler.disable
 def expectation_values(z: Tensor, angles: Tensor, ansatz: Ansatz, simulation: Simulation) -> Tensor:
-    """Run the circuit on Aer; see `engine.expectation_values`."""
+    """Run the circuit on Aer; for the arguments see `tuner/backends.py`."""
     torch_engine.check_shapes(z, angles, ansatz)
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     flat, angles = z.reshape(-1, ansatz.qubits).to(dtype), angles.to(dtype)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    from ..ibm.options import IBMOptions
+from typing import Literal, Protocol
 
 Backend = Literal["torch", "aer", "aer_gpu", "ibm"]
 Precision = Literal["single", "double"]
 Gradient = Literal["parameter_shift", "adjoint"]
+
+
+class DeviceOptions(Protocol):
+    """Which device of IBM Quantum runs circuits, and how: `ibm.options.IBMOptions`, of which nothing is read here."""
+
+    @property
+    def backend(self) -> str:
+        """Name of the device."""
 
 
 @dataclass(frozen=True)
@@ -23,4 +28,7 @@ class Simulation:
     noise_model: str = "none"
     precision: Precision = "double"
     gradient: Gradient = "parameter_shift"
-    ibm: IBMOptions | None = None
+    ibm: DeviceOptions | None = None
+
+
+EXACT = Simulation()

@@ -2,8 +2,8 @@
 
 On a CPU it is compiled (`native.py`), on an NVIDIA GPU fused up to 8 qubits (`triton_kernel.py`), and else in PyTorch.
 
-In PyTorch a wall of the folded circuit (`program.py`) is a real Kronecker product, applied as two half-size matrices, and a
-diagonal is a product with its phases.
+A circuit is a row of walls (an RY on every qubit) with diagonals (a ring of CRZ) between them, see `program.py`. In PyTorch a
+wall is a real Kronecker product, applied as two half-size matrices, and a diagonal is a product with its phases.
 
 Backward un-computes the state from the end (adjoint differentiation, Jones and Gacon, arXiv 2009.02823) and keeps z and
 the angles alone, so the memory kept does not depend on the number of layers, nor on 2**n.
@@ -25,19 +25,24 @@ from torch import Tensor
 from . import native, triton_kernel
 from .ansatz import Ansatz
 from .program import Wall, program, tables
+from .simulation import EXACT, Simulation
 
 CACHE_AMPLITUDES = 2**17  # amplitudes per chunk of tokens: 1 MiB of float32 state, about a core's L2 cache
 
-
-_plain = False  # for all threads: on a GPU, backward runs in one of its own
+# No context variable, which only the thread that sets it would see: on a GPU, autograd runs backward in a thread of its own.
+_plain = False
 
 
 class NonFiniteAngle(ValueError):
     """An angle of the circuit is NaN or infinite."""
 
 
-def expectation_values(z: Tensor, angles: Tensor, ansatz: Ansatz) -> Tensor:
-    """Return <Z_i> exactly; see `engine.expectation_values`. float64 is computed in float64, anything else in float32."""
+def prepare(ansatz: Ansatz, simulation: Simulation = EXACT) -> None:
+    """Do nothing: this engine runs everywhere."""
+
+
+def expectation_values(z: Tensor, angles: Tensor, ansatz: Ansatz, simulation: Simulation = EXACT) -> Tensor:
+    """Return <Z_i> exactly, float64 in float64 and anything else in float32; for the arguments see `tuner/backends.py`."""
     check_shapes(z, angles, ansatz)
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     flat = z.reshape(-1, ansatz.qubits).to(dtype)

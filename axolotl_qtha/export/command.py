@@ -20,16 +20,16 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import refusal
 from ..settings.meta_base import read_yaml
-from ..trained import calibration_text as text
+from ..trained import calibration_text
 from ..trained.adapter_folder import adapter_folder, check_base, configuration, refuse_untrained
+from ..trained.passes import Pass, adapters_of
 from ..training.model_card import facts_of, make_card, write_card
 from ..tuner.config import QTHAConfig
-from ..tuner.layer import QTHALayer
+from ..tuner.layer import adapted_layers, adapted_sizes
 from ..tuner.saving import WEIGHTS
-from . import lowrank, merged
-from . import output_folder as place
+from . import lowrank, merged, output_folder
 from .distil import distilled
-from .fit import Pass, adapters_of, collect, exact, linear, wide
+from .fit import collect, exact, linear, wide
 from .lowrank import LowRank
 from .measure import WITH_CONSTANTS, measure
 from .report import Report, model_table, module_table
@@ -82,8 +82,8 @@ def export(options: Options, out: Console) -> Report:
     make = partial(_pass, model, cfg, tokenizer)
     layers = _layers(options, make(texts.fit), _with_bias(model))
     tensors = _others(adapter)
-    transposed = {name for name, layer in _base_layers(model).items() if isinstance(layer, Conv1D)}
-    with place.folder_for(options.out) as folder:
+    transposed = {name for name, layer in adapted_layers(model).items() if isinstance(layer.get_base_layer(), Conv1D)}
+    with output_folder.folder_for(options.out) as folder:
         rank = max(len(layer.a) for layer in layers.export.values())
         if options.format == "lora":
             modules = [name for name, _ in model.get_base_model().named_modules()]
@@ -94,7 +94,7 @@ def export(options: Options, out: Console) -> Report:
         measured = measure(make(texts.held_out), layers.export, layers.others)
         report = Report(
             *(options.format, "exact" if config.quantum == "none" else options.surrogate, layers.constant, rank, texts.source),
-            *(text.tokens(texts.fit), measured),
+            *(calibration_text.tokens(texts.fit), measured),
         )
         out.print(module_table(report), model_table(report))
         _check_error(report, options.max_kl)
@@ -107,7 +107,7 @@ def export(options: Options, out: Console) -> Report:
             )
         report.write(folder)
         facts = facts_of(cfg, model_config=model.config)
-        write_card(make_card(config, facts, _sizes(model), options.format, report.as_dict()), folder)
+        write_card(make_card(config, facts, adapted_sizes(model), options.format, report.as_dict()), folder)
     out.print(f"{options.out} written.", markup=False, highlight=False)
     return report
 
@@ -121,7 +121,7 @@ def _inputs(options: Options) -> tuple[Path, Path | None]:
     cfg = read_yaml(options.config)
     adapter = adapter_folder(cfg, options.lora_model_dir)
     local = Path(cfg.base_model)
-    place.check(options.out, options.overwrite, [adapter, *([local] if local.is_dir() else [])])
+    output_folder.check(options.out, options.overwrite, [adapter, *([local] if local.is_dir() else [])])
     check_base(cfg, adapter)
     base = merged.base_folder(cfg.base_model, cfg.revision_of_model) if options.format == "merged" else None
     if base is not None:
@@ -135,40 +135,27 @@ def _check_space(out: Path, needed: int) -> None:
         raise refusal("--out", str(out), f"has {free / 2**30:.1f} GiB free, of {needed / 2**30:.1f} needed", "another disk")
 
 
-def _text(options: Options, cfg: DictDefault, config: QTHAConfig, tokenizer: Any) -> text.Text:
+def _text(options: Options, cfg: DictDefault, config: QTHAConfig, tokenizer: Any) -> calibration_text.Text:
     """Return the text to fit to and to measure on."""
     if options.calibration:
-        found, key = text.of_file(options.calibration, tokenizer, cfg.sequence_len, options.tokens), "--calibration"
+        found, key = calibration_text.of_file(options.calibration, tokenizer, cfg.sequence_len, options.tokens), "--calibration"
     elif cfg.rl or cfg.pretraining_dataset or cfg.streaming or not cfg.datasets:
         reason = f"rl: {cfg.rl}" if cfg.rl else "streamed or no data"
         raise ValueError(f"datasets: not read with {reason}. What works: `--calibration FILE` with text like the adapter's.")
     else:
         meta = load_datasets(cfg=cfg)
-        found, key = text.of_datasets(meta.train_dataset, meta.eval_dataset, options.tokens), "datasets"
-    text.check(found, 1 if config.quantum == "none" else TOKENS_PER_RANK * (config.rank + 1), key)
+        found, key = calibration_text.of_datasets(meta.train_dataset, meta.eval_dataset, options.tokens), "datasets"
+    calibration_text.check(found, 1 if config.quantum == "none" else TOKENS_PER_RANK * (config.rank + 1), key)
     return found
 
 
-def _pass(model: PeftModel, cfg: DictDefault, tokenizer: Any, sequences: list[text.Sequence]) -> Pass:
-    batches = partial(text.batches, sequences, cfg.sequence_len, tokenizer.pad_token_id or 0)
+def _pass(model: PeftModel, cfg: DictDefault, tokenizer: Any, sequences: list[calibration_text.Sequence]) -> Pass:
+    batches = partial(calibration_text.batches, sequences, cfg.sequence_len, tokenizer.pad_token_id or 0)
     return Pass(cast(Any, model), adapters_of(model), batches, sum(1 for _ in batches()))
 
 
-def _base_layers(model: PeftModel) -> dict[str, Any]:
-    return {
-        name.removeprefix(lowrank.PREFIX): module.get_base_layer()
-        for name, module in model.named_modules()
-        if isinstance(module, QTHALayer)
-    }
-
-
-def _sizes(model: PeftModel) -> list[tuple[int, int]]:
-    layers = [module for module in model.modules() if isinstance(module, QTHALayer)]
-    return [(layer.in_features, layer.out_features) for layer in layers]
-
-
 def _with_bias(model: PeftModel) -> set[str]:
-    return {name for name, layer in _base_layers(model).items() if getattr(layer, "bias", None) is not None}
+    return {name for name, layer in adapted_layers(model).items() if getattr(layer.get_base_layer(), "bias", None) is not None}
 
 
 def _layers(options: Options, run: Pass, with_bias: set[str]) -> _Layers:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor, nn
 
-from .fit import Pass, cpu, replaced
+from ..trained.passes import Pass
+from .fit import cpu, replaced
 from .lowrank import LowRank
 
 LEARNING_RATE = 2e-3  # of Adam, falling to zero

@@ -15,9 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..tuner.config import QTHAConfig
+from ..tuner.layer import PREFIX
 from ..tuner.saving import WEIGHTS
-
-PREFIX = "base_model.model."  # what PEFT puts before the names of the base's modules
 
 
 @dataclass

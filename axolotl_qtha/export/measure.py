@@ -15,7 +15,8 @@ from rich.progress import track
 from torch import Tensor
 
 from ..trained.calibration_text import IGNORED, Batch
-from .fit import Pass, Tokens, classical, replaced
+from ..trained.passes import Pass, Tokens
+from .fit import classical, replaced
 from .lowrank import LowRank
 
 WITH_CONSTANTS = "linear, with constants"  # the name of that export among those compared

@@ -17,7 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .lowrank import PREFIX, LowRank
+from ..tuner.layer import PREFIX
+from .lowrank import LowRank
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # Beside the weights: configurations, tokenizers, templates, code of models that bring their own, licences.

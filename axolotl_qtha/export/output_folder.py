@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..errors import refusal
-from ..tuner.saving import flush
+from ..files.durable import flush
 from .report import JSON
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -17,7 +17,6 @@ from peft import PeftModel
 from rich.console import Console
 
 from ..errors import refusal
-from ..export.fit import Pass, adapters_of
 from ..ibm.cost import Cost
 from ..ibm.engine import runner
 from ..ibm.runner import Runner
@@ -25,6 +24,7 @@ from ..settings.args import adapter_config
 from ..settings.meta_base import read_yaml
 from ..trained.adapter_folder import adapter_folder, check_base, configuration, refuse_untrained
 from ..trained.calibration_text import IGNORED, Sequence, batches, rows
+from ..trained.passes import Pass, adapters_of
 from ..tuner.config import QTHAConfig
 from ..tuner.sizes import ansatz
 from .evaluate import circuits_of, evaluate, facts, ways
@@ -65,8 +65,8 @@ def hardware_eval(options: Options, out: Console) -> Evaluation:
     most = (cfg.eval_batch_size or cfg.micro_batch_size) * cfg.sequence_len
     make = partial(batches, sequences, most, tokenizer.pad_token_id or 0)
     run = Pass(cast(Any, model), adapters, make, sum(1 for _ in make()))
-    assert config.simulation.ibm is not None
-    device = runner(ansatz(config), config.simulation.ibm)
+    assert config.ibm is not None
+    device = runner(ansatz(config), config.ibm)
     counts = circuits_of(run, options.tokens)
     before = _check_cost(options, device, counts, len(adapters), folder, out)
     try:
@@ -98,7 +98,7 @@ def _inputs(options: Options) -> tuple[Path, Path]:
             raise refusal(name, value, "is too few", f"`{name} 8`")
     cfg = read_yaml(options.config)
     config = adapter_config(cfg)
-    if config.simulation.ibm is None:
+    if config.ibm is None:
         works = "`quantum_backend: ibm` with e.g. `ibm: {backend: fake:manila}`; the adapter may be trained on another one"
         raise refusal("quantum_backend", config.quantum_backend, "names no device to evaluate on", works)
     folder = options.out or Path(cfg.output_dir) / "hardware-eval"

@@ -22,9 +22,9 @@ from torch import Tensor
 from ..circuit import torch_engine
 from ..circuit.aer import Engine, to_numpy
 from ..circuit.simulation import Simulation
-from ..export.fit import Pass
 from ..ibm.runner import Runner
 from ..trained.calibration_text import IGNORED, Batch
+from ..trained.passes import Pass
 from ..tuner.adapter import QTHAAdapter
 from ..tuner.bottleneck import Bottleneck, Circuit
 

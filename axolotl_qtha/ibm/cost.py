@@ -1,4 +1,4 @@
-"""What circuits will cost on a device, before anything is submitted.
+"""Prices: what circuits cost on a device, before anything is submitted.
 
 IBM's published formula (`USAGE`): about 2 seconds for each sub-job, and (rep_delay + circuit length) for each execution. It is a
 base line: how IBM splits a job, and what error mitigation adds, is known to IBM alone. Mitigation is counted as the documentation
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,11 +17,8 @@ from ..circuit.shifts import RULES, GateAngles
 from .options import IBMOptions
 
 if TYPE_CHECKING:
-    from axolotl.utils.dict import DictDefault
     from qiskit.providers import BackendV2
-    from rich.table import Table
 
-    from ..tuner.config import QTHAConfig
     from .circuits import ISACircuit
 
 USAGE = "https://quantum.cloud.ibm.com/docs/guides/estimate-job-run-time"
@@ -120,198 +116,3 @@ def gradient_circuits(gates: GateAngles, options: IBMOptions, wants: tuple[bool,
     if options.gradient == "spsa":
         return 2 * options.spsa_draws
     return sum(2 * len(RULES[gates.kinds[k]]) for k in np.flatnonzero(gates.wanted(wants)))
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a configuration will cost."""
-
-    backend: str
-    calibration: str
-    options: IBMOptions
-    qubits: int
-    layers: int  # adapted ones: each has a circuit per token
-    micro_batches: int  # of a training step
-    tokens: int  # of each micro-batch that go to the device
-    gradient_circuits: int  # of one token
-    rate: Rate
-    step: Cost
-    steps: int | None  # of the run; None: not known
-    used: float  # QPU seconds of the journal's jobs, those under way included
-    evaluating: Cost  # one batch of `axolotl evaluate`
-    asked: int  # tokens of the inference rows
-    reading: Cost  # that many in one pass
-    writing: Cost  # one after the other
-
-    @property
-    def run(self) -> Cost | None:
-        """What the training will cost at most; None where its number of steps is not known."""
-        return None if self.steps is None else self.step * self.steps
-
-    @property
-    def left(self) -> float:
-        """QPU seconds that the journal has left of max_qpu_seconds."""
-        cap = self.options.max_qpu_seconds
-        return math.inf if cap is None else cap - self.used
-
-    @property
-    def over(self) -> float | None:
-        """QPU seconds by which the run, or one step of it, exceeds what is left of max_qpu_seconds; None where it does not."""
-        excess = (self.run or self.step).qpu_seconds - self.left
-        return excess if excess > 0 else None
-
-
-def estimate(
-    config: QTHAConfig,
-    layers: int,
-    isa: ISACircuit,
-    backend: BackendV2,
-    calibration: str,
-    *,
-    tokens: int,
-    micro_batches: int,
-    steps: int | None,
-    used: float,
-    evaluated: int,
-    asked: int,
-) -> Estimate:
-    """Return what training, evaluation and inference will cost.
-
-    Args:
-        config: the adapter.
-        layers: adapted layers.
-        isa: its circuit on the device.
-        backend: the device.
-        calibration: its date.
-        tokens: of one micro-batch.
-        micro_batches: of a training step.
-        steps: of the run, if known.
-        used: QPU seconds of the journal's jobs, those under way included.
-        evaluated: tokens of a batch of `axolotl evaluate`.
-        asked: tokens of the inference rows.
-    """
-    options = config.simulation.ibm
-    assert options is not None
-    price, some = rate(isa, options, backend), min(tokens, options.tokens_per_step)
-    backward = gradient_circuits(isa.gates, options, (True, config.quantum != "frozen"))
-    step = (price.cost(some) + price.cost(some * backward)) * (layers * micro_batches)
-    return Estimate(
-        backend=str(backend.name),
-        calibration=calibration,
-        options=options,
-        qubits=config.rank,
-        layers=layers,
-        micro_batches=micro_batches,
-        tokens=some,
-        gradient_circuits=backward,
-        rate=price,
-        step=step,
-        steps=steps,
-        used=used,
-        evaluating=price.cost(min(evaluated, options.tokens_per_step)) * layers,
-        asked=asked,
-        reading=price.cost(min(asked, options.tokens_per_step)) * layers,
-        writing=price.cost(1) * (layers * asked),
-    )
-
-
-def estimate_config(cfg: DictDefault, steps: int | None, asked: int) -> Estimate:
-    """Return what a validated Axolotl configuration will cost; neither weights are loaded nor anything submitted.
-
-    Raises:
-        ValueError: if it does not run on IBM Quantum, the base cannot be built, or the device cannot be had.
-    """
-    from ..errors import refusal
-    from ..planner.memory import sequences
-    from ..settings.args import adapter_config
-    from ..settings.meta_base import meta_base
-    from ..tuner.model import select_targets
-    from ..tuner.sizes import ansatz
-    from .circuits import ISACircuit
-    from .journal import Ledger
-    from .service import connect
-
-    config = adapter_config(cfg)
-    options = config.simulation.ibm
-    if options is None:
-        works = "`quantum_backend: ibm` with e.g. `ibm: {backend: fake:manila}`"
-        raise refusal("quantum_backend", config.quantum_backend, "costs no QPU time", works)
-    layers = len(select_targets(config, meta_base(cfg)))
-    ledger = Ledger.read(Path(options.journal))
-    service = connect(options, config.rank, ledger.last_backend())
-    if steps is None and cfg.max_steps and cfg.max_steps > 0:
-        steps = cfg.max_steps
-    return estimate(
-        config,
-        layers,
-        ISACircuit(ansatz(config), service.backend),
-        service.backend,
-        service.calibration,
-        tokens=sequences(cfg) * cfg.sequence_len,
-        micro_batches=cfg.gradient_accumulation_steps or 1,
-        steps=steps,
-        used=ledger.used(service.local) + ledger.under_way(service.local),
-        evaluated=(cfg.eval_batch_size or cfg.micro_batch_size) * cfg.sequence_len,
-        asked=asked,
-    )
-
-
-def table(result: Estimate) -> Table:
-    """Return the estimate as a table."""
-    from rich.table import Table
-
-    table = Table(title=f"ESTIMATED cost on {result.backend}, nothing was submitted")
-    for column in ("", "circuits", "PUBs = jobs", "executions", "QPU seconds"):
-        table.add_column(column, justify="right" if column else "left")
-    rows: list[tuple[str, Cost | None]] = [
-        ("a training step", result.step),
-        (f"the run, {result.steps} steps", result.run),
-        ("a batch of `axolotl evaluate`", result.evaluating),
-        (f"reading {result.asked:,} tokens in one pass", result.reading),
-        (f"writing {result.asked:,} tokens, one after the other", result.writing),
-    ]
-    for name, cost in rows:
-        if cost is not None:
-            seconds = f"{cost.qpu_seconds:,.1f}"
-            table.add_row(name, f"{cost.circuits:,}", f"{cost.jobs:,}", f"{cost.executions:,}", seconds)
-    return table
-
-
-def explain(result: Estimate) -> str:
-    """Return what the table rests on, and how it compares with the cap."""
-    price, options = result.rate, result.options
-    gates = ", ".join(f"{count} {gate}" for gate, count in sorted(price.gates.items()))
-    lines = [
-        f"One circuit: {result.qubits} qubits, {gates}; depth {price.depth}, {price.two_qubit_gates} two-qubit gates; "
-        f"{options.executions:,} shots, {price.executions:,} executions of {price.seconds * 1e6:,.1f} us "
-        f"({'typical, the device does not say' if price.assumed else 'from the device'}); calibration {result.calibration}.",
-        f"A step: {result.layers} adapted layers x {result.micro_batches} micro-batches x {result.tokens} tokens on the device, "
-        f"each 1 circuit and at most {result.gradient_circuits} for its gradient ({options.gradient}; none where nothing depends "
-        f"on the token); a job has at most {price.circuits_per_job:,} circuits.",
-        f"By IBM's formula ({USAGE}): {SUB_JOB_SECONDS:g} s a job, and repetition delay and circuit length an execution. A base "
-        "line of unknown error: IBM may split jobs, error mitigation adds circuits of IBM's choosing"
-        + (", and a session is billed while it waits: a lower bound." if options.mode == "session" else "."),
-        "Evaluations while training run on the exact simulator and cost nothing. `axolotl evaluate` and `inference` run on the "
-        "device, `evaluate` every batch of the training and the test data.",
-        verdict(result),
-    ]
-    return "\n".join(lines)
-
-
-def verdict(result: Estimate) -> str:
-    """Return how the run compares with what is left of the cap."""
-    cap, what = result.options.max_qpu_seconds, "a step" if result.run is None else "the run"
-    if cap is None:
-        text = "No max_qpu_seconds: the device is simulated here, free of charge; the seconds are what a real one would take."
-    else:
-        text = f"max_qpu_seconds: {cap:g}, {result.used:,.1f} used by the journal, {max(result.left, 0):,.1f} left: "
-        if result.over is None:
-            text += f"enough for {what}."
-        else:
-            text += (
-                f"{result.over:,.1f} too few for {what}. Less: fewer tokens_per_step, shots, target_modules or circuit_layers, "
-                "`gradient: spsa`, or more per job with a larger micro_batch_size. What the journal holds is not paid for again."
-            )
-    if result.run is None:
-        text += " The number of steps is not known: give `max_steps`, or --steps."
-    return text

@@ -38,18 +38,32 @@ class Difference:
     standard_error: float  # root mean square of the standard errors that the device states
 
 
-# The calls since the last `take_differences`, by their circuits. A call that is repeated, as checkpointed layers are, gets the
-# journal's answer again: it says nothing new and counts once.
-_differences: dict[bytes, Difference] = {}
-MOST_DIFFERENCES = 100_000  # kept where nobody takes them
-_device = True
+class Calls:
+    """Where this process' circuits run, and what is to be told of those that ran on the device.
+
+    A call that is repeated, as checkpointed layers are, gets the journal's answer again: it says nothing new and counts once.
+    """
+
+    MOST = 100_000  # differences kept where nobody takes them
+
+    def __init__(self) -> None:
+        self.on_device = True  # False: the exact simulator runs all circuits, and nothing is submitted
+        self._differences: dict[bytes, Difference] = {}  # by the circuits' angles
+
+    def record(self, points: np.ndarray, difference: Difference) -> None:
+        """Keep how far the device was off on circuits with these gate angles."""
+        if len(self._differences) >= self.MOST:
+            del self._differences[next(iter(self._differences))]
+        self._differences[hashlib.blake2b(points.tobytes(), digest_size=16).digest()] = difference
+
+    def take(self) -> list[Difference]:
+        """Return what was recorded since the last time."""
+        taken = list(self._differences.values())
+        self._differences.clear()
+        return taken
 
 
-def take_differences() -> list[Difference]:
-    """Return what was recorded since the last time."""
-    taken = list(_differences.values())
-    _differences.clear()
-    return taken
+CALLS = Calls()  # one for the process, as its journal and its cap are: autograd's threads and the trainer's callback share it
 
 
 def pool(parts: Sequence[Difference]) -> Difference:
@@ -67,10 +81,19 @@ def pool(parts: Sequence[Difference]) -> Difference:
     return Difference(int(tokens.sum()), float(mean), float(variance), float(np.sqrt(share @ errors**2)))
 
 
-def use_device(device: bool) -> None:
-    """Let the device run circuits from now on, or the exact simulator alone: then nothing is submitted."""
-    global _device
-    _device = device
+def prepare(ansatz: Ansatz, simulation: Simulation) -> None:
+    """Open the journal and connect.
+
+    Raises:
+        ValueError: naming the key, if the journal is in use, or the device cannot be had.
+    """
+    CALLS.on_device = True  # a training that failed may have left it otherwise
+    runner(ansatz, _options(simulation))
+
+
+def _options(simulation: Simulation) -> IBMOptions:
+    assert isinstance(simulation.ibm, IBMOptions)
+    return simulation.ibm
 
 
 @lru_cache(maxsize=8)
@@ -121,30 +144,23 @@ def gradients(
     return grad_z, by_angles
 
 
-def _record(points: np.ndarray, difference: Difference) -> None:
-    if len(_differences) >= MOST_DIFFERENCES:
-        del _differences[next(iter(_differences))]
-    _differences[hashlib.blake2b(points.tobytes(), digest_size=16).digest()] = difference
-
-
 class _Circuits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, angles: Tensor, ansatz: Ansatz, simulation: Simulation) -> Tensor:
         ctx.save_for_backward(z, angles)
         ctx.circuit = ansatz, simulation
-        assert simulation.ibm is not None
-        run = runner(ansatz, simulation.ibm)
+        run = runner(ansatz, _options(simulation))
         points = run.isa.gates.points(to_numpy(z), to_numpy(angles))
         values, errors = run.expectations(points)
         off = values - to_numpy(torch_engine.expectation_values(z, angles, ansatz))
-        _record(points, Difference(len(z), float(off.mean()), float(off.var()), float(np.sqrt((errors**2).mean()))))
+        CALLS.record(points, Difference(len(z), float(off.mean()), float(off.var()), float(np.sqrt((errors**2).mean()))))
         return torch.from_numpy(values).to(z)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         z, angles = ctx.saved_tensors
         ansatz, simulation = ctx.circuit
-        run, wants = runner(ansatz, simulation.ibm), ctx.needs_input_grad[:2]
+        run, wants = runner(ansatz, _options(simulation)), ctx.needs_input_grad[:2]
         by_z, by_angles = gradients(run, to_numpy(grads[0]), to_numpy(z), to_numpy(angles), wants, simulation.seed)
         return torch.from_numpy(by_z).to(z), torch.from_numpy(by_angles).to(angles), None, None
 
@@ -160,10 +176,9 @@ def choose(z: Tensor, tokens: int, seed: int) -> Tensor:
 
 @torch.compiler.disable
 def expectation_values(z: Tensor, angles: Tensor, ansatz: Ansatz, simulation: Simulation) -> Tensor:
-    """Run `tokens_per_step` of the circuits on the device and the others exactly; see `engine.expectation_values`."""
-    options = simulation.ibm
-    assert options is not None
-    if not _device or z.device.type == "meta" or z.numel() == 0:
+    """Run `tokens_per_step` of the circuits on the device and the others exactly; for the arguments see `tuner/backends.py`."""
+    options = _options(simulation)
+    if not CALLS.on_device or z.device.type == "meta" or z.numel() == 0:
         return torch_engine.expectation_values(z, angles, ansatz)
     torch_engine.check_shapes(z, angles, ansatz)
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ..errors import refusal
+from ..files.durable import flush, put_in_place
 
 LOG = logging.getLogger(__name__)
 OPEN = ("intent", "submitted")
@@ -162,7 +163,7 @@ class Journal(Ledger):
                 file.truncate(sum(len(line) + 1 for line in lines))
         self._replay(lines)
         self._file = os.open(self._events, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        _sync(folder)
+        flush(folder)
         for entry in self.entries.values():
             if entry.state == "done" and not self._load(entry):
                 entry.state = "submitted"  # to be fetched again
@@ -243,15 +244,5 @@ def _write(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """Write a file as a whole or not at all."""
     beside = path.with_suffix(".tmp")
     save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, beside)
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
-    beside.replace(path)
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    put_in_place(beside, path)
+    flush(path.parent)

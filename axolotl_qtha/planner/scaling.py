@@ -36,9 +36,9 @@ from axolotl.utils.dict import DictDefault
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from ..bench.layer import seconds
 from ..errors import refusal
 from ..settings.meta_base import meta_base
+from ..timing import seconds
 from ..tuner.config import QTHAConfig
 from ..tuner.layer import QTHALayer
 from .estimate import adapted, gate_counts, gpu_bytes

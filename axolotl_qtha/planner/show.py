@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from rich.console import Console
 from rich.table import Table
 
@@ -13,11 +11,6 @@ from .memory import Memory
 from .scaling import Network, Scaling
 
 AER_SECONDS = 1e-4  # a small circuit on Aer without noise, as measured on this project's CPU
-
-
-def console() -> Console:
-    """Return a console which does not cut tables that go to a file."""
-    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def show_plan(plan: Plan, out: Console) -> None:

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import inspect
 from importlib import metadata
-from typing import Any, cast
+from typing import Any
 
 from packaging.requirements import Requirement
-from peft.import_utils import is_torchao_available
-from peft.utils import get_quantization_kwargs, resolve_quantization_backend
-from peft.utils.quantization_utils import QuantizationBackend, TorchaoBackend
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..errors import close_names
+from ..tuner.quantised import is_quantised
 from . import parallel
 
 LOAD_KEYS = ("load_in_4bit", "load_in_8bit")
@@ -87,21 +85,6 @@ def complete(cfg: Any) -> None:
         settings.setdefault("llm_int8_skip_modules", skipped)
 
 
-def backend(layer: nn.Module, **quantization: Any) -> QuantizationBackend | None:
-    """Return how PEFT reads a quantised layer (bitsandbytes, HQQ, torchao, GPTQ, AWQ, ...), or None for any other."""
-    if is_torchao_available():
-        from torchao.utils import TorchAOBaseTensor
-
-        if isinstance(getattr(layer, "weight", None), TorchAOBaseTensor):  # PEFT names torchao's older kinds only
-            return TorchaoBackend(quantization.get("get_apply_tensor_subclass"))
-    return resolve_quantization_backend(layer, **quantization)
-
-
-def is_quantised(layer: nn.Module, model: nn.Module) -> bool:
-    """Return whether the layer is quantised, in a way PEFT can read."""
-    return backend(layer, **get_quantization_kwargs(cast(Any, model))) is not None
-
-
 def check_base(cfg: Any, model: PreTrainedModel) -> int:
     """Return the number of quantised layers of the base just loaded.
 
@@ -159,25 +142,6 @@ def check_targets(cfg: Any, layers: dict[str, nn.Module], model: nn.Module) -> l
             f"names in llm_int8_skip_modules, other target_modules, or `{key}: false`."
         )
     return full
-
-
-def keep_trainable(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights for CPU inference.
-
-    Its first forward in eval mode on a CPU with AVX512-BF16 would replace the weights by a form with scales rounded to bfloat16,
-    which has no gradient and which sizes that are no multiple of the block do not survive.
-
-    Raises:
-        ValueError: if that has happened already.
-    """
-    for name, module in model.named_modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
-                raise ValueError(
-                    f"{name}: bitsandbytes has repacked this 4-bit weight for CPU inference, as it does at the first forward "
-                    "in eval mode; it has no gradient. What works: add the adapter to a freshly loaded base, before that."
-                )
-            module.support_avx512bf16_for_cpu = cast(Any, False)
 
 
 def _asked(cfg: Any) -> str | None:

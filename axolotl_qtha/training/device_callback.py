@@ -11,9 +11,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..errors import refusal
 from ..ibm import engine
-from ..ibm.cost import estimate, verdict
-from ..ibm.engine import Difference, pool, take_differences, use_device
+from ..ibm.engine import CALLS, Difference, pool
 from ..ibm.runner import Runner
+from ..planner.qpu import estimate, verdict
 from ..tuner.layer import QTHALayer
 from ..tuner.sizes import ansatz
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..tuner.config import QTHAConfig
 
 LOG = logging.getLogger(__name__)
+LOG.setLevel(logging.INFO)  # Axolotl shows warnings only; jobs cost money
 GENERATING = ("grpo", "gdpo", "ebft")  # values of `rl` whose steps write answers, each token a circuit of its own per layer
 
 
@@ -32,7 +33,7 @@ def refuse_untrainable(config: QTHAConfig, rl: str | None) -> None:
     Raises:
         ValueError: naming the key.
     """
-    options = config.simulation.ibm
+    options = config.ibm
     if options is not None and options.gradient == "none":
         works = "`gradient: parameter_shift` or `spsa`; `axolotl evaluate` and `inference` need none"
         raise refusal("ibm.gradient", "none", "trains nothing", works)
@@ -50,8 +51,8 @@ def show_inference_cost(config: QTHAConfig, layers: int) -> None:
     """
     run = _runner(config)
     price, left = run.cost(1) * layers, run.remaining()
-    assert config.simulation.ibm is not None
-    prompt = run.cost(config.simulation.ibm.tokens_per_step) * layers
+    assert config.ibm is not None
+    prompt = run.cost(config.ibm.tokens_per_step) * layers
     text = (
         f"Each written token takes {price.circuits:,} circuits in {price.jobs:,} jobs on {run.service.name} (one a layer), by "
         f"IBM's formula {price.qpu_seconds:,.1f} QPU seconds; reading a prompt at most {prompt.circuits:,} circuits, "
@@ -60,13 +61,13 @@ def show_inference_cost(config: QTHAConfig, layers: int) -> None:
     if math.isinf(left):
         text += "The device is simulated here, free of charge."
     else:
-        text += f"max_qpu_seconds: {config.simulation.ibm.max_qpu_seconds:g}, {max(left, 0):,.1f} left: "
+        text += f"max_qpu_seconds: {config.ibm.max_qpu_seconds:g}, {max(left, 0):,.1f} left: "
         text += f"enough for about {int(max(left - prompt.qpu_seconds, 0) / price.qpu_seconds):,} tokens; then the run stops."
     LOG.info(text)
 
 
 def _runner(config: QTHAConfig) -> Runner:
-    options = config.simulation.ibm
+    options = config.ibm
     assert options is not None
     return engine.runner(ansatz(config), options)
 
@@ -102,23 +103,23 @@ class TrainOnDevice(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **_: Any
     ) -> None:
         """Say what the run will cost, and turn to the exact simulator until the first step."""
-        take_differences()
-        use_device(False)
+        CALLS.take()
+        CALLS.on_device = False
         if model is not None:
             self._show_cost(args, state, model)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Turn to the device."""
-        use_device(True)
+        CALLS.on_device = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Turn to the exact simulator, and keep the step's differences until they are logged."""
-        use_device(False)
-        self._parts += take_differences()
+        CALLS.on_device = False
+        self._parts += CALLS.take()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Turn to the device again: what comes now was asked for by itself."""
-        use_device(True)
+        CALLS.on_device = True
 
     def on_evaluate(
         self,
@@ -129,7 +130,7 @@ class TrainOnDevice(TrainerCallback):
         **_: Any,
     ) -> None:
         """Add the differences of `axolotl evaluate` to its metrics, with their prefix; a training's evaluations have none."""
-        if metrics is None or not (parts := take_differences()):
+        if metrics is None or not (parts := CALLS.take()):
             return
         prefix = next((name.removesuffix("loss") for name in metrics if name.endswith("_loss")), "eval_")
         metrics |= {prefix + name: value for name, value in self._values(parts).items()}

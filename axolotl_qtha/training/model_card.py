@@ -213,7 +213,7 @@ def _drawing(ansatz: Ansatz) -> str:
 
 def _circuits(config: QTHAConfig) -> str | None:
     """Return what ran the circuits of a training on IBM Quantum, None for others; neither account nor instance."""
-    if (ibm := config.simulation.ibm) is None:
+    if (ibm := config.ibm) is None:
         return None
     some = f"{ibm.tokens_per_step} tokens of each forward pass on `{ibm.backend}`, {ibm.executions:,} shots"
     return f"{some}, gradient by {ibm.gradient}; the others simulated exactly"

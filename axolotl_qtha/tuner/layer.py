@@ -23,10 +23,12 @@ from transformers.pytorch_utils import Conv1D
 
 from ..circuit.torch_engine import NonFiniteAngle
 from ..errors import refusal
-from ..settings.quantization import backend
 from .adapter import QTHAAdapter
 from .config import QTHAConfig
+from .quantised import backend
 from .sizes import adapter_shape
+
+PREFIX = "base_model.model."  # what PEFT puts before the names of the base's modules
 
 
 class QTHALayer(BaseTunerLayer):
@@ -152,6 +154,16 @@ def whole(module: nn.Module) -> AbstractContextManager[Any]:
 
     result: AbstractContextManager[Any] = GatheredParameters(parameters)
     return result
+
+
+def adapted_layers(model: nn.Module) -> dict[str, QTHALayer]:
+    """Return the layers of a PEFT model that carry adapters, by their names in the base model."""
+    return {name.removeprefix(PREFIX): module for name, module in model.named_modules() if isinstance(module, QTHALayer)}
+
+
+def adapted_sizes(model: nn.Module) -> list[tuple[int, int]]:
+    """Return (in_features, out_features) of every layer of a PEFT model that carries adapters."""
+    return [(layer.in_features, layer.out_features) for layer in adapted_layers(model).values()]
 
 
 def layer_sizes(layer: nn.Module) -> tuple[int, int]:

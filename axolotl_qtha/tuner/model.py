@@ -21,12 +21,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import close_names, refusal
-from ..settings.quantization import is_quantised, keep_trainable
 from .adapter import QTHAAdapter
 from .backends import prepare
 from .config import QTHAConfig
 from .layer import QTHALayer, QTHALinear, layer_sizes, refuse_nonlinear_merge, refuse_quantised_merge
 from .peft_type import QTHA
+from .quantised import is_quantised, keep_trainable
 from .sizes import ansatz, resolve
 
 CONTAINER = "qtha_adapter"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from functools import partial
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import IncompleteAdapter
+from ..files.durable import flush, put_in_place
 from .adapter import QTHAAdapter
 
 SCRATCH = ".saving-"  # folders in which a save was not finished
@@ -100,15 +100,5 @@ def _move(source: Path, target: Path) -> None:
     for file in sorted(path for path in source.rglob("*") if path.is_file()):
         place = target / file.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
-        flush(file)
-        os.replace(file, place)
+        put_in_place(file, place)
     flush(target)
-
-
-def flush(path: Path) -> None:
-    """Have a file or folder reach the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

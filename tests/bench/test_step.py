@@ -12,7 +12,7 @@ from transformers import LlamaConfig, Qwen2Config
 
 from axolotl_qtha import QTHAConfig
 from axolotl_qtha.bench import step
-from axolotl_qtha.bench.layer import peak_bytes
+from axolotl_qtha.timing import peak_bytes
 from axolotl_qtha.tuner.sizes import count_lora_parameters, count_parameters, resolve
 
 SIZES = {

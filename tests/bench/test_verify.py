@@ -9,7 +9,7 @@ from axolotl_qtha.bench.verify import compare
 from axolotl_qtha.circuit import native, torch_engine
 from axolotl_qtha.circuit.ansatz import Ansatz
 from axolotl_qtha.circuit.simulation import Simulation
-from axolotl_qtha.cli import verify
+from axolotl_qtha.cli.circuit import verify
 
 from ..e2e.commands import write_config
 

@@ -6,7 +6,7 @@ from PIL import Image
 
 from axolotl_qtha.circuit.ansatz import Ansatz
 from axolotl_qtha.circuit.draw import costs, text
-from axolotl_qtha.cli import draw
+from axolotl_qtha.cli.circuit import draw
 
 from ..e2e.commands import write_config
 

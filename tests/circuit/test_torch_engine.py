@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from axolotl_qtha.bench.layer import kept_bytes
 from axolotl_qtha.circuit import native
 from axolotl_qtha.circuit.ansatz import GATE_ORDERS, Ansatz
 from axolotl_qtha.circuit.torch_engine import expectation_values
+from axolotl_qtha.timing import kept_bytes
 
 from .reference import FOUR_TERMS, SHIFTS, TWO_TERMS, angles_and_inputs, expectations, shift_gradients
 

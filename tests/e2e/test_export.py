@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from axolotl_qtha import QTHAConfig
-from axolotl_qtha.cli import export
+from axolotl_qtha.cli.export import export
 from axolotl_qtha.export.lowrank import limits
 
 from .commands import QUICKSTART, run, train_here, write_config

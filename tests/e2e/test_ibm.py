@@ -22,7 +22,7 @@ from axolotl_qtha.circuit.aer import Engine
 from axolotl_qtha.circuit.ansatz import Ansatz
 from axolotl_qtha.circuit.shifts import RULES, SHIFTS, GateAngles, parameter_shift
 from axolotl_qtha.circuit.simulation import Simulation
-from axolotl_qtha.cli import estimate, hardware_eval
+from axolotl_qtha.cli.ibm import estimate, hardware_eval
 from axolotl_qtha.ibm.journal import Journal, Ledger
 
 from ..models import adapters

@@ -7,7 +7,7 @@ import yaml
 from click.testing import CliRunner
 from rich.console import Console
 
-from axolotl_qtha.cli import hardware_eval
+from axolotl_qtha.cli.ibm import hardware_eval
 from axolotl_qtha.hardware_eval.command import STARTED, Options, _check_cost
 
 from ..e2e.commands import write_config

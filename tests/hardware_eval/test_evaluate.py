@@ -25,7 +25,7 @@ from axolotl_qtha.ibm.journal import Journal
 from axolotl_qtha.ibm.options import IBMOptions
 from axolotl_qtha.ibm.runner import Runner
 from axolotl_qtha.ibm.service import connect
-from axolotl_qtha.planner.show import console
+from axolotl_qtha.terminal import console
 from axolotl_qtha.trained.calibration_text import IGNORED, Sequence
 from axolotl_qtha.tuner.sizes import ansatz
 

@@ -36,7 +36,7 @@ def simulation(tmp_path, monkeypatch):
         options = IBMOptions(**{"backend": "fake:manila", "shots": SHOTS, "journal": str(tmp_path), **changes})
         runner = Runner(ANSATZ, options, LocalService(NOISELESS, options), journal)
         monkeypatch.setattr(engine, "runner", lambda *_: runner)
-        engine.take_differences()
+        engine.CALLS.take()
         return Simulation("ibm", seed=seed, ibm=options)
 
     yield make
@@ -59,12 +59,12 @@ def test_some_tokens_go_to_the_device_and_the_others_are_exact(simulation, token
     assert torch.equal(result[others], exact[others])
     off = (result - exact)[chosen].detach()
     assert 0 < off.abs().max() <= 5 / SHOTS**0.5
-    (difference,) = engine.take_differences()
+    (difference,) = engine.CALLS.take()
     assert difference.tokens == len(chosen)
     assert difference.mean == pytest.approx(off.mean().item())
     assert difference.variance == pytest.approx(off.var(correction=0).item())
     assert 0 < difference.standard_error < 1 / SHOTS**0.5
-    assert engine.take_differences() == []
+    assert engine.CALLS.take() == []
     grads = torch.autograd.grad(result[others].sum(), (z, theta)) if others else ()
     expected = torch.autograd.grad(exact[others].sum(), (z, theta)) if others else ()
     assert all(torch.allclose(a, b) for a, b in zip(grads, expected, strict=True))
@@ -124,7 +124,7 @@ def test_recomputed_layers_cost_nothing_and_count_once(simulation, reentrant):
     how = simulation(tokens_per_step=3)
     plain, recomputed = inputs(), inputs()
     expectation_values(*plain, ANSATZ, how).square().sum().backward()
-    (first,) = engine.take_differences()
+    (first,) = engine.CALLS.take()
     entries = engine.runner().journal.entries
     jobs = len(entries)
 
@@ -133,7 +133,7 @@ def test_recomputed_layers_cost_nothing_and_count_once(simulation, reentrant):
 
     checkpoint(layer, *recomputed, use_reentrant=reentrant).square().sum().backward()
     assert (len(entries), jobs) == (2, 2)
-    assert engine.take_differences() == [first]
+    assert engine.CALLS.take() == [first]
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain, recomputed, strict=True))
 
 
@@ -158,14 +158,14 @@ def test_pooled_differences_are_those_of_all_tokens_together():
 def test_the_exact_simulator_alone_submits_nothing(simulation):
     how = simulation()
     z, theta = inputs()
-    engine.use_device(False)
+    engine.CALLS.on_device = False
     try:
         result = expectation_values(z, theta, ANSATZ, how)
     finally:
-        engine.use_device(True)
+        engine.CALLS.on_device = True
     assert torch.equal(result, torch_engine.expectation_values(z, theta, ANSATZ))
     assert not engine.runner().journal.entries
-    assert engine.take_differences() == []
+    assert engine.CALLS.take() == []
 
 
 def test_spsa_through_autograd_is_the_gradient_on_average(simulation):

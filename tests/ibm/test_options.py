@@ -11,7 +11,8 @@ from click.testing import CliRunner
 from pydantic import SecretStr
 
 from axolotl_qtha import QTHAConfig
-from axolotl_qtha.cli import config_schema, draw
+from axolotl_qtha.cli.circuit import draw
+from axolotl_qtha.cli.schema import config_schema
 from axolotl_qtha.errors import PrivateSettings
 from axolotl_qtha.ibm.options import IBMOptions
 from axolotl_qtha.settings.args import QTHABlock, adapter_config

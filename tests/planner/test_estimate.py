@@ -7,9 +7,10 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_
 
 from axolotl_qtha.circuit.ansatz import Ansatz
 from axolotl_qtha.planner.estimate import find_settings, make_plan
-from axolotl_qtha.planner.show import console, show_plan
+from axolotl_qtha.planner.show import show_plan
 from axolotl_qtha.settings.args import adapter_config
 from axolotl_qtha.settings.meta_base import UnknownBase, read_config
+from axolotl_qtha.terminal import console
 from axolotl_qtha.tuner.layer import QTHALayer
 
 from .bases import CONFIGS, MORE, SIZES, run_on, write_run

@@ -7,7 +7,6 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
-from axolotl_qtha.bench.layer import peak_bytes
 from axolotl_qtha.circuit import native
 from axolotl_qtha.circuit.ansatz import Ansatz
 from axolotl_qtha.circuit.torch_engine import chunk_tokens, expectation_values
@@ -15,6 +14,7 @@ from axolotl_qtha.planner.estimate import make_plan
 from axolotl_qtha.planner.memory import weight_bytes, workspace_bytes
 from axolotl_qtha.settings.args import adapter_config
 from axolotl_qtha.settings.meta_base import QuantisedLinear, meta_base
+from axolotl_qtha.timing import peak_bytes
 
 from .bases import CONFIGS, run_on
 

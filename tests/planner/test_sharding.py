@@ -11,7 +11,8 @@ from transformers import LlamaConfig
 
 from axolotl_qtha.planner.estimate import ZERO3_SETTINGS, adapted, make_plan
 from axolotl_qtha.planner.sharding import shards
-from axolotl_qtha.planner.show import console, show_plan
+from axolotl_qtha.planner.show import show_plan
+from axolotl_qtha.terminal import console
 
 from .bases import CONFIGS, SIZES, run_on
 

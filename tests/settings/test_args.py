@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from axolotl_qtha.cli import config_schema
+from axolotl_qtha.cli.schema import config_schema
 from axolotl_qtha.settings.args import QTHABlock
 
 BASE = {

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from axolotl_qtha.trained.adapter_folder import calibration_text as text
+from axolotl_qtha.trained import calibration_text as text
 from axolotl_qtha.trained.calibration_text import IGNORED, Sequence, batches, check, of_datasets, of_file, tokens
 
 

@@ -50,8 +50,8 @@ def start(tmp_path, monkeypatch):
 
     start.journal = journal
     yield start
-    engine.use_device(True)
-    engine.take_differences()
+    engine.CALLS.on_device = True
+    engine.CALLS.take()
     journal.close()
 
 
@@ -99,7 +99,7 @@ def test_a_row_of_the_log_has_all_calls_since_the_last(start, arguments, calls):
         assert row["qpu_standard_error"] == pytest.approx(np.sqrt((error**2).mean()))
         assert 0.2 < row["qpu_standard_error"] ** 2 / row["qpu_variance"] < 5, "without noise all of it is shots"
         assert row["qpu_seconds"] == 0
-    assert engine.take_differences() == []
+    assert engine.CALLS.take() == []
 
 
 def test_evaluations_while_training_cost_nothing_and_do_not_leak(start):
@@ -121,7 +121,7 @@ def test_evaluations_while_training_cost_nothing_and_do_not_leak(start):
     assert metrics["test_qpu_tokens"] == TOKENS * LAYERS
     assert {f"test_{key}" for key in KEYS} < set(metrics)
     assert abs(metrics["test_loss"] - evaluations[-1]["eval_loss"]) > 1e-7
-    assert engine.take_differences() == []
+    assert engine.CALLS.take() == []
 
 
 def test_the_same_training_again_is_answered_by_the_journal(start):
@@ -155,10 +155,10 @@ def test_a_training_that_failed_leaves_the_device_to_the_next(start, monkeypatch
         trainer.train()
     z, angles, how = torch.zeros(1, 2), torch.zeros(Ansatz(2, 1).rows, 2), trainer.model.active_peft_config.simulation
     engine.expectation_values(z, angles, Ansatz(2, 1), how)
-    assert engine.take_differences() == []
+    assert engine.CALLS.take() == []
     prepare(Ansatz(2, 1), how)
     engine.expectation_values(z, angles, Ansatz(2, 1), how)
-    assert len(engine.take_differences()) == 1
+    assert len(engine.CALLS.take()) == 1
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from axolotl_qtha.cli import report
+from axolotl_qtha.cli.report import report
 from axolotl_qtha.training.diagnostics_report import NAMES, draw, read_log, series, table
 
 from ..e2e.commands import train_here, write_config

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from axolotl_qtha.bench.suite import worker
 from axolotl_qtha.bench.suite.runner import apart, stoppable
 from axolotl_qtha.bench.suite.worker import Job, Processes
-from axolotl_qtha.cli import bench
+from axolotl_qtha.cli.bench import bench
 
 from ...e2e.commands import REPOSITORY, run
 from .test_spec import SUITE
