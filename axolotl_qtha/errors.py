@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
@@ -26,6 +26,25 @@ def refusal(key: str, value: Any, why: str, works: str) -> ValueError:
     return ValueError(f"{key if key.startswith('--') else f'qtha.{key}'}: {value!r} {why}. What works: {works}.")
 
 
-def close_names(name: str, names: Iterable[str]) -> list[str]:
-    """Return up to five of `names` that look like `name`, the closest first."""
-    return difflib.get_close_matches(name, sorted(set(names)), n=5, cutoff=0.5)
+def alternatives(name: str, names: Iterable[str]) -> str:
+    """Return what could have been meant by a name that is none of `names`: up to five that look like it, else all.
+
+    >>> alternatives("rnak", ["rank", "alpha", "dropout"])
+    '`rank`'
+    >>> alternatives("xyz", ["rank", "alpha"])
+    '`alpha`, `rank`'
+    """
+    known = sorted(set(names))
+    return ", ".join(f"`{found}`" for found in difflib.get_close_matches(name, known, n=5, cutoff=0.5) or known)
+
+
+def unknown_keys(data: Any, known: Iterable[str]) -> Iterator[tuple[str, Any, str]]:
+    """Yield (key, value, what works) of each key of a dictionary that is not known; of anything else nothing.
+
+    >>> list(unknown_keys({"rnak": 4, "alpha": 8}, ["rank", "alpha"]))
+    [('rnak', 4, '`rank`')]
+    """
+    names = list(known)
+    for key, value in data.items() if isinstance(data, dict) else ():
+        if key not in names:
+            yield str(key), value, alternatives(str(key), names)

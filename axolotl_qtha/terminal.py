@@ -7,6 +7,6 @@ import sys
 from rich.console import Console
 
 
-def console() -> Console:
-    """Return a console which does not cut tables that go to a file."""
-    return Console(width=None if sys.stdout.isatty() else 120)
+def console(columns: int = 120) -> Console:
+    """Return a console as wide as the terminal, or as many columns wide where the output goes to a file: no table is cut."""
+    return Console(width=None if sys.stdout.isatty() else columns)

@@ -8,11 +8,8 @@ turn. Cells that would take an engine more than --limit seconds or the free memo
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -23,16 +20,17 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from axolotl_qtha.bench.circuit_peers import ENGINES, Engine, Run
+from axolotl_qtha.bench import arguments
+from axolotl_qtha.bench.circuit_peers import ENGINES, Engine, GradientFunction
 from axolotl_qtha.bench.circuit_plot import plot
 from axolotl_qtha.circuit.ansatz import Ansatz
 from axolotl_qtha.circuit.program import program
 from axolotl_qtha.circuit.torch_engine import expectation_values
+from axolotl_qtha.terminal import console
 from axolotl_qtha.timing import kept_bytes, seconds
 
 QUBITS, LAYERS, TOKENS = (2, 4, 6, 8, 10, 12), (1, 4, 8), (256, 2048, 8192)
@@ -50,7 +48,7 @@ def inputs(ansatz: Ansatz, tokens: int, device: torch.device) -> tuple[Tensor, T
     return z, angles, weights
 
 
-def difference(run: Run, ansatz: Ansatz, device: torch.device, tokens: int = 2) -> float:
+def difference(run: GradientFunction, ansatz: Ansatz, device: torch.device, tokens: int = 2) -> float:
     """Return the largest difference of values and gradients from ours in float64."""
     given = inputs(ansatz, tokens, device)
     exact = ENGINES["ours, float64"].build(ansatz)(*given)
@@ -123,7 +121,7 @@ class Bench:
             values.append(seconds(call, self.device))
         return statistics.median(values[1:] or values)
 
-    def _checked(self, engine: Engine, ansatz: Ansatz, tokens: int) -> Run | None:
+    def _checked(self, engine: Engine, ansatz: Ansatz, tokens: int) -> GradientFunction | None:
         """Return an engine that is installed, right, fast and small enough."""
         if engine.name in self.skipped:
             return None
@@ -208,42 +206,37 @@ def peak_rate(device: torch.device) -> float:
 
 def main() -> None:
     """Run the benchmark and print its tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--qubits", type=int, nargs="+", default=QUBITS)
-    parser.add_argument("--layers", type=int, nargs="+", default=LAYERS)
-    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
-    parser.add_argument(
-        "--engines", nargs="+", choices=list(ENGINES), default=list(ENGINES), metavar="NAME", help=", ".join(ENGINES)
-    )
-    parser.add_argument("--repeats", type=int, default=3, help="turns per cell (default 3)")
-    parser.add_argument("--limit", type=float, default=5.0, help="seconds a run may take (default 5)")
-    parser.add_argument("--quick", action="store_true", help="small cells for the exponents")
-    parser.add_argument("--plot", type=Path, help="write a plot to this file (PNG, PDF, SVG)")
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
-    args = parser.parse_args()
+    options = arguments.parser(__doc__, tokens=TOKENS, repeats=3)
+    options.add_argument("--qubits", type=int, nargs="+", default=QUBITS, help="qubits of the circuit")
+    options.add_argument("--layers", type=int, nargs="+", default=LAYERS, help="layers of the circuit")
+    options.add_argument("--engines", nargs="+", choices=list(ENGINES), default=list(ENGINES), metavar="NAME", help="simulators")
+    options.add_argument("--limit", type=float, default=5.0, help="seconds a run may take")
+    options.add_argument("--quick", action="store_true", help="small cells for the exponents")
+    options.add_argument("--plot", type=Path, help="write a plot to this file (PNG, PDF, SVG)")
+    args = options.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    out = console()
     bench = Bench([ENGINES[name] for name in args.engines], args.repeats, args.limit, device)
     cells = [(q, layers, t) for q in sorted(args.qubits) for layers in sorted(args.layers) for t in sorted(args.tokens)]
     rows: list[Row] = []
     start = time.monotonic()
-    for q, layers, tokens in track(cells, description="measuring", console=console):
+    for q, layers, tokens in track(cells, description="measuring", console=out):
         rows += bench.cell(Ansatz(q, layers), tokens)
-    console.print(_table(rows, f"forward + backward, {where}, float32, medians of {args.repeats} turns"))
+    out.print(_table(rows, f"forward + backward, {where}, float32, medians of {args.repeats} turns"))
     for what, reason in bench.skipped.items():
-        console.print(f"left out: {what}: {reason}", highlight=False, markup=False)
+        out.print(f"left out: {what}: {reason}", highlight=False, markup=False)
     peak = peak_rate(device)
     for row in (row for row in rows if row["engine"] == OURS and row["tokens"] == max(args.tokens)):
         row["flop_per_second"] = operations(Ansatz(row["qubits"], row["layers"])) * row["tokens"] / row["milliseconds"] * 1e3
     best = max((row.get("flop_per_second", 0.0) for row in rows), default=0.0)
     exponents, memory = growth(device, args.repeats, args.quick), kept()
     for fit in exponents:
-        console.print(f"time grows with {fit['of']} to the power {fit['exponent']:.2f}", highlight=False)
+        out.print(f"time grows with {fit['of']} to the power {fit['exponent']:.2f}", highlight=False)
     words = ", ".join(f"{size / 1024:.1f} KiB with {layers} layers" for layers, size in memory.items())
-    console.print(f"kept for backward, 8 qubits, 2048 tokens: {words} (z alone is 64)", highlight=False)
-    console.print(f"ours: up to {best / 1e9:.0f} GFLOP/s; a 2048 x 2048 matrix product here: {peak / 1e9:.0f}", highlight=False)
-    console.print(f"{time.monotonic() - start:.0f} s in all", highlight=False)
+    out.print(f"kept for backward, 8 qubits, 2048 tokens: {words} (z alone is 64)", highlight=False)
+    out.print(f"ours: up to {best / 1e9:.0f} GFLOP/s; a 2048 x 2048 matrix product here: {peak / 1e9:.0f}", highlight=False)
+    out.print(f"{time.monotonic() - start:.0f} s in all", highlight=False)
     figures = {
         "where": where,
         "rows": rows,
@@ -252,8 +245,7 @@ def main() -> None:
         "kept_bytes": memory,
         "peak_flops": peak,
     }
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=2))
+    arguments.write_json(args, figures)
     if args.plot:
         plot(rows, f"forward + backward of the circuit, {where}, float32", args.plot)
 

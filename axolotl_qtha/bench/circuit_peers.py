@@ -19,7 +19,7 @@ from axolotl_qtha.circuit.torch_engine import in_pytorch
 from axolotl_qtha.tuner.backends import expectation_values
 
 Gradients = tuple[Tensor, Tensor, Tensor]  # <Z> (tokens, n), gradients of z (tokens, n) and of the angles (rows, n)
-Run = Callable[[Tensor, Tensor, Tensor], Gradients]
+GradientFunction = Callable[[Tensor, Tensor, Tensor], Gradients]
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class Engine:
     """A way to run the circuit. `build` raises ImportError where a package is missing."""
 
     name: str
-    build: Callable[[Ansatz], Run]
+    build: Callable[[Ansatz], GradientFunction]
     most_tokens: int | None = None  # measured with at most so many, and scaled: its time is linear in them
     keeps: int = 0  # states of 8 bytes per amplitude, token and gate that it keeps for backward
 
 
-def _autograd(function: Callable[[Tensor, Tensor], Tensor]) -> Run:
+def _autograd(function: Callable[[Tensor, Tensor], Tensor]) -> GradientFunction:
     def run(z: Tensor, angles: Tensor, weights: Tensor) -> Gradients:
         z, angles = z.detach().requires_grad_(), angles.detach().requires_grad_()
         values = function(z, angles)
@@ -42,16 +42,16 @@ def _autograd(function: Callable[[Tensor, Tensor], Tensor]) -> Run:
     return run
 
 
-def _ours(ansatz: Ansatz) -> Run:
+def _ours(ansatz: Ansatz) -> GradientFunction:
     return _autograd(lambda z, angles: expectation_values(z, angles, ansatz))
 
 
-def _ours_in_float64(ansatz: Ansatz) -> Run:
+def _ours_in_float64(ansatz: Ansatz) -> GradientFunction:
     run = _ours(ansatz)
     return lambda z, angles, weights: run(z.double(), angles.double(), weights)
 
 
-def _ours_in_pytorch(ansatz: Ansatz) -> Run:
+def _ours_in_pytorch(ansatz: Ansatz) -> GradientFunction:
     run = _ours(ansatz)
 
     def plain(z: Tensor, angles: Tensor, weights: Tensor) -> Gradients:
@@ -61,7 +61,7 @@ def _ours_in_pytorch(ansatz: Ansatz) -> Run:
     return plain
 
 
-def _aer(ansatz: Ansatz) -> Run:
+def _aer(ansatz: Ansatz) -> GradientFunction:
     return _autograd(lambda z, angles: expectation_values(z, angles, ansatz, Simulation("aer", precision="single")))
 
 
@@ -77,8 +77,8 @@ def _walk(ansatz: Ansatz, ry: Callable[[Any, int], Any], crz: Callable[[Any, int
                 crz(angles[moment.row][control], control, target)
 
 
-def _pennylane(device: str, method: str) -> Callable[[Ansatz], Run]:
-    def build(ansatz: Ansatz) -> Run:
+def _pennylane(device: str, method: str) -> Callable[[Ansatz], GradientFunction]:
+    def build(ansatz: Ansatz) -> GradientFunction:
         import pennylane as qml
 
         @qml.qnode(qml.device(device, wires=ansatz.qubits), interface="torch", diff_method=method)
@@ -93,7 +93,7 @@ def _pennylane(device: str, method: str) -> Callable[[Ansatz], Run]:
     return build
 
 
-def _tensorcircuit(ansatz: Ansatz) -> Run:
+def _tensorcircuit(ansatz: Ansatz) -> GradientFunction:
     import tensorcircuit as tc
 
     backend = tc.set_backend("pytorch")
@@ -106,7 +106,7 @@ def _tensorcircuit(ansatz: Ansatz) -> Run:
     return _autograd(torch.func.vmap(one, in_dims=(0, None)))
 
 
-def _qiskit_ml(ansatz: Ansatz) -> Run:
+def _qiskit_ml(ansatz: Ansatz) -> GradientFunction:
     from qiskit.primitives import StatevectorEstimator
     from qiskit.quantum_info import SparsePauliOp
     from qiskit_machine_learning.connectors import TorchConnector

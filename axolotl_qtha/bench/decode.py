@@ -7,10 +7,7 @@ the median of the ratios to LoRA within each turn. The time of the prompt is sha
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
@@ -26,6 +23,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from axolotl_qtha import QTHAConfig
+from axolotl_qtha.bench import arguments
+from axolotl_qtha.terminal import console
 from axolotl_qtha.timing import seconds
 from axolotl_qtha.tuner.fold_cache import folding_each_time
 
@@ -121,15 +120,12 @@ def measure(base: PreTrainedModel, rank: int, quantum: str, batch: int, tokens: 
 
 def main() -> None:
     """Run the benchmark and print its table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(BASE), help="folder or name of the base (default: the quickstart's)")
-    parser.add_argument("--rank", type=int, default=4, help="rank of both adapters (default 4)")
-    parser.add_argument("--quantum", default="qtha", help="value of `quantum` (default qtha)")
-    parser.add_argument("--batch", type=int, default=1, help="sequences decoded at a time (default 1)")
-    parser.add_argument("--tokens", type=int, default=128, help="new tokens of each sequence (default 128)")
-    parser.add_argument("--turns", type=int, default=9, help="turns (default 9)")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    args = parser.parse_args()
+    options = arguments.parser(__doc__, rank=4, quantum="qtha")
+    options.add_argument("--model", default=str(BASE), help="folder or name of the base")
+    options.add_argument("--batch", type=int, default=1, help="sequences decoded at a time")
+    options.add_argument("--tokens", type=int, default=128, help="new tokens of each sequence")
+    options.add_argument("--turns", type=int, default=9, help="turns of each measurement")
+    args = options.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base: Any = AutoModelForCausalLM.from_pretrained(args.model)
     base = base.to(device).eval()
@@ -142,12 +138,11 @@ def main() -> None:
         table.add_column(column, justify="left" if column == "variant" else "right")
     for row in rows:
         table.add_row(row["variant"], f"{row['parameters']:,}", f"{row['milliseconds']:.2f}", f"{row['to_lora']:.2f}")
-    console = Console(width=None if sys.stdout.isatty() else 130)  # a file takes the whole table
-    console.print(table)
+    out = console(130)
+    out.print(table)
     cached = next(row for row in rows if row["variant"] == CACHED)
-    console.print(f"logits, cached against uncached: at most {cached['logit_difference']:.1e} of the largest apart")
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=2))
+    out.print(f"logits, cached against uncached: at most {cached['logit_difference']:.1e} of the largest apart")
+    arguments.write_json(args, rows)
 
 
 if __name__ == "__main__":

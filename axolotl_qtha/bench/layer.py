@@ -7,25 +7,22 @@ within each turn. `diagnostics` is what measuring the adapter takes at every 10t
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
 from axolotl_qtha import QTHAConfig
+from axolotl_qtha.bench import arguments
 from axolotl_qtha.circuit.ansatz import Ansatz
 from axolotl_qtha.circuit.torch_engine import expectation_values
 from axolotl_qtha.settings.args import DIAGNOSTICS_STEPS
+from axolotl_qtha.terminal import console
 from axolotl_qtha.timing import kept_bytes, peak_bytes, seconds
 from axolotl_qtha.training.diagnostics import active_adapters, gradient_norms, measure, sample
 
@@ -146,21 +143,17 @@ def _shape(text: str) -> tuple[int, int]:
 
 def main() -> None:
     """Run the benchmark and print its tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5, help="turns per cell (default 5)")
-    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="tokens per step (default 512 2048)")
-    parser.add_argument("--ranks", type=int, nargs="+", default=RANKS, help="ranks (default 4 8)")
-    parser.add_argument("--shapes", nargs="+", default=[f"{a}x{b}" for a, b in SHAPES], help="layers as INxOUT")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    args = parser.parse_args()
+    options = arguments.parser(__doc__, repeats=5, tokens=TOKENS, ranks=RANKS)
+    options.add_argument("--shapes", nargs="+", default=[f"{a}x{b}" for a, b in SHAPES], help="layers as INxOUT")
+    args = options.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cells = [(_shape(shape), rank, tokens) for shape in args.shapes for rank in args.ranks for tokens in args.tokens]
-    console = Console(width=None if sys.stdout.isatty() else 120)  # a file takes the whole table
+    out = console()
     table = Table(title=f"forward + backward of one layer, {device}, {torch.get_num_threads()} threads, {args.repeats} turns")
     for column in ("layer", "rank", "tokens", "variant", "parameters", "ms (median)", "x LoRA", "peak MiB", "diagnostics"):
         table.add_column(column, justify="left" if column in ("layer", "variant") else "right")
     rows = []
-    for shape, rank, tokens in track(cells, description="measuring", console=console):
+    for shape, rank, tokens in track(cells, description="measuring", console=out):
         for row in layer_rows(shape, rank, tokens, args.repeats, device):
             rows.append(row)
             table.add_row(
@@ -175,16 +168,15 @@ def main() -> None:
                 f"{row['diagnostics']:.2%}" if "diagnostics" in row else "",
             )
         table.add_section()
-    console.print(table)
+    out.print(table)
     kept = circuit_rows(device)
     memory = Table(title=f"kept for backward by the circuit, {kept[0]['qubits']} qubits, {kept[0]['tokens']} tokens")
     for column in ("layers", "KiB"):
         memory.add_column(column, justify="right")
     for entry in kept:
         memory.add_row(str(entry["layers"]), f"{entry['kept_bytes'] / 1024:.1f}")
-    console.print(memory)
-    if args.json:
-        args.json.write_text(json.dumps({"layers": rows, "circuit": kept}, indent=2))
+    out.print(memory)
+    arguments.write_json(args, {"layers": rows, "circuit": kept})
 
 
 if __name__ == "__main__":

@@ -9,23 +9,21 @@ medians, and the median of the ratios to QLoRA within each turn.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
-from pathlib import Path
 from typing import Any, cast
 
 import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
 from axolotl_qtha import QTHAConfig
+from axolotl_qtha.bench import arguments
+from axolotl_qtha.terminal import console
 from axolotl_qtha.timing import peak_bytes, seconds
 
 SHAPES: dict[str, PreTrainedConfig] = {
@@ -110,7 +108,7 @@ def adapters(rank: int, quantum: str) -> dict[str, Any]:
     }
 
 
-class Run:
+class AdaptedBase:
     """One adapter on the shared base, with its optimiser; the base carries it between `attach` and `detach`."""
 
     def __init__(self, base: PreTrainedModel, config: Any, ids: torch.Tensor) -> None:
@@ -161,7 +159,7 @@ def measure(
     base.enable_input_require_grads()
     if checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
-    runs = {name: Run(base, config, ids) for name, config in adapters(rank, quantum).items()}
+    runs = {name: AdaptedBase(base, config, ids) for name, config in adapters(rank, quantum).items()}
     peaks, times = dict[str, int](), {name: list[float]() for name in runs}
     for turn in range(repeats + 2):
         for name, run in runs.items():
@@ -207,21 +205,17 @@ def stored_bytes(model: nn.Module) -> int:
 def main() -> None:
     """Run the benchmark and print its table."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = "qwen2.5-7b" if device.type == "cuda" else "small"
-    parser.add_argument("--model", choices=list(SHAPES), default=default, help=f"shape of the base (default here: {default})")
-    parser.add_argument("--bits", type=int, choices=(4, 8, 16), default=4, help="bits of the frozen weights (default 4)")
-    parser.add_argument("--ranks", "--rank", type=int, nargs="+", default=[8], help="ranks (default 8)")
-    parser.add_argument("--quantum", default="qtha", help="value of `quantum` (default qtha)")
-    parser.add_argument("--batch", type=int, default=2, help="sequences per step (default 2)")
-    parser.add_argument("--tokens", type=int, default=2048 if device.type == "cuda" else 512, help="tokens per sequence")
-    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="gradient checkpointing (default: both)")
-    parser.add_argument("--repeats", type=int, default=3, help="turns (default 3)")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    args = parser.parse_args()
+    options = arguments.parser(__doc__, ranks=[8], quantum="qtha", repeats=3)
+    options.add_argument("--model", choices=list(SHAPES), default=default, help="shape of the base")
+    options.add_argument("--bits", type=int, choices=(4, 8, 16), default=4, help="bits of the frozen weights")
+    options.add_argument("--batch", type=int, default=2, help="sequences per step")
+    options.add_argument("--tokens", type=int, default=2048 if device.type == "cuda" else 512, help="tokens per sequence")
+    options.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="gradient checkpointing; None: both")
+    args = options.parse_args()
     base = random_base(SHAPES[args.model], args.bits, device)
     ids = torch.randint(SHAPES[args.model].vocab_size, (args.batch, args.tokens), device=device)
-    console = Console(width=None if sys.stdout.isatty() else 130)  # a file takes the whole table
+    out = console(130)
     table = Table(title=f"training step, {args.model} in {args.bits} bits, {args.batch} x {args.tokens} tokens, {device}")
     columns = ("rank", "adapter", "checkpoints", "parameters", "peak MiB", "x QLoRA", "no weights", "tokens/s", "time x QLoRA")
     for column in columns:
@@ -229,7 +223,7 @@ def main() -> None:
     rows = []
     both = (False, True) if args.checkpointing is None else (args.checkpointing,)
     cells = [(rank, checkpointing) for rank in args.ranks for checkpointing in both]
-    for rank, checkpointing in track(cells, description="measuring", console=console):
+    for rank, checkpointing in track(cells, description="measuring", console=out):
         for row in measure(base, rank, args.quantum, ids, checkpointing, args.repeats):
             rows.append(row)
             table.add_row(
@@ -244,11 +238,10 @@ def main() -> None:
                 f"{row['time_to_qlora']:.2f}",
             )
         table.add_section()
-    console.print(table)
-    console.print("The peak holds the frozen weights, the adapter, the optimiser's states and all of the step; on CUDA not what")
-    console.print("the libraries allocate once. `no weights` is the peak without the frozen weights.")
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=2))
+    out.print(table)
+    out.print("The peak holds the frozen weights, the adapter, the optimiser's states and all of the step; on CUDA not what")
+    out.print("the libraries allocate once. `no weights` is the peak without the frozen weights.")
+    arguments.write_json(args, rows)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,10 @@ besides (axolotl.monkeypatch.accelerate.fsdp2); gradients clipped to 1.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import multiprocessing
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,7 +35,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig
 
+from axolotl_qtha.bench import arguments
 from axolotl_qtha.bench.step import SHAPES, adapters, random_base
+from axolotl_qtha.terminal import console
 
 SHARINGS = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 BASE, LORA, LORA_BLOCKS = "none", "lora", "lora, by block"
@@ -130,7 +130,7 @@ class Job:
     tokens: int = 32
 
 
-class Run:
+class RankModel:
     """One rank's model and optimiser, wrapped for a kind of sharing."""
 
     def __init__(self, job: Job, device: torch.device) -> None:
@@ -214,7 +214,7 @@ def run_rank(rank: int, job: Job, folder: str) -> None:
         RuntimeError: if the steps keep differing.
     """
     with joined(rank, job.ranks, folder) as device:
-        run = Run(job, device)
+        run = RankModel(job, device)
         before: dict[Any, list[int]] | None = None
         for _ in range(MOST_STEPS):
             with Collectives(job.ranks) as seen:
@@ -299,34 +299,32 @@ def compare(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Run the benchmark and print its table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=SHARINGS, nargs="+", default=SHARINGS, help="ways to share a run (default: all)")
-    parser.add_argument("--model", choices=list(SHAPES), default="small", help="shape of the base (default small)")
-    parser.add_argument("--rank", type=int, default=8, help="rank of the adapters (default 8)")
-    parser.add_argument("--quantum", default="qtha", help="value of `quantum` (default qtha)")
-    parser.add_argument("--ranks", type=int, default=2, help="processes that share a run (default 2)")
-    parser.add_argument("--accumulation", type=int, default=2, help="micro-batches per optimiser step (default 2)")
-    parser.add_argument("--tokens", type=int, default=32, help="tokens per micro-batch, which change nothing (default 32)")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    args = parser.parse_args()
+    options = arguments.parser(__doc__, rank=8, quantum="qtha")
+    options.add_argument("--only", choices=SHARINGS, nargs="+", default=SHARINGS, help="ways to share a run")
+    options.add_argument("--model", choices=list(SHAPES), default="small", help="shape of the base")
+    options.add_argument("--ranks", type=int, default=2, help="processes that share a run")
+    options.add_argument("--accumulation", type=int, default=2, help="micro-batches per optimiser step")
+    options.add_argument("--tokens", type=int, default=32, help="tokens per micro-batch, which change nothing")
+    args = options.parse_args()
     if args.ranks < 2 or args.accumulation < 1:
-        parser.error(f"--ranks {args.ranks} --accumulation {args.accumulation}. What works: --ranks 2, --accumulation 1, or more")
+        options.error(
+            f"--ranks {args.ranks} --accumulation {args.accumulation}. What works: --ranks 2, --accumulation 1, or more"
+        )
     if torch.cuda.device_count() < args.ranks:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    console = Console(width=None if sys.stdout.isatty() else 130)  # a file takes the whole table
+    out = console(130)
     jobs = [(sharing, adapter) for sharing in args.only for adapter in adapters_of(sharing, args.quantum)]
     rows: dict[str, list[dict[str, Any]]] = {sharing: [] for sharing in args.only}
     sizes = (args.rank, args.quantum, args.accumulation, args.ranks, args.tokens)
-    for sharing, adapter in track(jobs, description="measuring", console=console):
+    for sharing, adapter in track(jobs, description="measuring", console=out):
         rows[sharing].append(measure(Job(sharing, adapter, SHAPES[args.model], *sizes)))
     for group in rows.values():
         compare(group)
-    show(console, rows, f"{args.model} on {args.ranks} ranks, adapters of rank {args.rank}")
-    if args.json:
-        args.json.write_text(json.dumps([row for group in rows.values() for row in group], indent=2))
+    show(out, rows, f"{args.model} on {args.ranks} ranks, adapters of rank {args.rank}")
+    arguments.write_json(args, [row for group in rows.values() for row in group])
 
 
-def show(console: Console, rows: dict[str, list[dict[str, Any]]], title: str) -> None:
+def show(out: Console, rows: dict[str, list[dict[str, Any]]], title: str) -> None:
     """Print the table."""
     first = next(iter(rows.values()))[0]
     batches = f"{first['accumulation']} micro-batch{'es' if first['accumulation'] > 1 else ''}"
@@ -341,8 +339,8 @@ def show(console: Console, rows: dict[str, list[dict[str, Any]]], title: str) ->
             ratios = [f"{row['to_lora']:.3f}", "" if row["adapter"] == BASE else f"{row['to_lora_without_base']:.3f}"]
             table.add_row(sharing, row["adapter"], f"{row['parameters']:,}", calls, mib[0], gradients, mib[1], mib[2], *ratios)
         table.add_section()
-    console.print(table)
-    console.print(CAPTION + (SHARDED if {"zero3", "fsdp2"} & rows.keys() else ""), highlight=False)
+    out.print(table)
+    out.print(CAPTION + (SHARDED if {"zero3", "fsdp2"} & rows.keys() else ""), highlight=False)
 
 
 if __name__ == "__main__":

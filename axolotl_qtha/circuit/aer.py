@@ -21,7 +21,7 @@ from ..errors import refusal
 from . import torch_engine
 from .ansatz import Ansatz
 from .noise import Compiled, compile_circuit, compile_for
-from .shifts import GateAngles, parameter_shift
+from .shifts import GateAngles, Slopes
 from .simulation import Simulation
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class Engine:
 
         `wants` says which of the two are needed; the other is left zero and costs nothing.
         """
-        return parameter_shift(self.gates, self.expectations, grad, z, angles, wants, self.chunk)
+        return Slopes(self.gates, self.expectations, grad, z, angles, wants).by_parameter_shift(self.chunk)
 
 
 def _unmixed(circuit: QuantumCircuit, angles: list[Parameter]) -> tuple[QuantumCircuit, list[Parameter], np.ndarray, np.ndarray]:

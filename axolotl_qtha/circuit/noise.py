@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import close_names, refusal
+from ..errors import alternatives, refusal
 
 if TYPE_CHECKING:
     from qiskit import QuantumCircuit
@@ -68,8 +68,7 @@ def device(noise_model: str, qubits: int, key: str = "noise_model", choices: str
     }
     name = noise_model.removeprefix(FAKE).lower().removeprefix("fake_")
     if name not in named:
-        close = close_names(name, named) or sorted(named)
-        raise refusal(key, noise_model, "names no device", ", ".join(f"`{FAKE}{other}`" for other in close))
+        raise refusal(key, noise_model, "names no device", alternatives(FAKE + name, (FAKE + other for other in named)))
     backend = named[name]()
     if backend.num_qubits < qubits:
         raise refusal(

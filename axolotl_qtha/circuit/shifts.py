@@ -1,4 +1,4 @@
-"""The circuit with an angle of its own for every gate, and gradients by shifting one angle at a time.
+"""The circuit with an angle of its own for every gate, and gradients from circuits alone: by shifting angles one by one, or all.
 
 Gradients by parameter shift are exact in expectation, also under noise, since noise does not depend on angles. For an angle x
 that enters with the frequencies w (the gaps between its generator's eigenvalues) f'(x) = sum_k c_k (f(x + s_k) - f(x - s_k)),
@@ -7,7 +7,9 @@ with c chosen so that the rule holds for sin(w x): RY has w = 1, CRZ 1/2 and 1 (
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from qiskit.circuit import ParameterVector, QuantumCircuit
@@ -16,6 +18,8 @@ from .ansatz import Ansatz
 
 SHIFTS = np.array([np.pi / 2, 3 * np.pi / 2])
 RULES = {"ry": np.array([0.5]), "crz": (np.sqrt(2) + np.array([1, -1])) * np.array([1, -1]) / (4 * np.sqrt(2))}
+
+SPSA_STEP = 0.1  # radians
 
 # (circuits, gates) in radians -> <Z_i> (circuits, n)
 Expectations = Callable[[np.ndarray], np.ndarray]
@@ -59,45 +63,68 @@ class GateAngles:
                 grad_angles[source] += slopes[:, k].sum()
 
 
-def parameter_shift(
-    gates: GateAngles,
-    expectations: Expectations,
-    grad: np.ndarray,
-    z: np.ndarray,
-    angles: np.ndarray,
-    wants: tuple[bool, bool],
-    circuits: int | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the gradients of sum(grad * <Z>) by parameter shift: (tokens, n) for z and (rows, n) for the angles.
+@dataclass(frozen=True)
+class Slopes:
+    """A gradient of sum(grad * <Z>) that is asked of something that can only run circuits."""
 
-    Args:
-        gates: the circuit.
-        expectations: what runs it.
-        grad: gradient with respect to <Z>, (tokens, n).
-        z: encoded inputs in radians, (tokens, n).
-        angles: trainable angles in radians, (rows, n).
-        wants: which of the two are needed; the other is left zero and costs nothing.
-        circuits: how many to ask for at a time, at least those of one token; None for all at once.
-    """
-    grad_z, flat = np.zeros(z.shape), np.zeros(angles.size)
-    wanted = gates.wanted(wants)
-    rows = [(k, c, s) for k in np.flatnonzero(wanted) for c, s in zip(RULES[gates.kinds[k]], SHIFTS, strict=False)]
-    shifts = np.zeros((2 * len(rows), len(gates.kinds)))
-    for i, (k, _, shift) in enumerate(rows):
-        shifts[2 * i, k], shifts[2 * i + 1, k] = shift, -shift
-    tokens = len(z) if circuits is None else max(1, circuits // max(1, len(shifts)))
-    for start in range(0, len(z) if rows else 0, tokens):
-        part = slice(start, start + tokens)
-        points = gates.points(z[part], angles)
-        shifted = (points[:, None] + shifts).reshape(-1, len(gates.kinds))
-        costs = np.einsum("tsn,tn->ts", expectations(shifted).reshape(len(points), -1, z.shape[1]), grad[part])
-        slopes = np.zeros(points.shape)
-        for i, (k, coefficient, _) in enumerate(rows):
-            slopes[:, k] += coefficient * (costs[:, 2 * i] - costs[:, 2 * i + 1])
-        gates.collect(slopes, grad_z[part], flat)
-    return grad_z, flat.reshape(angles.shape)
+    gates: GateAngles
+    expectations: Expectations  # what runs the circuit
+    grad: np.ndarray  # gradient with respect to <Z>, (tokens, n)
+    z: np.ndarray  # encoded inputs in radians, (tokens, n)
+    angles: np.ndarray  # trainable angles in radians, (rows, n)
+    wants: tuple[bool, bool] = (True, True)  # whether those of z and of the angles are needed; another is zero and costs nothing
+
+    def by_parameter_shift(self, circuits: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Return the gradients by parameter shift: (tokens, n) for z and (rows, n) for the angles.
+
+        Args:
+            circuits: how many to ask for at a time, at least those of one token; None for all at once.
+        """
+        gates, z, kinds = self.gates, self.z, len(self.gates.kinds)
+        grad_z, flat = np.zeros(z.shape), np.zeros(self.angles.size)
+        wanted = np.flatnonzero(gates.wanted(self.wants))
+        rows = [(k, c, s) for k in wanted for c, s in zip(RULES[gates.kinds[k]], SHIFTS, strict=False)]
+        shifts = np.zeros((2 * len(rows), kinds))
+        for i, (k, _, shift) in enumerate(rows):
+            shifts[2 * i, k], shifts[2 * i + 1, k] = shift, -shift
+        tokens = len(z) if circuits is None else max(1, circuits // max(1, len(shifts)))
+        for start in range(0, len(z) if rows else 0, tokens):
+            part = slice(start, start + tokens)
+            points = gates.points(z[part], self.angles)
+            shifted = (points[:, None] + shifts).reshape(-1, kinds)
+            costs = np.einsum("tsn,tn->ts", self.expectations(shifted).reshape(len(points), -1, z.shape[1]), self.grad[part])
+            slopes = np.zeros(points.shape)
+            for i, (k, coefficient, _) in enumerate(rows):
+                slopes[:, k] += coefficient * (costs[:, 2 * i] - costs[:, 2 * i + 1])
+            gates.collect(slopes, grad_z[part], flat)
+        return grad_z, flat.reshape(self.angles.shape)
+
+    def by_spsa(self, draws: int, seed: int, step: float = SPSA_STEP) -> tuple[np.ndarray, np.ndarray]:
+        """Return the gradients by simultaneous perturbation (Spall 1992): (tokens, n) for z and (rows, n) for the angles.
+
+        All wanted angles of a token's circuit move by +-step at once, each in a random direction, and back: two circuits a draw.
+        In expectation the slope of an angle is the exact one up to a share of the order of step**2, as if <Z> were first averaged
+        over the other angles' steps. Its spread is that of the other angles' slopes, and falls with the square root of the draws.
+
+        Args:
+            draws: directions per token.
+            seed: of the directions, which are a function of it and the angles: a run that is repeated asks for the same circuits.
+            step: how far the angles move, in radians.
+        """
+        gates, z, kinds = self.gates, self.z, len(self.gates.kinds)
+        points = gates.points(z, self.angles)
+        key = hashlib.blake2b(points.tobytes(), digest_size=8, key=seed.to_bytes(8, "big")).digest()
+        random = np.random.default_rng(int.from_bytes(key, "big"))
+        signs = random.choice([-1.0, 1.0], (len(z), draws, kinds)) * gates.wanted(self.wants)
+        moved = points[:, None, None] + step * np.stack([signs, -signs], axis=2)  # (tokens, draws, 2, gates)
+        values = self.expectations(moved.reshape(-1, kinds)).reshape(len(z), draws, 2, z.shape[1])
+        costs = np.einsum("tdsn,tn->tds", values, self.grad)
+        slopes = np.einsum("td,tdg->tg", (costs[:, :, 0] - costs[:, :, 1]) / (2 * step * draws), signs)
+        grad_z, flat = np.zeros(z.shape), np.zeros(self.angles.size)
+        gates.collect(slopes, grad_z, flat)
+        return grad_z, flat.reshape(self.angles.shape)
 
 
-def shift_circuits(ansatz: Ansatz) -> int:
+def shift_circuits(gates: GateAngles, wants: tuple[bool, bool] = (True, True)) -> int:
     """Return how many circuits the parameter shift of one token takes."""
-    return sum(2 * len(RULES[gate.operation.name]) for gate in ansatz.circuit().data)
+    return sum(2 * len(RULES[gates.kinds[k]]) for k in np.flatnonzero(gates.wanted(wants)))

@@ -117,7 +117,7 @@ def check_finite(z: Tensor, angles: Tensor) -> None:
             )
 
 
-class Run:
+class StateVector:
     """One circuit on one chunk of tokens."""
 
     def __init__(self, z: Tensor, angles: Tensor, ansatz: Ansatz) -> None:
@@ -236,7 +236,7 @@ def _circuit_forward(z: Tensor, angles: Tensor, qubits: int, layers: int, gate_o
             return kernel.forward(z, angles, ansatz)
         for start in range(0, z.shape[0], chunk_tokens(qubits)):
             tokens = slice(start, start + chunk_tokens(qubits))
-            run = Run(z[tokens], angles, ansatz)
+            run = StateVector(z[tokens], angles, ansatz)
             result[tokens] = run.expectations(run.forward())
     return result
 
@@ -252,7 +252,7 @@ def _circuit_backward(
             return kernel.backward(grad, z, angles, ansatz)
         for start in range(0, z.shape[0], chunk_tokens(qubits)):
             tokens = slice(start, start + chunk_tokens(qubits))
-            run = Run(z[tokens], angles, ansatz)
+            run = StateVector(z[tokens], angles, ansatz)
             grad_z[tokens], chunk_angles = run.gradients(run.forward(), grad[tokens])
             grad_angles += chunk_angles
     return grad_z, grad_angles

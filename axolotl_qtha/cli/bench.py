@@ -21,9 +21,9 @@ def bench(suite: Path, jobs: int | None, dry_run: bool, summary_only: bool, over
     What was done is not done again: the same line goes on after a stop. Exits with 1 if a run failed.
     """
     with errors_shown():
-        from ..bench.suite.command import Options, bench
+        from ..bench.suite.command import BenchOptions, bench
         from ..terminal import console
 
-        complete = bench(Options(suite, jobs, dry_run, summary_only, overwrite), console())
+        complete = bench(BenchOptions(suite, jobs, dry_run, summary_only, overwrite), console())
     if not complete:
         raise SystemExit(1)

@@ -66,11 +66,11 @@ def verify(config: Path, tokens: int, tolerance: float, seed: int) -> None:
 
 def _circuit(config: Path) -> tuple[QTHAConfig, Ansatz]:
     """Return the adapter of a configuration and its circuit."""
-    from ..settings.args import adapter_config
     from ..settings.meta_base import read_yaml
+    from ..settings.training_run import AdapterSettings
     from ..tuner.sizes import ansatz
 
-    settings = adapter_config(read_yaml(config))
+    settings = AdapterSettings.of(read_yaml(config)).parsed
     if not settings.has_circuit:
         raise refusal("quantum", settings.quantum, "runs no circuit", "`quantum: qtha`, `frozen` or `qwthn`")
     return settings, ansatz(settings)

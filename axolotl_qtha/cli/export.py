@@ -46,7 +46,7 @@ from .shown import errors_shown
 def export(**options: Any) -> None:
     """Write the trained adapter of CONFIG as a plain LoRA or a merged model, and what that costs on held-out text."""
     with errors_shown():
-        from ..export.command import Options, export
+        from ..export.command import ExportOptions, export
         from ..terminal import console
 
-        export(Options(**options), console())
+        export(ExportOptions(**options), console())

@@ -17,11 +17,11 @@ from .shown import errors_shown
 def estimate(config: Path, steps: int | None, tokens: int) -> None:
     """Say what CONFIG will cost on IBM Quantum: circuits, jobs, QPU seconds. Nothing is submitted. Exits with 1 above the cap."""
     with errors_shown():
-        from ..planner.qpu import estimate_config, explain, table
-        from ..settings.meta_base import read_config
+        from ..planner.qpu import estimate_run, explain, table
+        from ..settings.training_run import read_run
         from ..terminal import console
 
-        result = estimate_config(read_config(config), steps, tokens)
+        result = estimate_run(read_run(config), steps, tokens)
         out = console()
         out.print(table(result))
         out.print(explain(result), markup=False, highlight=False)
@@ -43,11 +43,11 @@ def hardware_eval(**options: Any) -> None:
     nothing is submitted above max_qpu_seconds.
     """
     with errors_shown():
-        from ..hardware_eval.command import Options, hardware_eval
+        from ..hardware_eval.command import EvaluationOptions, hardware_eval
         from ..ibm.runner import JobFailed
         from ..terminal import console
 
         try:
-            hardware_eval(Options(**options), console())
+            hardware_eval(EvaluationOptions(**options), console())
         except JobFailed as error:
             raise click.ClickException(str(error)) from error

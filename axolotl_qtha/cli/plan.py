@@ -14,9 +14,8 @@ from ..errors import refusal
 from .shown import errors_shown
 
 if TYPE_CHECKING:
-    from axolotl.utils.dict import DictDefault
-
     from ..planner.scaling import Scaling
+    from ..settings.training_run import TrainingRun
 
 EXAMPLES = {"global_batch": 256, "tflops": 400, "bandwidth": 300, "network": 50, "latency": 10, "gpus_per_node": 8}
 
@@ -46,24 +45,23 @@ def plan(
     """Say what training CONFIG will need: parameters, memory, circuits. No weights are downloaded or loaded."""
     from ..planner.estimate import find_settings, local_gpus, make_plan
     from ..planner.show import show_plan, show_scaling, show_settings
-    from ..settings.args import adapter_config
-    from ..settings.meta_base import read_config
+    from ..settings.training_run import read_run
     from ..terminal import console
 
     with errors_shown():
         _check_plan(find_budget, gpu_memory, ranks, scaling, predicted)
-        cfg = read_config(config)
+        run = read_run(config)
         if find_budget is not None:
-            settings = find_settings(cfg, find_budget)
-            show_settings(settings, find_budget, adapter_config(cfg).rank, console())
+            settings = find_settings(run, find_budget)
+            show_settings(settings, find_budget, run.adapter.rank, console())
             content: object = [dataclasses.asdict(row) for row in settings]
         elif scaling is not None:
-            table = _predict(cfg, scaling, predicted)
+            table = _predict(run, scaling, predicted)
             show_scaling(table, console())
             content = dataclasses.asdict(table)
         else:
             gpus = [("a GPU", int(gpu_memory * 2**30))] if gpu_memory else local_gpus()
-            result = make_plan(cfg, gpus, ranks=ranks)
+            result = make_plan(run, gpus, ranks=ranks)
             show_plan(result, console())
             content = result.as_dict()
     if json_file:
@@ -96,11 +94,11 @@ def _check_plan(
         raise refusal("--ranks", ranks, "does not go with --find-budget", "one of them")
 
 
-def _predict(cfg: DictDefault, ranks: int, given: dict[str, float | None]) -> Scaling:
+def _predict(run: TrainingRun, ranks: int, given: dict[str, float | None]) -> Scaling:
     """Return the strong-scaling table of the options given, in their units."""
     from ..planner.scaling import Network, predict
 
     units = {"bandwidth": 1e9, "network": 1e9, "latency": 1e-6, "gpus_per_node": 1}
     chosen = {key: value * units[key] for key, value in given.items() if key in units and value is not None}
     batch = given["global_batch"]
-    return predict(cfg, ranks, Network(**chosen), given["tflops"], None if batch is None else int(batch))  # type: ignore[arg-type]
+    return predict(run, ranks, Network(**chosen), given["tflops"], None if batch is None else int(batch))  # type: ignore[arg-type]

@@ -15,15 +15,15 @@ def config_schema(output_format: str, field: str | None) -> None:
 
     Axolotl's own `config-schema` shows Axolotl's keys only: it loads no plugin.
     """
-    from ..errors import close_names
+    from ..errors import alternatives
     from ..settings.args import QTHABlock
 
     schema = QTHABlock.model_json_schema()
     if field is not None:
         properties = schema["properties"]
         if field not in properties:
-            close = close_names(field, properties) or sorted(properties)
-            raise click.BadParameter(f"{field!r} is not a key of the `qtha:` block. What works: {', '.join(close)}.")
+            works = alternatives(field, properties)
+            raise click.BadParameter(f"{field!r} is not a key of the `qtha:` block. What works: {works}.")
         schema = {field: properties[field]}
     if output_format == "json":
         click.echo(json.dumps(schema, indent=2))

@@ -20,10 +20,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import refusal
 from ..settings.meta_base import read_yaml
+from ..settings.public_facts import facts_of
 from ..trained import calibration_text
-from ..trained.adapter_folder import adapter_folder, check_base, configuration, refuse_untrained
+from ..trained.adapter_folder import check_trained, configuration, refuse_untrained
 from ..trained.passes import Pass, adapters_of
-from ..training.model_card import facts_of, make_card, write_card
+from ..training.model_card import make_card, write_card
 from ..tuner.config import QTHAConfig
 from ..tuner.layer import adapted_layers, adapted_sizes
 from ..tuner.saving import WEIGHTS
@@ -43,7 +44,7 @@ WIDE_MEMORY = 4 * 2**30  # bytes that `--surrogate wide` may hold at one time
 
 
 @dataclass(frozen=True)
-class Options:
+class ExportOptions:
     """The command's options."""
 
     config: Path
@@ -67,7 +68,7 @@ class _Layers:
     constant: str  # what became of the constants, in words
 
 
-def export(options: Options, out: Console) -> Report:
+def export(options: ExportOptions, out: Console) -> Report:
     """Export a trained adapter; the folder appears complete or not at all.
 
     Raises:
@@ -112,17 +113,17 @@ def export(options: Options, out: Console) -> Report:
     return report
 
 
-def _inputs(options: Options) -> tuple[Path, Path | None]:
+def _inputs(options: ExportOptions) -> tuple[Path, Path | None]:
     """Return the adapter's folder and, for merging, the base's; refuses what cannot work before anything is loaded."""
     if options.tokens < 1:
         raise refusal("--tokens", options.tokens, "is no number of tokens", "`--tokens 32768`")
     if not 0 < options.max_kl < math.inf:
         raise refusal("--max-kl", options.max_kl, "is no positive number of nats", "`--max-kl 0.1`")
     cfg = read_yaml(options.config)
-    adapter = adapter_folder(cfg, options.lora_model_dir)
+    adapter = Path(options.lora_model_dir or cfg.lora_model_dir or cfg.output_dir)
+    check_trained(adapter, cfg.base_model)
     local = Path(cfg.base_model)
     output_folder.check(options.out, options.overwrite, [adapter, *([local] if local.is_dir() else [])])
-    check_base(cfg, adapter)
     base = merged.base_folder(cfg.base_model, cfg.revision_of_model) if options.format == "merged" else None
     if base is not None:
         _check_space(options.out, sum(file.stat().st_size for file in base.glob("*.safetensors")))
@@ -135,7 +136,7 @@ def _check_space(out: Path, needed: int) -> None:
         raise refusal("--out", str(out), f"has {free / 2**30:.1f} GiB free, of {needed / 2**30:.1f} needed", "another disk")
 
 
-def _text(options: Options, cfg: DictDefault, config: QTHAConfig, tokenizer: Any) -> calibration_text.Text:
+def _text(options: ExportOptions, cfg: DictDefault, config: QTHAConfig, tokenizer: Any) -> calibration_text.Text:
     """Return the text to fit to and to measure on."""
     if options.calibration:
         found, key = calibration_text.of_file(options.calibration, tokenizer, cfg.sequence_len, options.tokens), "--calibration"
@@ -158,7 +159,7 @@ def _with_bias(model: PeftModel) -> set[str]:
     return {name for name, layer in adapted_layers(model).items() if getattr(layer.get_base_layer(), "bias", None) is not None}
 
 
-def _layers(options: Options, run: Pass, with_bias: set[str]) -> _Layers:
+def _layers(options: ExportOptions, run: Pass, with_bias: set[str]) -> _Layers:
     """Return the LoRAs of the export."""
     refuse_untrained(run.adapters.values(), options.lora_model_dir)
     if next(iter(run.adapters.values())).config.quantum == "none":

@@ -20,9 +20,9 @@ from ..errors import refusal
 from ..ibm.cost import Cost
 from ..ibm.engine import runner
 from ..ibm.runner import Runner
-from ..settings.args import adapter_config
 from ..settings.meta_base import read_yaml
-from ..trained.adapter_folder import adapter_folder, check_base, configuration, refuse_untrained
+from ..settings.training_run import AdapterSettings
+from ..trained.adapter_folder import check_trained, configuration, refuse_untrained
 from ..trained.calibration_text import IGNORED, Sequence, batches, rows
 from ..trained.passes import Pass, adapters_of
 from ..tuner.config import QTHAConfig
@@ -36,7 +36,7 @@ LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Options:
+class EvaluationOptions:
     """The command's options."""
 
     config: Path
@@ -47,7 +47,7 @@ class Options:
     overwrite: bool = False
 
 
-def hardware_eval(options: Options, out: Console) -> Evaluation:
+def hardware_eval(options: EvaluationOptions, out: Console) -> Evaluation:
     """Evaluate a trained adapter on its device, beside exact, sampled and noisy simulations.
 
     Raises:
@@ -91,13 +91,13 @@ def hardware_eval(options: Options, out: Console) -> Evaluation:
     return result
 
 
-def _inputs(options: Options) -> tuple[Path, Path]:
+def _inputs(options: EvaluationOptions) -> tuple[Path, Path]:
     """Return where to write and the adapter's folder; refuses what cannot work before anything is loaded."""
     for name, value in (("--samples", options.samples), ("--tokens", options.tokens)):
         if value is not None and value < 1:
             raise refusal(name, value, "is too few", f"`{name} 8`")
     cfg = read_yaml(options.config)
-    config = adapter_config(cfg)
+    config = AdapterSettings.of(cfg).parsed
     if config.ibm is None:
         works = "`quantum_backend: ibm` with e.g. `ibm: {backend: fake:manila}`; the adapter may be trained on another one"
         raise refusal("quantum_backend", config.quantum_backend, "names no device to evaluate on", works)
@@ -106,12 +106,12 @@ def _inputs(options: Options) -> tuple[Path, Path]:
         raise refusal("--out", str(folder), "is a file", "a folder")
     if (folder / JSON).exists() and not options.overwrite:
         raise refusal("--out", str(folder), f"holds a {JSON}", "another folder, or `--overwrite` to replace it")
-    adapter = adapter_folder(cfg, options.lora_model_dir)
-    check_base(cfg, adapter)
+    adapter = Path(options.lora_model_dir or cfg.lora_model_dir or cfg.output_dir)
+    check_trained(adapter, cfg.base_model)
     return folder, adapter
 
 
-def _text(options: Options, cfg: DictDefault) -> tuple[list[Sequence], str]:
+def _text(options: EvaluationOptions, cfg: DictDefault) -> tuple[list[Sequence], str]:
     """Return the first samples of the evaluation data, else of the training data, that have an answer."""
     if cfg.rl or cfg.pretraining_dataset or cfg.streaming or not cfg.datasets:
         why = f"rl: {cfg.rl}" if cfg.rl else "streamed or no data"
@@ -130,7 +130,7 @@ def _text(options: Options, cfg: DictDefault) -> tuple[list[Sequence], str]:
     raise refusal("--samples", options.samples, f"is more than {source} has: {len(taken)} with an answer", works)
 
 
-def _check_cost(options: Options, device: Runner, counts: list[int], layers: int, folder: Path, out: Console) -> float:
+def _check_cost(options: EvaluationOptions, device: Runner, counts: list[int], layers: int, folder: Path, out: Console) -> float:
     """Print what it will cost, refuse it above the cap, and return what the journal had used when this evaluation began."""
     cost = sum((device.cost(count) for count in counts), Cost(0, 0, 0, 0.0)) * layers
     used = _used_before(options, device, folder)
@@ -157,7 +157,7 @@ def _check_cost(options: Options, device: Runner, counts: list[int], layers: int
     return used
 
 
-def _used_before(options: Options, device: Runner, folder: Path) -> float:
+def _used_before(options: EvaluationOptions, device: Runner, folder: Path) -> float:
     """Return the QPU seconds the journal had used when this evaluation began: one that was stopped has paid for a part."""
     what = repr((device.service.name, device.options.measurement(), options.samples, options.tokens, options.config.read_text()))
     digest, used = hashlib.blake2b(what.encode(), digest_size=16).hexdigest(), device.used()

@@ -32,7 +32,7 @@ EXACT, SHOTS, NOISE, DEVICE = "exact", "shots", "noise model", "device"
 POINTS = 2000  # pairs of <Z> kept of each way, for the plot
 
 Values = tuple[np.ndarray, np.ndarray]  # <Z> and their standard errors, (circuits, n)
-Run = Callable[[np.ndarray], Values]  # of gate angles, (circuits, gates) in radians
+Measurement = Callable[[np.ndarray], Values]  # of gate angles, (circuits, gates) in radians
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Way:
 class _Seen:
     """Circuits of one way."""
 
-    run: Run
+    run: Measurement
     limit: int | None  # tokens of a sequence, its last ones; None: all
     mask: Tensor = field(default_factory=lambda: torch.ones(0, dtype=torch.bool))  # of the batch: which tokens are run
     exact: list[np.ndarray] = field(default_factory=list)
@@ -73,7 +73,7 @@ class _Seen:
     errors: list[np.ndarray] = field(default_factory=list)
 
 
-def ways(runner: Runner, simulation: Simulation) -> dict[str, Run | None]:
+def ways(runner: Runner, simulation: Simulation) -> dict[str, Measurement | None]:
     """Return the ways to run the circuits, the exact one first."""
     shots = runner.options.executions
     ideal = Simulation("aer", shots=shots, seed=simulation.seed)
@@ -96,7 +96,7 @@ def chosen(mask: Tensor, limit: int | None) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(run: Pass, runner: Runner, how: dict[str, Run | None], limit: int | None) -> list[Way]:
+def evaluate(run: Pass, runner: Runner, how: dict[str, Measurement | None], limit: int | None) -> list[Way]:
     """Evaluate a model on the same text with its circuits run in each way.
 
     Args:

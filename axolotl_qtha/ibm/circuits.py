@@ -1,4 +1,4 @@
-"""The circuit in a device's gates (ISA), the PUBs it runs in, and the gradient by simultaneous perturbation.
+"""The circuit in a device's gates (ISA), and the PUBs it runs in.
 
 Every gate has an angle of its own, so a device gets one circuit and, for the tokens and their shifts, rows of angles. The <Z_i>
 of all qubits come from the same measurements: they commute.
@@ -16,10 +16,8 @@ from qiskit.providers import BackendV2
 from qiskit.quantum_info import SparsePauliOp
 
 from ..circuit.ansatz import Ansatz
-from ..circuit.shifts import Expectations, GateAngles
+from ..circuit.shifts import GateAngles
 from .options import IBMOptions
-
-SPSA_STEP = 0.1  # radians
 
 
 class ISACircuit:
@@ -81,44 +79,3 @@ def estimator_options(options: IBMOptions, tag: str, seconds: int | None) -> dic
     if seconds is not None:
         result["max_execution_time"] = seconds
     return result
-
-
-def spsa(
-    gates: GateAngles,
-    expectations: Expectations,
-    grad: np.ndarray,
-    z: np.ndarray,
-    angles: np.ndarray,
-    wants: tuple[bool, bool],
-    draws: int,
-    seed: int,
-    step: float = SPSA_STEP,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the gradients of sum(grad * <Z>) by simultaneous perturbation (Spall 1992); see `parameter_shift`.
-
-    All wanted angles of a token's circuit move by +-step at once, each in a random direction, and back: two circuits a draw.
-    In expectation the slope of an angle is the exact one up to a share of the order of step**2, as if <Z> were first averaged
-    over the other angles' steps. Its spread is that of the other angles' slopes, and falls with the square root of the draws.
-
-    Args:
-        gates: the circuit.
-        expectations: what runs it.
-        grad: gradient with respect to <Z>, (tokens, n).
-        z: encoded inputs in radians, (tokens, n).
-        angles: trainable angles in radians, (rows, n).
-        wants: which of the two are needed; the other is left zero.
-        draws: directions per token.
-        seed: of the directions, which are a function of it and the angles: a run that is repeated asks for the same circuits.
-        step: how far the angles move, in radians.
-    """
-    points = gates.points(z, angles)
-    key = hashlib.blake2b(points.tobytes(), digest_size=8, key=seed.to_bytes(8, "big")).digest()
-    random = np.random.default_rng(int.from_bytes(key, "big"))
-    signs = random.choice([-1.0, 1.0], (len(z), draws, len(gates.kinds))) * gates.wanted(wants)
-    moved = points[:, None, None] + step * np.stack([signs, -signs], axis=2)  # (tokens, draws, 2, gates)
-    values = expectations(moved.reshape(-1, len(gates.kinds))).reshape(len(z), draws, 2, z.shape[1])
-    costs = np.einsum("tdsn,tn->tds", values, grad)
-    slopes = np.einsum("td,tdg->tg", (costs[:, :, 0] - costs[:, :, 1]) / (2 * step * draws), signs)
-    grad_z, flat = np.zeros(z.shape), np.zeros(angles.size)
-    gates.collect(slopes, grad_z, flat)
-    return grad_z, flat.reshape(angles.shape)

@@ -11,9 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from ..circuit.shifts import RULES, GateAngles
+from ..circuit.shifts import GateAngles, shift_circuits
 from .options import IBMOptions
 
 if TYPE_CHECKING:
@@ -115,4 +113,4 @@ def gradient_circuits(gates: GateAngles, options: IBMOptions, wants: tuple[bool,
         return 0
     if options.gradient == "spsa":
         return 2 * options.spsa_draws
-    return sum(2 * len(RULES[gates.kinds[k]]) for k in np.flatnonzero(gates.wanted(wants)))
+    return shift_circuits(gates, wants)

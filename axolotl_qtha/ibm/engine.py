@@ -18,10 +18,9 @@ from torch import Tensor
 from ..circuit import torch_engine
 from ..circuit.aer import to_numpy
 from ..circuit.ansatz import Ansatz
-from ..circuit.shifts import parameter_shift
+from ..circuit.shifts import Slopes
 from ..circuit.simulation import Simulation
 from ..errors import refusal
-from .circuits import spsa
 from .journal import open_journal
 from .options import IBMOptions
 from .runner import Runner
@@ -137,10 +136,11 @@ def gradients(
     grad_z, some = np.zeros(z.shape), np.flatnonzero(grad.any(axis=1))
     if not len(some):
         return grad_z, np.zeros(angles.shape)
+    slopes = Slopes(run.isa.gates, values, grad[some], z[some], angles, wants)
     if options.gradient == "spsa":
-        grad_z[some], by_angles = spsa(run.isa.gates, values, grad[some], z[some], angles, wants, options.spsa_draws, seed)
+        grad_z[some], by_angles = slopes.by_spsa(options.spsa_draws, seed)
     else:
-        grad_z[some], by_angles = parameter_shift(run.isa.gates, values, grad[some], z[some], angles, wants)
+        grad_z[some], by_angles = slopes.by_parameter_shift()
     return grad_z, by_angles
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
-from ..errors import PrivateSettings, close_names, refusal
+from ..errors import PrivateSettings, refusal, unknown_keys
 
 DEFAULT_SHOTS = 4096
 FAKE = "fake:"
@@ -86,11 +86,8 @@ class IBMOptions(BaseModel):
     @classmethod
     def _keys_known(cls, data: Any) -> Any:
         refuse_secrets(data, "qtha.ibm")
-        for key in data if isinstance(data, dict) else ():
-            if key not in cls.model_fields:
-                close = close_names(str(key), cls.model_fields) or sorted(cls.model_fields)
-                works = ", ".join(f"`{name}`" for name in close)
-                raise PrivateSettings(f"qtha.ibm.{key} (value not shown) is not a key of the `ibm:` block. What works: {works}.")
+        for key, _, works in unknown_keys(data, cls.model_fields):
+            raise PrivateSettings(f"qtha.ibm.{key} (value not shown) is not a key of the `ibm:` block. What works: {works}.")
         return data
 
     @model_validator(mode="after")

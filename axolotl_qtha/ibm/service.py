@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..circuit.noise import device
-from ..errors import close_names, refusal
+from ..errors import alternatives, refusal
 from .cost import MAX_EXECUTIONS
 from .options import IBMOptions
 
@@ -281,8 +281,7 @@ def _backend(runtime: Any, options: IBMOptions, qubits: int, preferred: str | No
         backend = None
     if backend is None:
         names = [str(other.name) for other in retry(runtime.backends)]
-        close = close_names(name, names) or sorted(names)
-        works = ", ".join(f"`{other}`" for other in close) or "another instance, since this one has none"
+        works = alternatives(name, names) or "another instance, since this one has none"
         raise refusal("ibm.backend", name, "is no device of this instance", works)
     if backend.num_qubits < qubits:
         why = f"has {backend.num_qubits} qubits, the circuit {qubits} (one per rank)"

@@ -9,23 +9,21 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from axolotl.utils.dict import DictDefault
 from peft import PeftModel, get_peft_model
 
-from ..settings.args import adapter_config
-from ..settings.meta_base import meta_base
-from ..settings.quantization import complete, connect
+from ..settings.public_facts import quantised_as
+from ..settings.training_run import TrainingRun
 from ..tuner.config import QTHAConfig
 from ..tuner.layer import QTHALayer
 from ..tuner.model import select_targets
 from ..tuner.sizes import adapter_shape, ansatz, count_lora_parameters, count_parameters, resolve
-from .memory import FUSED_LOSSES, Memory, footprint, sequences, weight_bytes
+from .memory import Memory, footprint, weight_bytes
 from .sharding import shards
 
 CONTEXT_BYTES = 2**29  # what CUDA itself takes of a GPU, about
 FRAGMENTATION = 0.05  # of torch's allocator, assumed
 ZERO3 = "example_configs/deepspeed/zero3.json"
-ZERO3_SETTINGS = {  # what that file says of memory
+ZERO3_SETTINGS = {  # the part of ZERO3 that decides on memory, to plan with where the file is not at hand
     "stage": 3,
     "overlap_comm": True,
     "contiguous_gradients": True,
@@ -123,35 +121,35 @@ def local_gpus() -> list[tuple[str, int]]:
     return [(properties.name, properties.total_memory) for properties in every]
 
 
-def make_plan(cfg: DictDefault, gpus: list[tuple[str, int]], advise: bool = True, ranks: int | None = None) -> Plan:
-    """Return the plan of a validated configuration; its memory is that of one rank.
+def make_plan(run: TrainingRun, gpus: list[tuple[str, int]], advise: bool = True, ranks: int | None = None) -> Plan:
+    """Return the plan of a training; its memory is that of one rank.
 
     Args:
-        cfg: Axolotl's configuration.
+        run: the training.
         gpus: name and bytes of each GPU the run will use.
         advise: whether to work out what to change where it does not fit (several plans more).
         ranks: processes that share the run, of one GPU each; None for those that run now, else one for each GPU.
 
     Raises:
-        ValueError: if the base cannot be built, the adapter does not fit it, or `deepspeed:` cannot be read.
+        ValueError: if the base cannot be built, or the adapter does not fit it.
     """
     if ranks is None:
         ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else max(1, len(gpus))
-    model, weights = adapted(cfg)
+    model, weights = adapted(run)
     config = cast(QTHAConfig, model.active_peft_config)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QTHALayer)}
     targets = _targets(config, layers)
-    shared = shards(cfg, model)
+    shared = shards(run, model)
     memory, unknown = None, ""
     try:
-        memory = footprint(cfg, model, weights, shared).of_rank(ranks)
+        memory = footprint(run, model, weights, shared).of_rank(ranks)
     except Exception as error:  # a model whose forward looks at values cannot run on the meta device
         unknown = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-    tokens = sequences(cfg) * cfg.sequence_len * (cfg.gradient_accumulation_steps or 1)
+    tokens = run.tokens * run.accumulation
     plan = Plan(
-        base_model=cfg.base_model,
-        dtype=str(cfg.torch_dtype).removeprefix("torch."),
-        quantisation=_quantisation(getattr(model.config, "quantization_config", {})),
+        base_model=run.base_model,
+        dtype=str(run.dtype).removeprefix("torch."),
+        quantisation=quantised_as(getattr(model.config, "quantization_config", None)),
         rank=config.rank,
         bond_dim=config.bond_dim,
         mid_dim=config.mid_dim,
@@ -159,10 +157,10 @@ def make_plan(cfg: DictDefault, gpus: list[tuple[str, int]], advise: bool = True
         targets=targets,
         parameters=sum(target.count * target.parameters for target in targets),
         lora_parameters=sum(target.count * target.lora_parameters for target in targets),
-        micro_batch_size=cfg.micro_batch_size,
-        sequence_len=cfg.sequence_len,
+        micro_batch_size=run.micro_batch_size,
+        sequence_len=run.sequence_len,
         tokens_per_step=tokens,
-        gradient_checkpointing=bool(cfg.gradient_checkpointing),
+        gradient_checkpointing=run.gradient_checkpointing,
         memory=memory,
         memory_unknown=unknown,
         circuits_per_step=tokens * len(layers) if config.has_circuit else 0,
@@ -175,17 +173,17 @@ def make_plan(cfg: DictDefault, gpus: list[tuple[str, int]], advise: bool = True
         loading=shared.loading(weights, ranks),
         advice=[],
     )
-    return replace(plan, advice=_advice(cfg, plan)) if advise and plan.fits is False else plan
+    return replace(plan, advice=_advice(run, plan)) if advise and plan.fits is False else plan
 
 
-def find_settings(cfg: DictDefault, budget: float) -> list[Setting]:
+def find_settings(run: TrainingRun, budget: float) -> list[Setting]:
     """Return shapes of the adapter with at most `budget` of the parameters of LoRA of the same rank, on the YAML's modules.
 
     Raises:
         ValueError: if `budget` is not a share in (0, 1], or nothing meets it.
     """
-    config = adapter_config(cfg)
-    sizes = list(select_targets(config, meta_base(cfg)).values())
+    config = run.adapter
+    sizes = list(select_targets(config, run.base()).values())
     free: dict[str, Any] = {"bond_dim": None, "mid_dim": None, "param_budget": budget}
     settings = []
     for rank in sorted({config.rank, *RANKS}):
@@ -201,15 +199,15 @@ def find_settings(cfg: DictDefault, budget: float) -> list[Setting]:
             share = total / count_lora_parameters(rank, sizes)
             settings.append(Setting(rank, cores, shape.bond_dim, shape.mid_dim, total, share))
     if not settings:
-        resolve(replace(config, **free), sizes)  # says what the smallest budget is
+        resolve(replace(config, **free), sizes)  # raises, with the smallest budget that can be met
     return settings
 
 
-def adapted(cfg: DictDefault) -> tuple[PeftModel, int]:
+def adapted(run: TrainingRun) -> tuple[PeftModel, int]:
     """Return the base with adapters on the meta device, and the bytes of the base alone."""
-    base = meta_base(cfg)
+    base = run.base()
     weights = weight_bytes(base)
-    model = cast(PeftModel, get_peft_model(base, adapter_config(cfg)))
+    model = cast(PeftModel, get_peft_model(base, run.adapter))
     model.train()
     base.enable_input_require_grads()
     return model, weights
@@ -247,61 +245,50 @@ def _shift_circuits(config: QTHAConfig) -> int:
     simulation = config.simulation
     if not config.has_circuit or simulation.backend in ("torch", "ibm") or simulation.gradient == "adjoint":
         return 0
-    from ..circuit.shifts import shift_circuits
+    from ..circuit.shifts import GateAngles, shift_circuits
 
-    return shift_circuits(ansatz(config))
-
-
-def _quantisation(settings: dict[str, Any]) -> str:
-    if not settings:
-        return "none"
-    if settings.get("load_in_4bit"):
-        double = ", double quantisation" if settings.get("bnb_4bit_use_double_quant") else ""
-        return f"4-bit {settings.get('bnb_4bit_quant_type', 'fp4')}{double}"
-    return "8-bit" if settings.get("load_in_8bit") else str(settings.get("quant_method"))
+    return shift_circuits(GateAngles(ansatz(config)))
 
 
-def _advice(cfg: DictDefault, plan: Plan) -> list[str]:
+def _advice(run: TrainingRun, plan: Plan) -> list[str]:
     """Return changes that make it fit: each that does alone, or else the first few together."""
-    changes = _changes(cfg, plan)
-    texts = [text for text, change in changes if _changed(cfg, plan, [change]).fits]
+    changes = _changes(run, plan)
+    texts = [text for text, change in changes if _changed(run, plan, [change]).fits]
     if texts:
         return texts
     for count in range(2, len(changes) + 1):
-        if _changed(cfg, plan, [change for _, change in changes[:count]]).fits:
+        if _changed(run, plan, [change for _, change in changes[:count]]).fits:
             return ["; and ".join(text for text, _ in changes[:count])]
     return ["a larger GPU, a smaller base_model, or the base shared over several GPUs (DeepSpeed ZeRO-3, FSDP2)"]
 
 
-def _changes(cfg: DictDefault, plan: Plan) -> list[tuple[str, dict[str, Any]]]:
+def _changes(run: TrainingRun, plan: Plan) -> list[tuple[str, dict[str, Any]]]:
     changes: list[tuple[str, dict[str, Any]]] = []
     if not plan.gradient_checkpointing:
         changes.append(("`gradient_checkpointing: true`", {"gradient_checkpointing": True}))
     if plan.quantisation == "none":
         changes.append(("`load_in_4bit: true`", {"load_in_4bit": True}))
-    if plan.ranks > 1 and not (cfg.deepspeed or cfg.fsdp_config or cfg.load_in_8bit):  # the weights are whole on every rank
+    if plan.ranks > 1 and not (
+        run.deepspeed or run.fsdp or run.quantised_to == "load_in_8bit"
+    ):  # the weights are whole on every rank
         changes.append((f"`deepspeed: {ZERO3}`", {"deepspeed": {"zero_optimization": ZERO3_SETTINGS}}))
-    if cfg.micro_batch_size > 1:
-        steps = cfg.micro_batch_size * (cfg.gradient_accumulation_steps or 1)
+    if run.micro_batch_size > 1:
+        steps = run.micro_batch_size * run.accumulation
         text = f"`micro_batch_size: 1` (and `gradient_accumulation_steps: {steps}`)"
         changes.append((text, {"micro_batch_size": 1}))
-    if not any(cfg[key] for key in FUSED_LOSSES):
+    if not run.fused_loss:
         text = "`plugins: [axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin]` with `cut_cross_entropy: true`"
         changes.append((text, {"cut_cross_entropy": True}))
-    length = cfg.sequence_len // 2
+    length = run.sequence_len // 2
     while length >= SHORTEST:
         changes.append((f"`sequence_len: {length}`", {"sequence_len": length}))
         length //= 2
     return changes
 
 
-def _changed(cfg: DictDefault, plan: Plan, changes: list[dict[str, Any]]) -> Plan:
+def _changed(run: TrainingRun, plan: Plan, changes: list[dict[str, Any]]) -> Plan:
     """Return the plan with the changes made."""
     merged: dict[str, Any] = {}
     for change in changes:
         merged |= change
-    changed = DictDefault({**cfg, **merged})
-    if merged.get("load_in_4bit"):  # as the YAML's own key would
-        connect(changed)
-        complete(changed)
-    return make_plan(changed, plan.gpus, advise=False, ranks=plan.ranks)
+    return make_plan(run.changed(merged), plan.gpus, advise=False, ranks=plan.ranks)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from axolotl.utils.dict import DictDefault
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ..circuit.torch_engine import chunk_tokens
 from ..settings.meta_base import QuantisedLinear
+from ..settings.training_run import TrainingRun
 from ..tuner.config import QTHAConfig
 from .sharding import Shards
 
@@ -38,8 +38,6 @@ STATE_BYTES = (
     ("lomo", 0),
 )
 ADAMW_BYTES = 8  # two float32 moments
-PAIRS = ("dpo", "ipo", "orpo", "simpo")  # `rl:` methods that run a chosen and a rejected answer side by side
-FUSED_LOSSES = ("cut_cross_entropy", "liger_fused_linear_cross_entropy", "chunked_cross_entropy")
 
 
 @dataclass(frozen=True)
@@ -190,16 +188,11 @@ def workspace_bytes(qubits: int, tokens: int, chunk: int) -> int:
     return 4 * min(tokens, chunk) * (states + walls)
 
 
-def sequences(cfg: DictDefault) -> int:
-    """Return the sequences of a micro batch: two for each example where answers come in pairs."""
-    return int(cfg.micro_batch_size) * (2 if getattr(cfg.rl, "value", cfg.rl) in PAIRS else 1)
-
-
-def footprint(cfg: DictDefault, model: PeftModel, weights: int, shards: Shards) -> Footprint:
+def footprint(run: TrainingRun, model: PeftModel, weights: int, shards: Shards) -> Footprint:
     """Return the footprint of a run.
 
     Args:
-        cfg: Axolotl's validated configuration.
+        run: the training.
         model: its model on the meta device, in train mode, with adapters.
         weights: bytes of the base alone.
         shards: what ranks share of the model.
@@ -208,18 +201,17 @@ def footprint(cfg: DictDefault, model: PeftModel, weights: int, shards: Shards) 
         Exception: of any kind, if the model's forward looks at values, which are not there.
     """
     config = cast(QTHAConfig, model.active_peft_config)
-    batch, length = sequences(cfg), cfg.sequence_len
-    logits = not any(cfg[key] for key in FUSED_LOSSES)
-    runs = {wanted: activations(model, batch, length, wanted, logits) for wanted in (True, False)}
-    mine = runs[bool(cfg.gradient_checkpointing)]
+    batch, length = run.sequences, run.sequence_len
+    both = {wanted: activations(model, batch, length, wanted, not run.fused_loss) for wanted in (True, False)}
+    mine = both[run.gradient_checkpointing]
     here = config.has_circuit and config.quantum_backend == "torch"  # Aer has memory of its own, for one chunk of circuits
     return Footprint(
         shards=shards,
         weights=weights,
-        states=optimiser_bytes(getattr(cfg.optimizer, "value", cfg.optimizer) or "adamw_torch", model),
+        states=optimiser_bytes(run.optimizer, model),
         kept=mine.kept,
-        kept_with_checkpointing=runs[True].kept,
-        kept_without_checkpointing=runs[False].kept,
+        kept_with_checkpointing=both[True].kept,
+        kept_without_checkpointing=both[False].kept,
         circuit=workspace_bytes(config.rank, batch * length, chunk_tokens(config.rank)) if here else 0,
         working=mine.peak - mine.kept,
     )

@@ -15,15 +15,12 @@ from ..ibm.cost import SUB_JOB_SECONDS, USAGE, Cost, Rate, gradient_circuits, ra
 from ..ibm.journal import Ledger
 from ..ibm.options import IBMOptions
 from ..ibm.service import connect
-from ..settings.args import adapter_config
-from ..settings.meta_base import meta_base
+from ..settings.training_run import TrainingRun
 from ..tuner.config import QTHAConfig
 from ..tuner.model import select_targets
 from ..tuner.sizes import ansatz
-from .memory import sequences
 
 if TYPE_CHECKING:
-    from axolotl.utils.dict import DictDefault
     from qiskit.providers import BackendV2
 
 
@@ -120,33 +117,36 @@ def estimate(
     )
 
 
-def estimate_config(cfg: DictDefault, steps: int | None, asked: int) -> Estimate:
-    """Return what a validated Axolotl configuration will cost; neither weights are loaded nor anything submitted.
+def estimate_run(run: TrainingRun, steps: int | None, asked: int) -> Estimate:
+    """Return what a training and its adapter will cost; neither weights are loaded nor anything submitted.
+
+    Args:
+        run: the training.
+        steps: of it, if not those of its YAML.
+        asked: tokens of the inference rows.
 
     Raises:
         ValueError: if it does not run on IBM Quantum, the base cannot be built, or the device cannot be had.
     """
-    config = adapter_config(cfg)
+    config = run.adapter
     options = config.ibm
     if options is None:
         works = "`quantum_backend: ibm` with e.g. `ibm: {backend: fake:manila}`"
         raise refusal("quantum_backend", config.quantum_backend, "costs no QPU time", works)
-    layers = len(select_targets(config, meta_base(cfg)))
+    layers = len(select_targets(config, run.base()))
     ledger = Ledger.read(Path(options.journal))
     service = connect(options, config.rank, ledger.last_backend())
-    if steps is None and cfg.max_steps and cfg.max_steps > 0:
-        steps = cfg.max_steps
     return estimate(
         config,
         layers,
         ISACircuit(ansatz(config), service.backend),
         service.backend,
         service.calibration,
-        tokens=sequences(cfg) * cfg.sequence_len,
-        micro_batches=cfg.gradient_accumulation_steps or 1,
-        steps=steps,
+        tokens=run.tokens,
+        micro_batches=run.accumulation,
+        steps=run.max_steps if steps is None else steps,
         used=ledger.used(service.local) + ledger.under_way(service.local),
-        evaluated=(cfg.eval_batch_size or cfg.micro_batch_size) * cfg.sequence_len,
+        evaluated=run.evaluated,
         asked=asked,
     )
 

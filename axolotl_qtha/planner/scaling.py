@@ -32,17 +32,16 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from axolotl.utils.dict import DictDefault
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from ..errors import refusal
-from ..settings.meta_base import meta_base
+from ..settings.training_run import TrainingRun
 from ..timing import seconds
 from ..tuner.config import QTHAConfig
 from ..tuner.layer import QTHALayer
 from .estimate import adapted, gate_counts, gpu_bytes
-from .memory import Footprint, footprint, sequences
+from .memory import Footprint, footprint
 from .sharding import BUCKET, HALF_BYTES, Shards, bucket_entries, decoder_blocks, shards
 
 DDP_BUCKET = 25 * 2**20  # bytes, torch's default
@@ -121,12 +120,12 @@ class Scaling:
 
 
 def predict(
-    cfg: DictDefault, ranks: int, network: Network, tflops: float | None = None, global_batch: int | None = None
+    run: TrainingRun, ranks: int, network: Network, tflops: float | None = None, global_batch: int | None = None
 ) -> Scaling:
-    """Return the predicted strong scaling of a validated configuration.
+    """Return the predicted strong scaling of a training.
 
     Args:
-        cfg: Axolotl's configuration.
+        run: the training.
         ranks: the most ranks.
         network: between them.
         tflops: TFLOP/s that one rank achieves in training; None measures a matmul on this machine.
@@ -135,22 +134,22 @@ def predict(
     Raises:
         ValueError: if the global batch spreads evenly over no number of ranks, or the base cannot be built.
     """
-    micro, accumulated = int(cfg.micro_batch_size), int(cfg.gradient_accumulation_steps or 1)
-    batch = micro * accumulated * ranks if global_batch is None else global_batch
+    micro = run.micro_batch_size
+    batch = micro * run.accumulation * ranks if global_batch is None else global_batch
     counts = list(rank_counts(ranks))
     even = [count for count in counts if batch % (micro * count) == 0]
     if not even:
         works = f"a multiple of micro_batch_size ({micro}), such as {max(micro, round(batch / micro) * micro)}"
         raise refusal("--global-batch", batch, "spreads over no number of ranks in whole micro batches", works)
-    model, weights = adapted(cfg)
-    lora = lora_model(cfg, cast(QTHAConfig, model.active_peft_config))
-    mine, theirs = shards(cfg, model), shards(cfg, lora)
-    work = step_flops(model, cfg.sequence_len, bool(cfg.gradient_checkpointing))
+    model, weights = adapted(run)
+    lora = lora_model(run, cast(QTHAConfig, model.active_peft_config))
+    mine, theirs = shards(run, model), shards(run, lora)
+    work = step_flops(model, run.sequence_len, run.gradient_checkpointing)
     measured = ""
     if tflops is None:
-        tflops, measured = measure_tflops(model, sequences(cfg) * cfg.sequence_len, cfg.torch_dtype)
-    used = _footprint(cfg, model, weights, mine)
-    tokens = batch * (sequences(cfg) // micro) * cfg.sequence_len
+        tflops, measured = measure_tflops(model, run.tokens, run.dtype)
+    used = _footprint(run, model, weights, mine)
+    tokens = batch // micro * run.tokens
     lora_flops = work.total - work.circuit
     rows: list[Row] = []
     for count in even:
@@ -166,7 +165,7 @@ def predict(
         )
     how = mine.sharing
     return Scaling(
-        base_model=cfg.base_model,
+        base_model=run.base_model,
         sharing=how.name(2),
         offloads=bool(how.parameters_at or how.optimiser_at),
         global_batch=batch,
@@ -209,11 +208,11 @@ def communication(shared: Shards, network: Network, ranks: int, micro_batches: i
     return (micro_batches if how.stage == 2 else 1) * network.all_reduce(size, ranks, calls) + updated
 
 
-def lora_model(cfg: DictDefault, config: QTHAConfig) -> PeftModel:
+def lora_model(run: TrainingRun, config: QTHAConfig) -> PeftModel:
     """Return the base with PEFT's LoRA of the same rank on the same layers, on the meta device."""
     same = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
     lora = LoraConfig(r=config.rank, task_type="CAUSAL_LM", **{key: getattr(config, key) for key in same})
-    return cast(PeftModel, get_peft_model(meta_base(cfg), lora))
+    return cast(PeftModel, get_peft_model(run.base(), lora))
 
 
 def step_flops(model: PeftModel, length: int, checkpointing: bool) -> Flops:
@@ -263,8 +262,8 @@ def measure_tflops(model: PeftModel, tokens: int, dtype: torch.dtype, repeats: i
     return rate, f"measured on {place}: {tokens} x {inputs} times {inputs} x {outputs} in {name}"
 
 
-def _footprint(cfg: DictDefault, model: PeftModel, weights: int, shared: Shards) -> Footprint | None:
+def _footprint(run: TrainingRun, model: PeftModel, weights: int, shared: Shards) -> Footprint | None:
     try:
-        return footprint(cfg, model, weights, shared)
+        return footprint(run, model, weights, shared)
     except Exception:  # a model whose forward looks at values; its plan says so
         return None

@@ -28,12 +28,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from axolotl.utils.dict import DictDefault
 from peft import PeftModel
 from torch import nn
 
 from ..settings.meta_base import QuantisedLinear
-from ..settings.parallel import deepspeed_settings, zero_stage
+from ..settings.parallel import zero_stage
+from ..settings.training_run import TrainingRun
 
 MASTER_BYTES = 4  # of ZeRO's float32 copy of what is trained
 HALF_BYTES = 2
@@ -61,22 +61,20 @@ class Sharing:
         return name + "".join(f", {what} {place}" for what, place in away if place)
 
 
-def sharing(cfg: DictDefault, hidden_size: int = 0) -> Sharing:
-    """Return how a validated configuration shares the run.
+def sharing(run: TrainingRun, hidden_size: int = 0) -> Sharing:
+    """Return how a run is shared.
 
     Args:
-        cfg: Axolotl's configuration.
+        run: the training.
         hidden_size: of the base, for what transformers and Accelerate put in the place of "auto".
 
     Raises:
-        ValueError: if the file that `deepspeed:` names cannot be read.
+        ValueError: if DeepSpeed's settings name no stage that there is.
     """
-    half = bool(cfg.bf16 or cfg.bfloat16 or cfg.fp16 or cfg.float16)
-    if fsdp := cfg.fsdp_config:
-        settings = {str(key).removeprefix("fsdp_"): value for key, value in dict(fsdp).items()}
-        place = PLACES["cpu"] if settings.get("offload_params") else ""
-        return Sharing("fsdp", 3, settings, half, place, place)
-    whole = deepspeed_settings(cfg.deepspeed)
+    half, whole = run.half, run.deepspeed
+    if run.fsdp:
+        place = PLACES["cpu"] if run.fsdp.get("offload_params") else ""
+        return Sharing("fsdp", 3, run.fsdp, half, place, place)
     if not whole:
         return Sharing("", 0, {}, half)
     filled = {  # DeepSpeed's own default takes the place of any other "auto"
@@ -151,15 +149,11 @@ class Shards:
         return math.ceil(states / ranks) if self.sharing.stage else states
 
 
-def shards(cfg: DictDefault, model: PeftModel) -> Shards:
-    """Return what the ranks share of a model with adapters, on the meta device.
-
-    Raises:
-        ValueError: if the file that `deepspeed:` names cannot be read.
-    """
+def shards(run: TrainingRun, model: PeftModel) -> Shards:
+    """Return what the ranks share of a model with adapters, on the meta device."""
     config: Any = model.get_base_model().config
     config = config if hasattr(config, "hidden_size") else config.get_text_config()
-    how = sharing(cfg, config.hidden_size)
+    how = sharing(run, config.hidden_size)
     sizes = _sizes(model, how)
     trained = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
     blocks = list(decoder_blocks(model, how.settings.get("transformer_layer_cls_to_wrap")))
@@ -171,7 +165,7 @@ def shards(cfg: DictDefault, model: PeftModel) -> Shards:
         width = HALF_BYTES if how.half else 4
         limit = width * _number(how, "stage3_param_persistence_threshold", 100_000)
         persistent = {key for key, size in sizes.items() if size <= limit}
-        steps = _trace(model, blocks, bool(cfg.gradient_checkpointing))
+        steps = _trace(model, blocks, run.gradient_checkpointing)
         gathers = _zero3([[id(p) for p in step] for step in steps], sizes, persistent, how, width)
     return Shards(
         sharing=how,

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import torch
+from axolotl.utils.logging import get_logger
 from rich.console import Console
 from rich.table import Table
 
+from ..settings.meta_base import UnknownBase
+from ..settings.training_run import TrainingRun
+from ..terminal import console
 from ..tuner.sizes import compared
-from .estimate import CONTEXT_BYTES, FRAGMENTATION, Plan, Setting
+from .estimate import CONTEXT_BYTES, FRAGMENTATION, Plan, Setting, local_gpus, make_plan
 from .memory import Memory
 from .scaling import Network, Scaling
 
+LOG = get_logger(__name__)
 AER_SECONDS = 1e-4  # a small circuit on Aer without noise, as measured on this project's CPU
 
 
@@ -38,6 +44,19 @@ def show_plan(plan: Plan, out: Console) -> None:
             "or with `gradient: adjoint`.",
             highlight=False,
         )
+
+
+def show_before_training(run: TrainingRun) -> None:
+    """Print the plan of a training that begins; wrong `qtha:` settings stop here, before the weights are downloaded."""
+    try:
+        with torch.random.fork_rng(devices=[]):  # the training draws the same numbers as without a plan
+            plan = make_plan(run, local_gpus(), advise=False)
+    except UnknownBase as error:  # the run itself may yet know how to load it
+        LOG.info(f"no plan: {error}")
+        return
+    show_plan(plan, console())
+    if plan.fits is False:
+        LOG.warning("this may not fit the GPU; `axolotl qtha-plan` with this configuration says what would.")
 
 
 def show_settings(settings: list[Setting], budget: float, rank: int, out: Console) -> None:

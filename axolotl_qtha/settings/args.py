@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from ..circuit import noise
-from ..errors import close_names, refusal
+from ..errors import refusal, unknown_keys
 from ..ibm.options import refuse_secrets
 from ..tuner.config import QTHAConfig
 from . import parallel, quantization
@@ -81,10 +81,8 @@ class _Block(BaseModel):
     @classmethod
     def _names_known(cls, data: Any) -> Any:
         refuse_secrets(data, "qtha")
-        for key, value in data.items() if isinstance(data, dict) else ():
-            if key not in cls.model_fields:
-                close = close_names(str(key), cls.model_fields) or sorted(cls.model_fields)
-                raise refusal(key, value, "is not a key of the `qtha:` block", ", ".join(f"`{name}`" for name in close))
+        for key, value, works in unknown_keys(data, cls.model_fields):
+            raise refusal(key, value, "is not a key of the `qtha:` block", works)
         return data
 
     @model_validator(mode="after")
@@ -155,17 +153,6 @@ class QTHAArgs(BaseModel):
             lr = float(block["circuit_lr"])
             data["lr_groups"] = [*groups, {"name": "qtha_circuit", "modules": CIRCUIT_PARAMETERS, "lr": lr}]
         return data
-
-
-def adapter_settings(cfg: Any) -> dict[str, Any]:
-    """Return the adapter's settings that a validated Axolotl configuration names."""
-    return QTHABlock.model_validate(dict(cfg.qtha or {})).adapter_settings()
-
-
-def adapter_config(cfg: Any) -> QTHAConfig:
-    """Return the adapter that a validated Axolotl configuration describes."""
-    settings = {"seed": cfg.seed, **adapter_settings(cfg)}
-    return QTHAConfig(**settings, task_type="CAUSAL_LM", base_model_name_or_path=cfg.base_model)
 
 
 def _refuse(data: dict[str, Any], block: dict[str, Any]) -> None:

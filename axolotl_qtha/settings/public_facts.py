@@ -102,7 +102,7 @@ def facts_of(cfg: Any, state: Any = None, model_config: Any = None) -> Facts:
         train_loss=_last(log, "loss"),
         eval_loss=_last(log, "eval_loss"),
         eval_step=_whole(_last([row for row in log if "eval_loss" in row], "step")),
-        quantisation=_quantisation(cfg, model_config),
+        quantisation=quantised_as(_quantization_config(cfg, model_config)),
         precision=choice(cfg.torch_dtype and str(cfg.torch_dtype).removeprefix("torch."), ("float32", "float16", "bfloat16")),
         seed=_whole(cfg.seed),
         versions={"axolotl_qtha": __version__, **versions(PACKAGES)},
@@ -148,21 +148,33 @@ def _last_part(path: str) -> str:
     return plain(part)
 
 
-def _quantisation(cfg: Any, model_config: Any) -> str:
-    """Return how the base's weights are held."""
-    from transformers.utils.quantization_config import QuantizationMethod
-
+def _quantization_config(cfg: Any, model_config: Any) -> Any:
+    """Return how the base is quantised: the loaded model's own settings, else those of the YAML."""
     settings: Any = getattr(model_config, "quantization_config", None)
     for key in ("model_kwargs", "overrides_of_model_kwargs"):
         settings = settings or (cfg.get(key) or {}).get("quantization_config")
+    return settings or {key: cfg.get(key) for key in ("load_in_4bit", "load_in_8bit")}
+
+
+def quantised_as(settings: Any) -> str:
+    """Return in words how a base's weights are held, such as "4 bits, nf4, double quantisation, bitsandbytes"; else "none".
+
+    Args:
+        settings: transformers' `quantization_config`, as an object or a dictionary.
+    """
+    from transformers.utils.quantization_config import QuantizationMethod
+
     settings = settings.to_dict() if hasattr(settings, "to_dict") else dict(settings or {})
-    settings = settings or {key: cfg.get(key) for key in ("load_in_4bit", "load_in_8bit")}
-    method = choice(settings.get("quant_method"), QuantizationMethod)
-    four = "4 bits" + (f", {kind}" if (kind := choice(settings.get("bnb_4bit_quant_type"), ("nf4", "fp4"))) else "")
-    bits = four if settings.get("load_in_4bit") else "8 bits" if settings.get("load_in_8bit") else None
-    if bits is None and (count := _whole(settings.get("bits"))):
-        bits = f"{count} bits"
-    return ", ".join(part for part in (bits, method) if part) or "none"
+    parts: list[str | None] = []
+    if settings.get("load_in_4bit"):
+        double = "double quantisation" if settings.get("bnb_4bit_use_double_quant") else None
+        parts += ["4 bits", choice(settings.get("bnb_4bit_quant_type"), ("nf4", "fp4")), double]
+    elif settings.get("load_in_8bit"):
+        parts.append("8 bits")
+    elif count := _whole(settings.get("bits")):
+        parts.append(f"{count} bits")
+    parts.append(choice(settings.get("quant_method"), QuantizationMethod))
+    return ", ".join(part for part in parts if part) or "none"
 
 
 def choice(value: Any, *known: Iterable[Any]) -> str | None:

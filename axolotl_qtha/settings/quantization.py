@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from ..errors import close_names
+from ..errors import alternatives
 from ..tuner.quantised import is_quantised
 from . import parallel
 
@@ -175,7 +175,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
     known = sorted(set(inspect.signature(BitsAndBytesConfig.__init__).parameters) - {"self", "kwargs"})
     for name, value in settings.items():
         if name not in (*known, "quant_method"):
-            works = ", ".join(f"`{key}`" for key in close_names(name, known) or known)
+            works = alternatives(name, known)
             raise ValueError(f"{SETTINGS}: {{{name}: {value!r}}} would be ignored by transformers. What works: {works}.")
     if (kind := settings.get("bnb_4bit_quant_type", "nf4")) not in ("nf4", "fp4"):
         raise ValueError(f"{SETTINGS}: {{bnb_4bit_quant_type: {kind!r}}} is not known. What works: `nf4`, `fp4`.")

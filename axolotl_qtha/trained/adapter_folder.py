@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import refusal
-from ..tuner.config import QTHAConfig
+from ..tuner.config import SIMULATION_KEYS, QTHAConfig, differences
 from ..tuner.saving import WEIGHTS
 
 if TYPE_CHECKING:
@@ -15,32 +15,57 @@ if TYPE_CHECKING:
 
     from ..tuner.adapter import QTHAAdapter
 
+# Keys that a trained adapter may have otherwise than the YAML: how random numbers are drawn and circuits run is no part of it.
+_ANYWAY = ("seed", "dropout", *SIMULATION_KEYS)
+FREE_WHEN_LOADED = ("target_modules", *_ANYWAY)  # by lora_model_dir: the adapter's own folder says which modules it has
+FREE_WHEN_RESUMED = ("param_budget", *_ANYWAY)  # from a checkpoint: the sizes that the budget led to are compared instead
 
-def adapter_folder(cfg: DictDefault, given: Path | None) -> Path:
-    """Return the folder of the trained adapter: the one given, or the configuration's.
+
+def check_trained(folder: Path, base_model: str) -> None:
+    """Refuse a folder that holds no adapter, or one of another base.
+
+    Args:
+        folder: what `--lora-model-dir` names, or the configuration's own.
+        base_model: of the configuration.
 
     Raises:
-        ValueError: if it holds no adapter.
+        ValueError: naming the folder, or both bases.
     """
-    folder = Path(given or cfg.lora_model_dir or cfg.output_dir)
     if not (folder / "adapter_config.json").is_file() or not (folder / WEIGHTS).is_file():
         holds = f"holds no trained adapter (adapter_config.json, {WEIGHTS})"
         raise refusal("--lora-model-dir", str(folder), holds, "a training's output_dir")
-    return folder
-
-
-def check_base(cfg: DictDefault, folder: Path) -> None:
-    """Refuse a base that the adapter was not trained on.
-
-    Raises:
-        ValueError: naming both.
-    """
     trained_on = str(QTHAConfig.from_pretrained(str(folder)).base_model_name_or_path or "")
-    if trained_on and Path(trained_on).name != Path(cfg.base_model).name:
+    if trained_on and Path(trained_on).name != Path(base_model).name:
         raise ValueError(
-            f"base_model: {cfg.base_model!r} is not the base of {str(folder)!r}, which was trained on {trained_on!r}. "
+            f"base_model: {base_model!r} is not the base of {str(folder)!r}, which was trained on {trained_on!r}. "
             f"What works: `base_model: {trained_on}`."
         )
+
+
+def check_fits(key: str, folder: Path, settings: dict[str, Any], free: Collection[str]) -> None:
+    """Refuse an adapter folder that is damaged or contradicts the settings.
+
+    Args:
+        key: the YAML key that names the folder.
+        folder: it; anything that is no folder passes: it may be a name on the Hub, and PEFT says what is wrong with it.
+        settings: what the adapter must have, by keys of the `qtha:` block.
+        free: keys that may differ all the same, `FREE_WHEN_LOADED` or `FREE_WHEN_RESUMED`.
+
+    Raises:
+        ValueError: naming the key, and each setting with both values.
+    """
+    if not folder.is_dir():
+        return
+    if not (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{key}: {str(folder)!r} holds no adapter_config.json. What works: a folder written by `adapter: qtha`.")
+    saved = QTHAConfig.from_pretrained(str(folder))  # refuses a damaged file beside it
+    if not isinstance(saved, QTHAConfig):
+        raise ValueError(
+            f"{key}: {str(folder)!r} is a {saved.peft_type.value} adapter. What works: a folder written by `adapter: qtha`."
+        )
+    wanted = {name: value for name, value in settings.items() if name in QTHAConfig.__annotations__ and name not in free}
+    if rows := differences(saved, wanted):
+        raise ValueError(f"{key}: {str(folder)!r} does not fit the YAML. " + "; ".join(rows) + ". What works: the same settings.")
 
 
 def configuration(path: Path, folder: Path) -> DictDefault:

@@ -10,12 +10,53 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from axolotl.utils.distributed import barrier, get_world_size, is_main_process
+from axolotl.utils.logging import get_logger
+
+from ..settings.parallel import deepspeed_settings, zero_stage
 from ..tuner.config import check_adapter_file
 from ..tuner.saving import SCRATCH
 
 UNIVERSAL = "_universal"  # how the folder of converted states ends
 ONE_RANKS_SHARD = "pytorch_model_fsdp.bin"
+LOG = get_logger(__name__)
+
 KINDS = {"deepspeed": "`deepspeed:`", "fsdp": "`fsdp_version: 2`", "plain": "neither `deepspeed:` nor `fsdp_config:`"}
+
+
+def prepare(folder: Path, output_dir: str | Path, deepspeed: Any, fsdp: bool) -> dict[str, Any] | None:
+    """Check the checkpoint that a run continues from, and have it ready for this number of ranks; to be called on every rank.
+
+    Args:
+        folder: the checkpoint.
+        output_dir: of the run.
+        deepspeed: value of `deepspeed:`.
+        fsdp: whether FSDP2 shares the run.
+
+    Returns:
+        The settings DeepSpeed needs instead of its own to read a checkpoint that was converted, else None.
+
+    Raises:
+        ValueError: if it is not complete, or of another kind.
+    """
+    settings = deepspeed_settings(deepspeed)
+    ours = "deepspeed" if settings else "fsdp" if fsdp else "plain"
+    check(folder, output_dir, ours, zero_stage(settings))
+    barrier()  # until every rank has looked at it
+    if ours != "deepspeed" or ranks_of(folder) in (None, get_world_size()):
+        return None
+    if is_main_process():  # several nodes have one output_dir
+        LOG.info(f"{folder} was written by {ranks_of(folder)} ranks, there are {get_world_size()} now: converting.")
+        convert(folder)
+    barrier()
+    return for_another_number_of_ranks(settings)
+
+
+def set_aside_once(output_dir: str | Path) -> None:
+    """Rename incomplete checkpoints, and say so; to be called on every rank, which all see the outcome."""
+    for folder, why in set_aside_incomplete(output_dir) if is_main_process() else []:
+        LOG.warning(f"{folder} is not complete ({why}): a run was stopped while it was written. It is not used.")
+    barrier()
 
 
 def of_run(output_dir: str | Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Trainer callbacks that keep a run from misleading."""
+"""What keeps a run from misleading: refusals before it, and callbacks while it goes on."""
 
 from __future__ import annotations
 
@@ -9,8 +9,49 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..tuner.adapter import QTHAAdapter
-from ..tuner.layer import whole
+from ..tuner.config import QTHAConfig
+from ..tuner.layer import NonlinearAdapter, refuse_nonlinear_merge, whole
 from .checkpoints import ONE_RANKS_SHARD
+
+
+def refuse_merge(config: QTHAConfig, yaml: str | Path, lora_model_dir: str | None, output_dir: str) -> None:
+    """Refuse `axolotl merge-lora` of an adapter that is not linear, with the command that exports it.
+
+    Args:
+        config: the adapter.
+        yaml: path of the configuration.
+        lora_model_dir: folder of the trained adapter, if it is not `output_dir`.
+        output_dir: of the training.
+
+    Raises:
+        NonlinearAdapter: if no merged weight equals the adapter.
+    """
+    try:
+        refuse_nonlinear_merge("default", config)
+    except NonlinearAdapter as error:
+        given = f" --lora-model-dir {lora_model_dir}" if lora_model_dir not in (None, output_dir) else ""
+        command = f"axolotl qtha-export {yaml}{given} --format merged --out {Path(output_dir) / 'merged'}"
+        raise NonlinearAdapter(f"{error} To export: `{command}`, which says what the closest linear one costs.") from None
+
+
+def check_lora_model_dir(folder: str | None, inference: bool, trainer_makes_adapter: str | None) -> None:
+    """Refuse a `lora_model_dir` that is missing, or that nobody would read.
+
+    Args:
+        folder: the key's value.
+        inference: whether this is `axolotl inference`, which would show the base under the adapter's name without one.
+        trainer_makes_adapter: value of `rl` where the trainer makes an adapter of its own and leaves this one out; else None.
+
+    Raises:
+        ValueError: naming the key and what works.
+    """
+    if inference and not folder:
+        raise ValueError("lora_model_dir: None gives inference no adapter. What works: `--lora-model-dir` with the output_dir.")
+    if folder and trainer_makes_adapter is not None:
+        raise ValueError(
+            f"lora_model_dir: {folder!r} is not read with `rl: {trainer_makes_adapter}`. What works: without `rl:`, training on, "
+            "evaluate and inference."
+        )
 
 
 class RefuseUntrainedEvaluation(TrainerCallback):

@@ -6,20 +6,23 @@ It is composed of settings of `QTHAConfig` that are named here one by one and of
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..circuit.ansatz import Ansatz
-from ..settings.public_facts import Facts, Source, choice, facts_of, plain
+from ..settings.public_facts import Facts, choice, plain
 from ..tuner.config import QTHAConfig
+from ..tuner.layer import adapted_sizes
 from ..tuner.sizes import adapter_shape, compared, count_lora_parameters, count_parameters
 
-__all__ = ["Facts", "Source", "facts_of", "make_card", "shown", "write_card"]
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import Trainer
 
 Kind = Literal["adapter", "lora", "merged"]
 FILE = "README.md"
@@ -70,6 +73,33 @@ def make_card(
     ]
     text = "\n\n".join(section for section in sections if section)
     return ModelCard(f"---\n{_metadata(config, facts, kind).to_yaml()}\n---\n\n{text}\n")
+
+
+def write_own_cards(trainer: Trainer, model: PeftModel, facts: Callable[[], Facts]) -> None:
+    """Have PEFT and the trainer write this project's card where they would write their own, which hold the YAML or local paths.
+
+    PEFT's comes with every adapter that is saved, the trainer's at the end and with every push to the Hub.
+
+    Args:
+        trainer: of the run.
+        model: that it trains.
+        facts: what may be told of the run, as it stands when a card is written.
+    """
+
+    def card() -> ModelCard:
+        return make_card(cast(QTHAConfig, model.active_peft_config), facts(), adapted_sizes(model))
+
+    def write(folder: str, *_: Any) -> None:
+        write_card(card(), folder)
+
+    def write_in_output_dir(*_: Any, **__: Any) -> None:
+        if trainer.is_world_process_zero():
+            write(str(trainer.args.output_dir))
+
+    if trainer.is_world_process_zero():
+        card()  # what could go wrong with it does so before the first step
+    model.create_or_update_model_card = write  # type: ignore[method-assign, assignment]
+    trainer.create_model_card = write_in_output_dir  # type: ignore[method-assign]
 
 
 def write_card(card: ModelCard, folder: str | os.PathLike[str]) -> None:

@@ -26,9 +26,9 @@ GAIN_SHARE = 0.3
 class QTHAAdapter(nn.Module):
     """One adapter of one layer: maps x (.., d) to the change of the layer's output (.., o).
 
-    Parameters are float32 unless the model is cast; the folding and the circuit are computed in float32 (float64 for a
-    float64 model) whatever the dtype of x, the two products with x and h in x's dtype. Folded is once per forward; in eval mode
-    without gradients, as in `generate()`, once until a tensor changes (`folded.Kept`).
+    Parameters are float32 unless the model is cast. The two large matrices and the circuit are computed in float32 (float64 for
+    a float64 model), whatever the dtype of x; the products with x and h in x's dtype. The matrices are folded from the cores in
+    every forward; in eval mode without gradients, as in `generate()`, they are kept until a tensor changes (`fold_cache.py`).
 
     They are stored flat, in row-major order: FSDP2 shards the first axis and fills it up to a multiple of the ranks, and that
     of a first core is 1. `stored` and `effective` give them their shapes.

@@ -31,6 +31,10 @@ from .sizes import adapter_shape
 PREFIX = "base_model.model."  # what PEFT puts before the names of the base's modules
 
 
+class NonlinearAdapter(ValueError):
+    """An adapter was to be merged that is not linear in x."""
+
+
 class QTHALayer(BaseTunerLayer):
     """What PEFT needs to know of an adapted layer: its adapters by name."""
 
@@ -173,14 +177,17 @@ def layer_sizes(layer: nn.Module) -> tuple[int, int]:
     return int(layer.in_features), int(layer.out_features)  # type: ignore[arg-type]
 
 
-def refuse_nonlinear_merge(adapter_name: str, config: QTHAConfig, yaml: str = "CONFIG.yml", out: str = "FOLDER") -> None:
-    """Refuse to merge an adapter that no change of the weight can express; the message has the command for these files."""
+def refuse_nonlinear_merge(adapter_name: str, config: QTHAConfig) -> None:
+    """Refuse to merge an adapter that no change of the weight can express.
+
+    Raises:
+        NonlinearAdapter: if it has a circuit, or the classical network that stands in for one.
+    """
     if config.quantum != "none":
-        raise ValueError(
+        raise NonlinearAdapter(
             f"adapter {adapter_name!r} has `quantum: {config.quantum}`, which is not linear in x: no merged weight equals it, "
-            f"and none was written. What works: `axolotl qtha-export {yaml} --format merged --out {out}`, which merges the "
-            "closest linear adapter and says what that costs; the adapter unmerged; or `qtha: {quantum: none}`, which merges "
-            "exactly."
+            "and none was written. What works: the adapter unmerged; the closest linear adapter, exported; or `qtha: {quantum: "
+            "none}`, which merges exactly."
         )
 
 

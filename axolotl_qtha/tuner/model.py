@@ -20,7 +20,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import close_names, refusal
+from ..errors import alternatives, refusal
 from .adapter import QTHAAdapter
 from .backends import prepare
 from .config import QTHAConfig
@@ -121,7 +121,7 @@ def register() -> None:
 
 
 def synchronise(model: nn.Module) -> None:
-    """Give every rank the adapters of rank 0: what each computes for itself may differ in the last bit.
+    """Give every rank the adapters of rank 0. Each has made its own from the same seed, but not bit for bit the same on all CPUs.
 
     To be called on every rank, before the model is sharded.
     """
@@ -189,8 +189,7 @@ def _check_matches(config: QTHAConfig, candidates: dict[str, nn.Module], matched
         for name in wanted:
             pattern = name if isinstance(value, str) else rf"(.*\.)?{re.escape(name)}"
             if not any(re.fullmatch(pattern, candidate) for candidate in candidates):
-                close = close_names(name.rsplit(".", 1)[-1], leaves) or sorted(leaves)
-                raise refusal(key, name, "matches no module of the model", ", ".join(f"`{leaf}`" for leaf in close))
+                raise refusal(key, name, "matches no module of the model", alternatives(name.rsplit(".", 1)[-1], leaves))
     if config.layers_to_transform is not None:
         missing = _indices(config) - {_layer_index(name, config) for name in matched}
         if missing:

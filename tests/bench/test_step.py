@@ -44,7 +44,7 @@ def test_base_is_quantised_and_runs(kind, bits):
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_lora_is_the_layer_that_peft_makes_for_a_loaded_base(bits):
     base = step.random_base(LlamaConfig(**SIZES), bits, CPU)
-    run = step.Run(base, step.adapters(4, "qtha")["qlora"], torch.ones(1, 4, dtype=int))
+    run = step.AdaptedBase(base, step.adapters(4, "qtha")["qlora"], torch.ones(1, 4, dtype=int))
     assert {type(layer) for layer in run.layers.values()} == {LORA[bits]}
     assert base.is_loaded_in_4bit == (bits == 4)
 
@@ -53,7 +53,7 @@ def test_both_adapters_train_on_the_same_unchanged_base():
     base = step.random_base(LlamaConfig(**SIZES), 4, CPU)
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     ids = torch.randint(300, (2, 16))
-    runs = [step.Run(base, config, ids) for config in step.adapters(4, "qtha").values()]
+    runs = [step.AdaptedBase(base, config, ids) for config in step.adapters(4, "qtha").values()]
     shared = [{name: layer.get_base_layer() for name, layer in run.layers.items()} for run in runs]
     assert len(shared[0]) == len(LAYERS)
     assert shared[0] == shared[1]  # modules are equal only if they are the same object
@@ -78,7 +78,9 @@ def test_both_adapters_train_on_the_same_unchanged_base():
 
 
 def test_what_is_kept_is_the_adapter_and_its_two_moments():
-    run = step.Run(step.random_base(LlamaConfig(**SIZES), 4, CPU), step.adapters(4, "qtha")["qlora"], torch.ones(1, 4, dtype=int))
+    run = step.AdaptedBase(
+        step.random_base(LlamaConfig(**SIZES), 4, CPU), step.adapters(4, "qtha")["qlora"], torch.ones(1, 4, dtype=int)
+    )
     entries = count_lora_parameters(4, LAYERS)
     assert run.kept_bytes() == 4 * entries
     run.attach()
@@ -90,7 +92,7 @@ def test_peak_is_of_a_step_that_already_has_the_moments():
     base, ids = step.random_base(LlamaConfig(**SIZES), 4, CPU), torch.randint(300, (2, 16))
     row = step.measure(base, 4, "none", ids, False, repeats=1)[0]
     base.enable_input_require_grads()
-    run = step.Run(base, step.adapters(4, "none")["qlora"], ids)
+    run = step.AdaptedBase(base, step.adapters(4, "none")["qlora"], ids)
     run.attach()
     run.step()
     assert row["step_bytes"] == run.kept_bytes() + peak_bytes(run.step, CPU)

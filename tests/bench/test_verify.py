@@ -41,20 +41,20 @@ def test_shots_and_noise_are_compared_in_standard_errors(noise_model):
 
 
 def test_a_wrong_value_is_found(monkeypatch):
-    right = torch_engine.Run.expectations
-    monkeypatch.setattr(torch_engine.Run, "expectations", lambda self, state: right(self, state) + 2e-5)
+    right = torch_engine.StateVector.expectations
+    monkeypatch.setattr(torch_engine.StateVector, "expectations", lambda self, state: right(self, state) + 2e-5)
     off = [name for name, row in rows().items() if not row.passed]
     assert off == ["torch, cpu, float32, PyTorch", "torch, cpu, float64, PyTorch"]
 
 
 def test_a_wrong_gradient_is_found(monkeypatch):
-    right = torch_engine.Run.gradients
+    right = torch_engine.StateVector.gradients
 
     def wrong(self, psi, grad):
         grad_z, grad_angles = right(self, psi, grad)
         return grad_z, grad_angles * torch.tensor([1.0, 1.0, 1.001]).to(grad_angles)
 
-    monkeypatch.setattr(torch_engine.Run, "gradients", wrong)
+    monkeypatch.setattr(torch_engine.StateVector, "gradients", wrong)
     off = {name: row for name, row in rows().items() if not row.passed}
     assert set(off) == {"torch, cpu, float32, PyTorch", "torch, cpu, float64, PyTorch"}
     assert all(row.values <= 1e-5 < row.gradients for row in off.values())

@@ -78,11 +78,13 @@ def count_circuits(monkeypatch):
 
 def test_the_number_of_circuits(monkeypatch):
     ansatz = Ansatz(3, 2)
-    assert shifts.shift_circuits(ansatz) == 3 * (2 * 3 * 2 + 4 * 2 * 2)  # per qubit: 3 RY and 2 CRZ a layer, 2 and 4 shifts
+    assert shifts.shift_circuits(shifts.GateAngles(ansatz)) == 3 * (
+        2 * 3 * 2 + 4 * 2 * 2
+    )  # per qubit: 3 RY and 2 CRZ a layer, 2 and 4 shifts
     counts = count_circuits(monkeypatch)
     z, theta = tensors(ansatz, tokens=5)
     value_and_gradients(ansatz, AER, z, theta)
-    assert counts == [5, 5 * shifts.shift_circuits(ansatz)]
+    assert counts == [5, 5 * shifts.shift_circuits(shifts.GateAngles(ansatz))]
 
 
 def test_only_wanted_gradients_are_run(monkeypatch):
@@ -94,7 +96,7 @@ def test_only_wanted_gradients_are_run(monkeypatch):
     assert counts[-1] == 3 * 2 * 2 * 2  # two RY(z) a qubit
     assert torch.equal(z.grad, full[1])
     expectation_values(z.detach(), theta, ansatz, AER).square().sum().backward()
-    assert counts[-1] == 3 * (shifts.shift_circuits(ansatz) - 8)
+    assert counts[-1] == 3 * (shifts.shift_circuits(shifts.GateAngles(ansatz)) - 8)
     assert torch.equal(theta.grad, full[2])
 
 

@@ -22,7 +22,7 @@ def test_the_tables(path, tmp_path):
     assert {file.name for file in (tmp_path / "base").iterdir()} == {"config.json"}, "no weights are there to be loaded"
     done = run(path)
     assert done.exit_code == 0, done.output
-    for words in ("3 x q_proj", "192 x 448", "16 x 12", "frozen weights (float32, quantisation: 4-bit nf4", "total", "24 RY"):
+    for words in ("3 x q_proj", "192 x 448", "16 x 12", "frozen weights (float32, quantisation: 4 bits, nf4", "total", "24 RY"):
         assert words in done.output
     assert "21 adapted layers" in done.output
     assert {file.name for file in (tmp_path / "base").iterdir()} == {"config.json"}

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from axolotl_qtha import QTHAConfig
 from axolotl_qtha.circuit.aer import Engine
 from axolotl_qtha.circuit.ansatz import Ansatz
-from axolotl_qtha.circuit.shifts import RULES, SHIFTS, GateAngles, parameter_shift
+from axolotl_qtha.circuit.shifts import RULES, SHIFTS, GateAngles, Slopes
 from axolotl_qtha.circuit.simulation import Simulation
 from axolotl_qtha.cli.ibm import estimate, hardware_eval
 from axolotl_qtha.ibm.journal import Journal, Ledger
@@ -178,7 +178,7 @@ def angles_of(gates, point):
 
 def gradient(gates, run, z, theta):
     """Return the slopes of each <Z_i>, (n, n + angles)."""
-    rows = [parameter_shift(gates, run, weights, z, theta, (True, True)) for weights in np.eye(QUBITS)[:, None]]
+    rows = [Slopes(gates, run, weights, z, theta).by_parameter_shift() for weights in np.eye(QUBITS)[:, None]]
     return np.stack([np.concatenate([by_z.ravel(), by_theta.ravel()]) for by_z, by_theta in rows])
 
 

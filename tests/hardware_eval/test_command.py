@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from axolotl_qtha.cli.ibm import hardware_eval
-from axolotl_qtha.hardware_eval.command import STARTED, Options, _check_cost
+from axolotl_qtha.hardware_eval.command import STARTED, EvaluationOptions, _check_cost
 
 from ..e2e.commands import write_config
 from ..ibm.boundary import points
@@ -24,7 +24,7 @@ def check(tmp_path):
 
     def check(runner, **options):
         out = Console(record=True, width=400)
-        used = _check_cost(Options(config, **options), runner, COUNTS, LAYERS, tmp_path / "out", out)
+        used = _check_cost(EvaluationOptions(config, **options), runner, COUNTS, LAYERS, tmp_path / "out", out)
         return used, out.export_text()
 
     return check

@@ -15,7 +15,8 @@ from axolotl_qtha.cli.circuit import draw
 from axolotl_qtha.cli.schema import config_schema
 from axolotl_qtha.errors import PrivateSettings
 from axolotl_qtha.ibm.options import IBMOptions
-from axolotl_qtha.settings.args import QTHABlock, adapter_config
+from axolotl_qtha.settings.args import QTHABlock
+from axolotl_qtha.settings.training_run import AdapterSettings
 
 from ..settings.test_args import BASE, validated
 
@@ -64,12 +65,12 @@ def test_refused(settings, words):
 
 
 def test_defaults_and_what_follows_from_them():
-    config = adapter_config(validated(qtha=block(), seed=7))
+    config = AdapterSettings.of(validated(qtha=block(), seed=7)).parsed
     options = config.simulation.ibm
     assert (config.simulation.backend, config.simulation.seed) == ("ibm", 7)
     assert (options.executions, options.mode, options.tokens_per_step, options.gradient) == (4096, "batch", 8, "parameter_shift")
     assert IBMOptions(**FAKE, precision=0.05).executions == 400
-    assert hash(config.simulation) == hash(adapter_config(validated(qtha=block(), seed=7)).simulation)
+    assert hash(config.simulation) == hash(AdapterSettings.of(validated(qtha=block(), seed=7)).parsed.simulation)
     assert hash(IBMOptions(**FAKE)) != hash(IBMOptions(**FAKE, shots=1))
 
 
@@ -110,13 +111,13 @@ def test_a_planted_credential_is_never_echoed(tmp_path, monkeypatch, capfd, capl
 
 def test_the_instance_is_not_in_axolotls_dump_of_the_configuration():
     cfg = validated(qtha=block(instance=PLANTED))
-    dump = json.dumps(dict(cfg), indent=2, default=str) + repr(cfg) + repr(adapter_config(cfg))
+    dump = json.dumps(dict(cfg), indent=2, default=str) + repr(cfg) + repr(AdapterSettings.of(cfg).parsed)
     assert PLANTED not in dump
-    assert adapter_config(cfg).ibm.instance == SecretStr(PLANTED)
+    assert AdapterSettings.of(cfg).parsed.ibm.instance == SecretStr(PLANTED)
 
 
 def test_nothing_of_the_block_is_saved_with_the_adapter(tmp_path):
-    config = adapter_config(validated(qtha=block(instance=PLANTED, max_qpu_seconds=12.5)))
+    config = AdapterSettings.of(validated(qtha=block(instance=PLANTED, max_qpu_seconds=12.5))).parsed
     config.save_pretrained(str(tmp_path))
     text = (tmp_path / "adapter_config.json").read_text()
     for private in (PLANTED, "ibm", "manila", "12.5", "*****"):

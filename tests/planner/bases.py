@@ -1,7 +1,6 @@
 """Small bases of many architectures: a folder with a config.json, and the YAML of a run on it."""
 
 import yaml
-from axolotl.utils.dict import DictDefault
 from transformers import (
     Gemma2Config,
     GemmaConfig,
@@ -15,7 +14,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from axolotl_qtha.settings.meta_base import read_config
+from axolotl_qtha.settings.training_run import TrainingRun, read_run
 
 SIZES = {
     "vocab_size": 1000,
@@ -68,6 +67,6 @@ def write_run(folder, config, **changes):
     return path
 
 
-def run_on(folder, config, **changes) -> DictDefault:
-    """Return the validated configuration of a run on a base."""
-    return read_config(write_run(folder, config, **changes))
+def run_on(folder, config, **changes) -> TrainingRun:
+    """Return a training on a base."""
+    return read_run(write_run(folder, config, **changes))

@@ -8,7 +8,6 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_
 from axolotl_qtha.circuit.ansatz import Ansatz
 from axolotl_qtha.planner.estimate import find_settings, make_plan
 from axolotl_qtha.planner.show import show_plan
-from axolotl_qtha.settings.args import adapter_config
 from axolotl_qtha.settings.meta_base import UnknownBase, read_config
 from axolotl_qtha.terminal import console
 from axolotl_qtha.tuner.layer import QTHALayer
@@ -25,9 +24,9 @@ def trainable(model):
 @pytest.mark.parametrize("name", [*CONFIGS, *MORE])
 def test_parameters_are_those_of_the_built_model(name, tmp_path):
     config = {**CONFIGS, **MORE}[name]
-    cfg = run_on(tmp_path, config)
-    plan = make_plan(cfg, [])
-    model = get_peft_model(AutoModelForCausalLM.from_config(config), adapter_config(cfg))
+    run = run_on(tmp_path, config)
+    plan = make_plan(run, [])
+    model = get_peft_model(AutoModelForCausalLM.from_config(config), run.adapter)
     assert plan.parameters == trainable(model)
     layers = [module for module in model.modules() if isinstance(module, QTHALayer)]
     assert sum(target.count for target in plan.targets) == len(layers)
@@ -42,8 +41,8 @@ def test_parameters_are_those_of_the_built_model(name, tmp_path):
 
 
 def test_modules_to_save_are_trained_too(tmp_path):
-    cfg = run_on(tmp_path, CONFIGS["llama"], qtha={"rank": 4, "param_budget": 0.5, "modules_to_save": ["lm_head"]})
-    plan = make_plan(cfg, [])
+    run = run_on(tmp_path, CONFIGS["llama"], qtha={"rank": 4, "param_budget": 0.5, "modules_to_save": ["lm_head"]})
+    plan = make_plan(run, [])
     assert plan.memory.adapter == 4 * (plan.parameters + 1000 * 192)
 
 
@@ -76,12 +75,12 @@ def test_parameter_shift_takes_further_circuits(tmp_path, capsys):
 
 
 def test_zero3_does_not_partition_the_plan(tmp_path):
-    cfg = run_on(tmp_path, CONFIGS["llama"])
-    alone = make_plan(cfg, [])
+    run = run_on(tmp_path, CONFIGS["llama"])
+    alone = make_plan(run, [])
     settings = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
     try:
         assert is_deepspeed_zero3_enabled()
-        assert make_plan(cfg, []) == alone
+        assert make_plan(run, []) == alone
     finally:
         unset_hf_deepspeed_config()
         del settings
@@ -90,9 +89,9 @@ def test_zero3_does_not_partition_the_plan(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"load_in_4bit": True}, "4-bit nf4, double quantisation"),
-        ({"load_in_4bit": True, "bnb_config_kwargs": {"bnb_4bit_use_double_quant": False}}, "4-bit nf4"),
-        ({"load_in_8bit": True}, "8-bit"),
+        ({"load_in_4bit": True}, "4 bits, nf4, double quantisation, bitsandbytes"),
+        ({"load_in_4bit": True, "bnb_config_kwargs": {"bnb_4bit_use_double_quant": False}}, "4 bits, nf4, bitsandbytes"),
+        ({"load_in_8bit": True}, "8 bits, bitsandbytes"),
         ({}, "none"),
     ],
 )
@@ -116,10 +115,10 @@ def test_a_gpu_that_is_large_enough(tmp_path):
 
 
 def test_advice_fits_when_it_is_followed(tmp_path):
-    cfg = big(tmp_path)
-    needed = make_plan(cfg, []).needed
+    run = big(tmp_path)
+    needed = make_plan(run, []).needed
     gpu = [("tight", int(0.7 * needed))]
-    plan = make_plan(cfg, gpu)
+    plan = make_plan(run, gpu)
     assert plan.fits is False
     followed = {
         "gradient_checkpointing: true": {"gradient_checkpointing": True},
@@ -141,12 +140,12 @@ def test_advice_fits_when_it_is_followed(tmp_path):
 
 
 def test_advice_combines_changes_or_says_that_none_helps(tmp_path):
-    cfg = big(tmp_path)
+    run = big(tmp_path)
     least = make_plan(big(tmp_path, gradient_checkpointing=True, load_in_4bit=True, micro_batch_size=1), []).needed
-    (together,) = make_plan(cfg, [("small", least + 2**20)]).advice
+    (together,) = make_plan(run, [("small", least + 2**20)]).advice
     for words in ("gradient_checkpointing: true", "load_in_4bit: true", "micro_batch_size: 1", "gradient_accumulation_steps: 8"):
         assert words in together
-    (hopeless,) = make_plan(cfg, [("tiny", 2**20)]).advice
+    (hopeless,) = make_plan(run, [("tiny", 2**20)]).advice
     assert "larger GPU" in hopeless
 
 
@@ -200,9 +199,9 @@ def test_a_model_that_cannot_run_without_weights_is_planned_without_memory(tmp_p
 
 
 def test_wrong_settings_are_refused_without_weights(tmp_path):
-    cfg = run_on(tmp_path, CONFIGS["llama"], qtha={"rank": 4, "param_budget": 0.5, "target_modules": ["q_prj"]})
+    run = run_on(tmp_path, CONFIGS["llama"], qtha={"rank": 4, "param_budget": 0.5, "target_modules": ["q_prj"]})
     with pytest.raises(ValueError, match=r"qtha.target_modules: 'q_prj'.*`q_proj`"):
-        make_plan(cfg, [])
+        make_plan(run, [])
 
 
 def test_a_base_that_cannot_be_read(tmp_path):

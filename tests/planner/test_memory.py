@@ -12,8 +12,7 @@ from axolotl_qtha.circuit.ansatz import Ansatz
 from axolotl_qtha.circuit.torch_engine import chunk_tokens, expectation_values
 from axolotl_qtha.planner.estimate import make_plan
 from axolotl_qtha.planner.memory import weight_bytes, workspace_bytes
-from axolotl_qtha.settings.args import adapter_config
-from axolotl_qtha.settings.meta_base import QuantisedLinear, meta_base
+from axolotl_qtha.settings.meta_base import QuantisedLinear
 from axolotl_qtha.timing import peak_bytes
 
 from .bases import CONFIGS, run_on
@@ -51,8 +50,8 @@ def loaded(folder, bits):
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma", "phi"])
 def test_weights_take_what_they_take(name, bits, tmp_path):
-    cfg = run_on(tmp_path, CONFIGS[name], **({} if bits == 16 else {f"load_in_{bits}bit": True}))
-    planned = meta_base(cfg)
+    run = run_on(tmp_path, CONFIGS[name], **({} if bits == 16 else {f"load_in_{bits}bit": True}))
+    planned = run.base()
     real = loaded(tmp_path, bits)
     # the code books are shared between layers, in some versions; they are 1 KiB a layer
     assert weight_bytes(planned) == pytest.approx(tensors_of(real), rel=0.02)
@@ -73,12 +72,12 @@ def test_weights_take_what_they_take(name, bits, tmp_path):
 def test_checkpoints_quantised_already(quantisation, bits, tmp_path):
     config = copy.deepcopy(CONFIGS["llama"])
     config.quantization_config = quantisation
-    cfg = run_on(tmp_path, config)
-    layers = [module for module in meta_base(cfg).modules() if isinstance(module, QuantisedLinear)]
+    run = run_on(tmp_path, config)
+    layers = [module for module in run.base().modules() if isinstance(module, QuantisedLinear)]
     assert len(layers) == 21
     entries = sum(layer.in_features * layer.out_features for layer in layers)
     assert 8 * sum(layer.stored_bytes for layer in layers) / entries == pytest.approx(bits, abs=0.2)
-    assert quantisation["quant_method"] in make_plan(cfg, []).quantisation or bits == 4.13
+    assert quantisation["quant_method"] in make_plan(run, []).quantisation or bits == 4.13
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -87,11 +86,11 @@ def test_checkpoints_quantised_already(quantisation, bits, tmp_path):
 )
 def test_a_training_step_peaks_where_the_plan_says(name, bits, checkpointing, tmp_path):
     changes = {"gradient_checkpointing": checkpointing, "gradient_accumulation_steps": 1}
-    cfg = run_on(tmp_path, CONFIGS[name], **({} if bits == 16 else {f"load_in_{bits}bit": True}), **changes)
-    plan = make_plan(cfg, [])
+    run = run_on(tmp_path, CONFIGS[name], **({} if bits == 16 else {f"load_in_{bits}bit": True}), **changes)
+    plan = make_plan(run, [])
     base = loaded(tmp_path, bits)
     frozen = tensors_of(base)
-    model = get_peft_model(base, adapter_config(cfg)).train()
+    model = get_peft_model(base, run.adapter).train()
     base.enable_input_require_grads()
     if checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})

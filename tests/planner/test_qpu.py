@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from axolotl_qtha import QTHAConfig
 from axolotl_qtha.circuit.ansatz import Ansatz
-from axolotl_qtha.circuit.shifts import shift_circuits
+from axolotl_qtha.circuit.shifts import GateAngles, shift_circuits
 from axolotl_qtha.cli.ibm import estimate as command
 from axolotl_qtha.ibm import engine
 from axolotl_qtha.ibm.circuits import ISACircuit
@@ -55,7 +55,7 @@ def test_a_step_submits_what_was_estimated(tmp_path, monkeypatch, changes, quant
     assert expected.step.circuits == step.circuits
     assert expected.run.circuits == 10 * step.circuits
     if not changes and quantum == "qtha":
-        assert expected.gradient_circuits == shift_circuits(ansatz) == 28
+        assert expected.gradient_circuits == shift_circuits(GateAngles(ansatz)) == 28
 
 
 FAKE = {"rank": 2, "circuit_layers": 1, "param_budget": 0.5, "quantum_backend": "ibm"}

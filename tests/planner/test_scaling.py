@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 from axolotl_qtha.planner.estimate import adapted, make_plan
 from axolotl_qtha.planner.scaling import Network, communication, lora_model, measure_tflops, predict, rank_counts, step_flops
 from axolotl_qtha.planner.sharding import shards
-from axolotl_qtha.settings.args import adapter_config
 
 from .bases import CONFIGS, SIZES, run_on, write_run
 
@@ -55,10 +54,10 @@ def test_a_fast_network_is_no_faster_than_the_gpus_links():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_flops_are_those_torch_counts(tmp_path, checkpointing):
-    cfg = run_on(tmp_path, CONFIGS["llama"], qtha=PLAIN, load_in_4bit=True)
-    found = step_flops(adapted(cfg)[0], 128, checkpointing)
+    run = run_on(tmp_path, CONFIGS["llama"], qtha=PLAIN, load_in_4bit=True)
+    found = step_flops(adapted(run)[0], 128, checkpointing)
     base = AutoModelForCausalLM.from_config(CONFIGS["llama"], attn_implementation="eager")
-    model = get_peft_model(base, adapter_config(cfg)).train()
+    model = get_peft_model(base, run.adapter).train()
     base.enable_input_require_grads()
     if checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -92,9 +91,9 @@ def test_bytes_of_each_way_of_sharing(tmp_path):
     zero = {"reduce_bucket_size": 10_000, "stage3_param_persistence_threshold": 0}
 
     def moved(micro_batches, **changes):
-        cfg = run_on(tmp_path, CONFIGS["llama"], bf16=True, **changes)
-        model, _ = adapted(cfg)
-        return communication(shards(cfg, model), net, 4, micro_batches)
+        run = run_on(tmp_path, CONFIGS["llama"], bf16=True, **changes)
+        model, _ = adapted(run)
+        return communication(shards(run, model), net, 4, micro_batches)
 
     def deepspeed(stage):
         return {"deepspeed": {"zero_optimization": {"stage": stage, **zero}}}
@@ -113,15 +112,15 @@ def test_bytes_of_each_way_of_sharing(tmp_path):
 
 def test_latency_counts_each_call(tmp_path):
     net = Network(1e30, 1e30, 1.0, 8)
-    cfg = run_on(tmp_path, CONFIGS["llama"])
-    model, _ = adapted(cfg)
-    assert communication(shards(cfg, model), net, 4, 1) == pytest.approx(2 * 3)  # one bucket
-    assert communication(shards(cfg, model), net, 1, 1) == 0
+    run = run_on(tmp_path, CONFIGS["llama"])
+    model, _ = adapted(run)
+    assert communication(shards(run, model), net, 4, 1) == pytest.approx(2 * 3)  # one bucket
+    assert communication(shards(run, model), net, 1, 1) == 0
 
 
 def test_rows(tmp_path):
-    cfg = run_on(tmp_path, CONFIGS["llama"])
-    table = predict(cfg, 8, Network(), tflops=1.0)
+    run = run_on(tmp_path, CONFIGS["llama"])
+    table = predict(run, 8, Network(), tflops=1.0)
     assert (table.global_batch, table.tokens) == (4 * 2 * 8, 64 * 128)
     assert [(row.ranks, row.micro_batches) for row in table.rows] == [(1, 16), (2, 8), (4, 4), (8, 2)]
     for row in table.rows:
@@ -130,7 +129,7 @@ def test_rows(tmp_path):
         assert row.hidden == max(row.compute, row.communication)
         assert row.speedup == pytest.approx(table.rows[0].exposed / row.exposed)
         assert row.efficiency == pytest.approx(row.speedup / row.ranks)
-        assert row.gpu_bytes == make_plan(cfg, [], ranks=row.ranks).needed
+        assert row.gpu_bytes == make_plan(run, [], ranks=row.ranks).needed
     assert table.rows[0].communication == table.rows[0].lora_communication == 0
     # a bucket each: twice the ring's steps, and four bytes an entry over the ring
     assert table.rows[3].communication == pytest.approx(14 * (10e-6 + 4 * 16992 / 8 / 300e9))
@@ -141,21 +140,21 @@ def test_rows(tmp_path):
 
 
 def test_lora_is_that_of_the_same_rank(tmp_path):
-    cfg = run_on(tmp_path, CONFIGS["llama"])
-    model, _ = adapted(cfg)
-    lora = lora_model(cfg, model.active_peft_config)
-    assert sum(p.numel() for p in lora.parameters() if p.requires_grad) == make_plan(cfg, []).lora_parameters
+    run = run_on(tmp_path, CONFIGS["llama"])
+    model, _ = adapted(run)
+    lora = lora_model(run, model.active_peft_config)
+    assert sum(p.numel() for p in lora.parameters() if p.requires_grad) == make_plan(run, []).lora_parameters
 
 
 def test_batches_that_do_not_spread(tmp_path):
     assert list(rank_counts(1)) == [1]
     assert list(rank_counts(12)) == [1, 2, 4, 8, 12]
-    cfg = run_on(tmp_path, CONFIGS["llama"])
-    table = predict(cfg, 12, Network(), 1.0, global_batch=48)
+    run = run_on(tmp_path, CONFIGS["llama"])
+    table = predict(run, 12, Network(), 1.0, global_batch=48)
     assert [row.ranks for row in table.rows] == [1, 2, 4, 12]
     assert table.left_out == [8]
     with pytest.raises(ValueError, match=r"--global-batch: 50 spreads over no number.*What works: .* such as 48"):
-        predict(cfg, 4, Network(), 1.0, global_batch=50)
+        predict(run, 4, Network(), 1.0, global_batch=50)
 
 
 def test_a_matmul_is_measured(tmp_path):
@@ -221,8 +220,8 @@ def test_an_eighth_of_seventy_billion_parameters(tmp_path):
     shape = {"vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 10}
     config = LlamaConfig(**shape, num_attention_heads=64, num_key_value_heads=8)
     settings = {"bf16": True, "micro_batch_size": 1, "gradient_checkpointing": True, "sequence_len": 512}
-    cfg = run_on(tmp_path, config, **settings, deepspeed={"zero_optimization": {"stage": 3}})
-    model, _ = adapted(cfg)
+    run = run_on(tmp_path, config, **settings, deepspeed={"zero_optimization": {"stage": 3}})
+    model, _ = adapted(run)
     vocabulary, block = 128256 * 8192, 2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672
     assert step_flops(model, 512, True).linear == 6 * 10 * block + 4 * vocabulary
-    assert shards(cfg, model).frozen == pytest.approx(2 * (10 * block + 2 * vocabulary), rel=1e-4)
+    assert shards(run, model).frozen == pytest.approx(2 * (10 * block + 2 * vocabulary), rel=1e-4)

@@ -148,9 +148,9 @@ SEEN = [
 def test_zero3_gathers_what_deepspeed_was_seen_to_gather(tmp_path, settings, checkpointing, gathered, calls, alive):
     names = ("prefetch_bucket_size", "param_persistence_threshold", "max_reuse_distance", "max_live_parameters")
     given = {f"stage3_{name}": value for name, value in zip(names, settings, strict=True)}
-    cfg = run_on(tmp_path, CONFIGS["llama"], gradient_checkpointing=checkpointing, **zero(3, **given))
-    model, _ = adapted(cfg)
-    found = shards(cfg, model)
+    run = run_on(tmp_path, CONFIGS["llama"], gradient_checkpointing=checkpointing, **zero(3, **given))
+    model, _ = adapted(run)
+    found = shards(run, model)
     assert found.gathers.total == 4 * gathered
     assert found.gathers.calls == calls
     arriving = found.gathers.peak - 4 * alive  # a parameter is there twice while it arrives; the largest is the embedding
@@ -160,14 +160,14 @@ def test_zero3_gathers_what_deepspeed_was_seen_to_gather(tmp_path, settings, che
 
 
 def test_ranks_are_those_that_run_else_one_for_each_gpu(tmp_path, monkeypatch):
-    cfg = run_on(tmp_path, CONFIGS["llama"])
+    run = run_on(tmp_path, CONFIGS["llama"])
     gpu = ("large", 2**40)
-    assert make_plan(cfg, []).ranks == 1
-    assert make_plan(cfg, [gpu, gpu]).ranks == 2
-    assert make_plan(cfg, [gpu, gpu], ranks=3).ranks == 3
+    assert make_plan(run, []).ranks == 1
+    assert make_plan(run, [gpu, gpu]).ranks == 2
+    assert make_plan(run, [gpu, gpu], ranks=3).ranks == 3
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 16)
-    assert make_plan(cfg, [gpu]).ranks == 16
+    assert make_plan(run, [gpu]).ranks == 16
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero3-offload"])
@@ -184,11 +184,11 @@ def test_zero3_is_advised_where_it_fits(tmp_path):
     assert settings["zero_optimization"] == ZERO3_SETTINGS
     wide = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 12}
     base = LlamaConfig(**{**SIZES, **wide, "num_attention_heads": 32})
-    run = {"bf16": True, "gradient_checkpointing": True, "qtha": {"rank": 4, "mpo": "none", "target_modules": ["q_proj"]}}
-    cfg = run_on(tmp_path, base, **run)
-    needed = make_plan(cfg, [], ranks=8).needed
+    keys = {"bf16": True, "gradient_checkpointing": True, "qtha": {"rank": 4, "mpo": "none", "target_modules": ["q_proj"]}}
+    run = run_on(tmp_path, base, **keys)
+    needed = make_plan(run, [], ranks=8).needed
     gpus = [("tight", needed - 2**29)] * 8
-    assert any("zero3.json" in text for text in make_plan(cfg, gpus).advice)
-    followed = run_on(tmp_path, base, **run, deepspeed=str(EXAMPLES / "zero3.json"))
+    assert any("zero3.json" in text for text in make_plan(run, gpus).advice)
+    followed = run_on(tmp_path, base, **keys, deepspeed=str(EXAMPLES / "zero3.json"))
     assert make_plan(followed, gpus).fits
-    assert not any("zero3.json" in text for text in make_plan(cfg, gpus[:1]).advice)
+    assert not any("zero3.json" in text for text in make_plan(run, gpus[:1]).advice)

@@ -8,14 +8,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from .runner import Runner, count, stoppable
+from .execution import Execution, count, stoppable
 from .spec import read_suite
 from .summary import write_summary
 from .table import entries
 
 
 @dataclass(frozen=True)
-class Options:
+class BenchOptions:
     """The command's options."""
 
     suite: Path
@@ -25,40 +25,40 @@ class Options:
     overwrite: bool = False
 
 
-def bench(options: Options, out: Console) -> bool:
+def bench(options: BenchOptions, out: Console) -> bool:
     """Run a suite and write its summary; return whether no run failed.
 
     Raises:
         ValueError: naming the key, if something does not fit.
     """
-    runner = Runner(read_suite(options.suite), options.jobs)
+    execution = Execution(read_suite(options.suite), options.jobs)
     if options.dry_run:
-        out.print(plan(runner))
+        out.print(plan(execution))
         return True
     if not options.summary_only:
         try:
             with stoppable():
-                runner.run(out, options.overwrite)
+                execution.run(out, options.overwrite)
         except KeyboardInterrupt:
             out.print("Stopped; the runs under way are lost. The same line goes on with the others.", markup=False)
             raise
-    path = write_summary(runner, f"axolotl qtha-bench {_shown(options.suite)}")
-    failed = sum(entry.count("failed") for entry in entries(runner))
+    path = write_summary(execution, f"axolotl qtha-bench {_shown(options.suite)}")
+    failed = sum(entry.count("failed") for entry in entries(execution))
     out.print(f"{path} written.", markup=False, highlight=False)
     if failed:
         out.print(
-            f"{failed} runs failed: see the logs in {runner.folder / 'logs'}; the same line tries them again.", markup=False
+            f"{failed} runs failed: see the logs in {execution.folder / 'logs'}; the same line tries them again.", markup=False
         )
     return not failed
 
 
-def plan(runner: Runner) -> Table:
+def plan(execution: Execution) -> Table:
     """Return what would be run."""
-    suite, sizes = runner.suite, runner.sizes
+    suite, sizes = execution.suite, execution.sizes
     grid, seeds = len(suite.learning_rates), len(suite.seeds)
     at = "every seed" if len(suite.search_seeds) == seeds else "the first seed"
     table = Table(
-        title=f"{count(suite)} runs of {suite.max_steps} steps, {runner.count} at a time",
+        title=f"{count(suite)} runs of {suite.max_steps} steps, {execution.count} at a time",
         caption=f"On each of {', '.join(suite.task_names)}: {grid} learning rates at {at}, the best at {seeds} seeds.",
     )
     for head in ("adapter", "rank", "parameters"):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .adapters import ADAPTERS
-from .runner import Runner
+from .execution import Execution
 from .statistics import interval
 from .table import Entry
 
@@ -19,14 +19,14 @@ MARKERS_OF_VARIANTS = "*hd8p"
 Looks = dict[str, tuple[Any, str]]  # colour and marker, by adapter
 
 
-def draw(found: list[Entry], runner: Runner) -> None:
+def draw(found: list[Entry], execution: Execution) -> None:
     """Write the pictures into the suite's folder."""
-    tasks, looks = runner.suite.task_names, _looks(runner.suite.variants)
-    _pareto(found, tasks, looks).savefig(runner.folder / PICTURES[0], dpi=150)
-    _costs(found, looks).savefig(runner.folder / PICTURES[1], dpi=150)
+    tasks, looks = execution.suite.task_names, _looks(execution.suite.variants)
+    _pareto(found, tasks, looks).savefig(execution.folder / PICTURES[0], dpi=150)
+    _costs(found, looks).savefig(execution.folder / PICTURES[1], dpi=150)
     for task in tasks:
         of_task = [entry for entry in found if entry.task == task]
-        _curves(of_task, runner.prepared(task).floor, looks).savefig(runner.folder / f"curves-{task}.png", dpi=150)
+        _curves(of_task, execution.prepared(task).floor, looks).savefig(execution.folder / f"curves-{task}.png", dpi=150)
 
 
 def _looks(variants: Iterable[str]) -> Looks:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ...errors import close_names
+from ...errors import alternatives
 from ...settings.args import QTHABlock
 from ..tasks import TASKS
 from .adapters import ADAPTERS, EQUAL, QTHA, has_budget
@@ -236,8 +236,7 @@ def _line(fault: Any) -> str:
 
 
 def _unknown(name: str, what: str, known: Any) -> str:
-    close = close_names(name, known) or sorted(known)
-    return f"{name!r} is no {what}. What works: {', '.join(f'`{other}`' for other in close)}."
+    return f"{name!r} is no {what}. What works: {alternatives(name, known)}."
 
 
 def fingerprint(settings: dict[str, Any]) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .adapters import ADAPTERS, CONTROLS, EQUAL, LORA
+from .execution import Execution
 from .plots import PICTURES, draw
-from .runner import Runner
 from .statistics import LEVEL
 from .table import Difference, Entry, differences, entries
 
@@ -17,38 +17,42 @@ SHARE = 0.24  # of LoRA's parameters: the paper's claim
 MIB = 2**20
 
 
-def write_summary(runner: Runner, command: str) -> Path:
+def write_summary(execution: Execution, command: str) -> Path:
     """Write summary.md and the pictures, and return its path.
 
     Args:
-        runner: the suite.
+        execution: the suite.
         command: that made the results.
 
     Raises:
         ValueError: if there are no results.
     """
-    found = entries(runner)
+    found = entries(execution)
     if not any(entry.runs for entry in found):
-        raise ValueError(f"output_dir: {runner.folder} holds no results. What works: the command without --summary-only.")
-    path = runner.folder / FILE
-    path.write_text(summary(runner, found, command))
-    draw(found, runner)
+        raise ValueError(f"output_dir: {execution.folder} holds no results. What works: the command without --summary-only.")
+    path = execution.folder / FILE
+    path.write_text(summary(execution, found, command))
+    draw(found, execution)
     return path
 
 
-def summary(runner: Runner, found: list[Entry], command: str) -> str:
+def summary(execution: Execution, found: list[Entry], command: str) -> str:
     """Return the text of summary.md."""
-    parts = [f"# {Path(command.split()[-1]).stem}", _made(runner, found, command), _goal(found)]
-    for task in runner.suite.task_names:
+    parts = [f"# {Path(command.split()[-1]).stem}", _made(execution, found, command), _goal(found)]
+    for task in execution.suite.task_names:
         of_task = [entry for entry in found if entry.task == task]
-        parts += [f"## {task}: {runner.prepared(task).title}", _table(runner, task, of_task), _notes(runner, task, of_task)]
+        parts += [
+            f"## {task}: {execution.prepared(task).title}",
+            _table(execution, task, of_task),
+            _notes(execution, task, of_task),
+        ]
         parts += [_differences(of_task), _by_step(of_task), f"![{task}](curves-{task}.png)"]
-    parts += [_adds(found), "## Sizes, time and memory", *(f"![{name}]({name})" for name in PICTURES), _adapters(runner)]
+    parts += [_adds(found), "## Sizes, time and memory", *(f"![{name}]({name})" for name in PICTURES), _adapters(execution)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _made(runner: Runner, found: list[Entry], command: str) -> str:
-    suite = runner.suite
+def _made(execution: Execution, found: list[Entry], command: str) -> str:
+    suite = execution.suite
     meta = next(run["meta_info"] for entry in found for run in entry.runs.values())
     versions = ", ".join(f"{name} {version}" for name, version in meta["package_info"].items())
     system = meta["system_info"]
@@ -95,8 +99,8 @@ def _goal(found: list[Entry]) -> str:
     return f"{head}\n\n" + "\n".join(rows) + equal
 
 
-def _table(runner: Runner, task: str, found: list[Entry]) -> str:
-    scoring = runner.prepared(task).scoring
+def _table(execution: Execution, task: str, found: list[Entry]) -> str:
+    scoring = execution.prepared(task).scoring
     metrics = list(scoring.metrics) if scoring else []
     lora = {entry.method.rank: entry.parameters for entry in found if entry.method.adapter == LORA}
     head = ["adapter", "parameters", "of LoRA's", "learning rate", "validation loss", "test loss", *metrics, "seconds", "MiB"]
@@ -115,9 +119,9 @@ def _table(runner: Runner, task: str, found: list[Entry]) -> str:
     return markdown(head, rows)
 
 
-def _notes(runner: Runner, task: str, found: list[Entry]) -> str:
+def _notes(execution: Execution, task: str, found: list[Entry]) -> str:
     notes = []
-    if floor := runner.prepared(task).floor:
+    if floor := execution.prepared(task).floor:
         notes.append(
             "No model can do better than the teacher: " + ", ".join(f"{name} {value:.3f}" for name, value in floor.items())
         )
@@ -128,7 +132,7 @@ def _notes(runner: Runner, task: str, found: list[Entry]) -> str:
         for entry in found
         for rate, words in entry.lost.items()
     ]
-    if scoring := runner.prepared(task).scoring:
+    if scoring := execution.prepared(task).scoring:
         notes += [f"{name}: {metric.meaning} ({metric.unit})." for name, metric in scoring.metrics.items()]
     return "\n".join(f"- {note}" for note in notes)
 
@@ -190,9 +194,9 @@ def _sentence(difference: Difference) -> str:
     )
 
 
-def _adapters(runner: Runner) -> str:
-    meanings = {name: ADAPTERS[name] for name in runner.suite.adapters}
-    meanings |= {name: f"QTHA with {json.dumps(block)}" for name, block in runner.suite.variants.items()}
+def _adapters(execution: Execution) -> str:
+    meanings = {name: ADAPTERS[name] for name in execution.suite.adapters}
+    meanings |= {name: f"QTHA with {json.dumps(block)}" for name, block in execution.suite.variants.items()}
     return "Adapters: " + "; ".join(f"`{name}` {meaning}" for name, meaning in meanings.items()) + "."
 
 

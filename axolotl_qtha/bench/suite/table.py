@@ -8,7 +8,7 @@ from typing import Any
 
 from . import results
 from .adapters import ADAPTERS, CONTROLS, EQUAL, LORA
-from .runner import Runner
+from .execution import Execution
 from .spec import Cell, Method, repeats, search
 from .statistics import Interval, interval, paired
 
@@ -71,14 +71,14 @@ def troubles(runs: Collection[dict[str, Any]], seeds: int) -> list[str]:
     return [f"{n} of {seeds} {status}" for status in ("diverged", "failed") if (n := ended(runs, status))]
 
 
-def entries(runner: Runner) -> list[Entry]:
+def entries(execution: Execution) -> list[Entry]:
     """Return every method on every task."""
-    suite, chosen = runner.suite, runner.chosen()
-    done = runner.results([*search(suite), *repeats(suite, chosen)])
+    suite, chosen = execution.suite, execution.chosen()
+    done = execution.results([*search(suite), *repeats(suite, chosen)])
     found = []
     for task in suite.task_names:
         for method in suite.methods():
-            entry = Entry(task, method, runner.sizes[method].parameters, chosen.get((task, method)))
+            entry = Entry(task, method, execution.sizes[method].parameters, chosen.get((task, method)))
             rates = sorted(suite.learning_rates)
             entry.at_edge = len(rates) > 1 and entry.learning_rate in (rates[0], rates[-1])
             # Where no rate came to an end, the first seed's runs say how.

@@ -8,8 +8,8 @@ from datasets import Dataset
 from torch import nn
 from transformers import AutoTokenizer
 
-from axolotl_qtha.bench.suite import runner as module
-from axolotl_qtha.bench.suite.runner import Runner
+from axolotl_qtha.bench.suite import execution as module
+from axolotl_qtha.bench.suite.execution import Execution
 from axolotl_qtha.bench.suite.score import question_and_answer
 from axolotl_qtha.bench.suite.spec import LINEAR, read_suite, search
 from axolotl_qtha.bench.tasks import high_rank
@@ -23,7 +23,7 @@ HUB = [path for path in SUITES if "-" in path.stem]
 
 @pytest.fixture
 def made(request, monkeypatch):
-    """The runner of a suite, which is given the layers of its base if that is not here."""
+    """The execution of a suite, which is given the layers of its base if that is not here."""
     path = request.param
     suite = read_suite(path)
     if (name := suite.base_model.split("/")[-1]) in SHAPES:
@@ -35,7 +35,7 @@ def made(request, monkeypatch):
         monkeypatch.chdir(QUICKSTART.parents[1])
     for split in high_rank.COUNTS:
         monkeypatch.setitem(high_rank.COUNTS, split, 1)
-    return Runner(suite)
+    return Execution(suite)
 
 
 @pytest.mark.parametrize("made", SUITES, indirect=True, ids=lambda path: path.stem)

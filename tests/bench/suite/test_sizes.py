@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from axolotl_qtha import QTHAConfig
 from axolotl_qtha.bench.suite.adapters import ADAPTERS, QTHA, equal_rank, settings
-from axolotl_qtha.bench.suite.runner import Runner
+from axolotl_qtha.bench.suite.execution import Execution
 from axolotl_qtha.tuner.sizes import count_lora_parameters
 
 from ...e2e.commands import QUICKSTART
@@ -21,16 +21,16 @@ VARIANTS = {
 
 
 @pytest.fixture(scope="module")
-def runner(tmp_path_factory):
+def execution(tmp_path_factory):
     folder = tmp_path_factory.mktemp("suite")
-    return Runner(suite(folder, adapters=list(ADAPTERS), variants=VARIANTS, ranks=[8], budgets=[0.24]))
+    return Execution(suite(folder, adapters=list(ADAPTERS), variants=VARIANTS, ranks=[8], budgets=[0.24]))
 
 
 @pytest.mark.parametrize("adapter", sorted([*ADAPTERS, *VARIANTS]))
-def test_counts_are_those_of_the_model(runner, adapter):
-    method = next(method for method in runner.sizes if method.adapter == adapter)
-    size = runner.sizes[method]
-    keys = settings(adapter, size.rank, method.budget, runner.suite.target_modules, VARIANTS.get(adapter))
+def test_counts_are_those_of_the_model(execution, adapter):
+    method = next(method for method in execution.sizes if method.adapter == adapter)
+    size = execution.sizes[method]
+    keys = settings(adapter, size.rank, method.budget, execution.suite.target_modules, VARIANTS.get(adapter))
     if adapter in QTHA or adapter in VARIANTS:
         config = QTHAConfig(task_type="CAUSAL_LM", **{key: value for key, value in keys["qtha"].items() if key != "circuit_lr"})
     else:
@@ -45,8 +45,8 @@ def test_counts_are_those_of_the_model(runner, adapter):
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == size.parameters
 
 
-def test_budgets_are_kept_and_lora_equal_is_not_handicapped(runner):
-    counts = {method.adapter: size.parameters for method, size in runner.sizes.items()}
+def test_budgets_are_kept_and_lora_equal_is_not_handicapped(execution):
+    counts = {method.adapter: size.parameters for method, size in execution.sizes.items()}
     for adapter in ("qtha", "mpo-only", "silu", "frozen", "qwthn"):
         assert counts[adapter] <= 0.24 * counts["lora"]
     assert counts["lora-equal"] >= counts["qtha"]
@@ -54,8 +54,8 @@ def test_budgets_are_kept_and_lora_equal_is_not_handicapped(runner):
 
 @pytest.mark.parametrize(("rank", "budget"), [(16, 0.24), (8, 0.01)], ids=["more qubits than there are", "too small a budget"])
 def test_what_qtha_cannot_have_is_no_matter_of_pefts_adapters(tmp_path, rank, budget):
-    runner = Runner(suite(tmp_path, adapters=["lora", "dora"], ranks=[rank], budgets=[budget]))
-    assert [size.parameters for size in runner.sizes.values()] == [9344 * rank, 9344 * rank + 4864]
+    execution = Execution(suite(tmp_path, adapters=["lora", "dora"], ranks=[rank], budgets=[budget]))
+    assert [size.parameters for size in execution.sizes.values()] == [9344 * rank, 9344 * rank + 4864]
 
 
 def test_equal_rank():

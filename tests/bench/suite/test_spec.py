@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from axolotl_qtha.bench.suite.adapters import ADAPTERS, settings
-from axolotl_qtha.bench.suite.runner import Runner, without_paths
+from axolotl_qtha.bench.suite.execution import Execution, without_paths
 from axolotl_qtha.bench.suite.spec import Method, read_suite, repeats, search
 
 from ...e2e.commands import QUICKSTART
@@ -99,24 +99,24 @@ def test_files_that_are_no_suite(tmp_path, text):
 
 def test_a_budget_that_cannot_be_met_is_refused_before_anything_is_run(tmp_path):
     with pytest.raises(ValueError, match=r"param_budget: 0.01 cannot be met at rank 8.*What works"):
-        Runner(suite(tmp_path, budgets=[0.01], ranks=[8]))
+        Execution(suite(tmp_path, budgets=[0.01], ranks=[8]))
 
 
 def test_keys_of_a_run(tmp_path):
-    runner = Runner(suite(tmp_path, settings={"micro_batch_size": 3, "warmup_steps": 1}, evaluations=3))
-    qtha = next(cell for cell in search(runner.suite) if cell.method.adapter == "qtha")
-    keys = runner.keys(qtha)
+    execution = Execution(suite(tmp_path, settings={"micro_batch_size": 3, "warmup_steps": 1}, evaluations=3))
+    qtha = next(cell for cell in search(execution.suite) if cell.method.adapter == "qtha")
+    keys = execution.keys(qtha)
     assert keys["qtha"] == {
         "rank": 4,
         "alpha": 8,
-        "target_modules": runner.suite.target_modules,
+        "target_modules": execution.suite.target_modules,
         "quantum": "qtha",
         "param_budget": 0.24,
     }
     assert keys["micro_batch_size"] == 3
     assert (keys["seed"], keys["learning_rate"], keys["max_steps"], keys["eval_steps"]) == (3, 0.01, 10, 4)
-    equal = next(cell for cell in search(runner.suite) if cell.method == Method("lora-equal", 8, 0.24))
-    assert runner.keys(equal)["lora_r"] == 2
+    equal = next(cell for cell in search(execution.suite) if cell.method == Method("lora-equal", 8, 0.24))
+    assert execution.keys(equal)["lora_r"] == 2
     assert settings("dora", 8, None, ["q_proj"])["peft_use_dora"]
     assert "param_budget" not in settings("lora-circuit", 8, None, ["q_proj"])["qtha"]
     assert {settings(name, 4, None, [])["adapter"] for name in ADAPTERS} == {"lora", "qtha"}
@@ -128,14 +128,14 @@ def test_variants_are_qtha_with_other_keys(tmp_path):
         "bonds": {"bond_dim": 4, "mid_dim": 8, "quantum": "none"},
         "slow": {"circuit_lr": 1e-3, "alpha": 4},
     }
-    runner = Runner(suite(tmp_path, adapters=["lora", "qtha"], variants=variants, ranks=[8]))
-    assert [method.name for method in runner.sizes if method.adapter in variants] == [
+    execution = Execution(suite(tmp_path, adapters=["lora", "qtha"], variants=variants, ranks=[8]))
+    assert [method.name for method in execution.sizes if method.adapter in variants] == [
         "attention--r8",
         "bonds--r8",
         "slow--r8-b0.24",
         "slow--r8-b0.4",
     ]
-    keys = {cell.method.name: runner.keys(cell) for cell in search(runner.suite)}
+    keys = {cell.method.name: execution.keys(cell) for cell in search(execution.suite)}
     assert keys["slow--r8-b0.4"]["qtha"] | {"quantum": "qtha"} == keys["qtha--r8-b0.4"]["qtha"] | variants["slow"]
     assert keys["attention--r8"]["qtha"] == {"rank": 8, "alpha": 16, **variants["attention"]}
     assert keys["attention--r8"]["adapter"] == "qtha"

@@ -6,7 +6,7 @@ import pytest
 
 from axolotl_qtha.bench.suite import results
 from axolotl_qtha.bench.suite.cell import curve, diverged
-from axolotl_qtha.bench.suite.runner import Runner
+from axolotl_qtha.bench.suite.execution import Execution
 from axolotl_qtha.bench.suite.spec import Cell, search
 from axolotl_qtha.bench.suite.summary import write_summary
 from axolotl_qtha.bench.suite.table import differences, entries
@@ -33,8 +33,8 @@ def info(loss, status="success", error=""):
 
 
 @pytest.fixture
-def runner(tmp_path):
-    made = Runner(
+def execution(tmp_path):
+    made = Execution(
         suite(tmp_path, output_dir=str(tmp_path / "out"), tasks=["domain"], adapters=ADAPTERS, ranks=[8], budgets=[0.24])
     )
     for cell in search(made.suite):
@@ -46,21 +46,21 @@ def runner(tmp_path):
     return made
 
 
-def put(runner, cell, loss, **changes):
-    job = runner._job(cell, 1)
-    results.write(results.make(job.cell, job.settings, job.config, info(loss, **changes), "now"), runner.result_path(cell))
+def put(execution, cell, loss, **changes):
+    job = execution._job(cell, 1)
+    results.write(results.make(job.cell, job.settings, job.config, info(loss, **changes), "now"), execution.result_path(cell))
 
 
-def text_of(runner):
-    return write_summary(runner, "axolotl qtha-bench suite.yml").read_text()
+def text_of(execution):
+    return write_summary(execution, "axolotl qtha-bench suite.yml").read_text()
 
 
 def row(text, start):
     return next(line for line in text.splitlines() if line.startswith(f"| {start}"))
 
 
-def test_figures_and_verdicts(runner):
-    text = text_of(runner)
+def test_figures_and_verdicts(execution):
+    text = text_of(execution)
     # mean of 3.1, 3.11, 3.12; t(2) = 4.303, standard error 0.01 / sqrt(3)
     assert "| 0.02 (edge) | 3.110 ± 0.025 | 3.610 ± 0.025 | 10.00 ± 0.00 |" in row(text, "qtha, r 8, 0.24 |")
     assert "21.4%" in row(text, "qtha, r 8, 0.24 |")
@@ -77,14 +77,14 @@ def test_figures_and_verdicts(runner):
     assert "Of 3 such intervals 0.2 would exclude zero by chance" in text
     assert "rouge1: F1 of words" in text
     for picture in ("pareto.png", "costs.png", "curves-domain.png"):
-        assert (runner.folder / picture).read_bytes().startswith(b"\x89PNG")
+        assert (execution.folder / picture).read_bytes().startswith(b"\x89PNG")
         assert f"]({picture})" in text
 
 
-def test_a_diverged_seed_is_told_and_no_mean_is_claimed(runner):
-    method = next(method for method in runner.sizes if method.adapter == "qtha")
-    put(runner, Cell("domain", method, 0.02, 5), float("nan"), status="diverged", error="NaN")
-    text = text_of(runner)
+def test_a_diverged_seed_is_told_and_no_mean_is_claimed(execution):
+    method = next(method for method in execution.sizes if method.adapter == "qtha")
+    put(execution, Cell("domain", method, 0.02, 5), float("nan"), status="diverged", error="NaN")
+    text = text_of(execution)
     assert "| 1 of 3 diverged |" in row(text, "qtha, r 8, 0.24 |")
     assert "3.11" not in row(text, "qtha, r 8, 0.24 |")
     assert "**not known**, runs are missing or diverged" in text
@@ -92,41 +92,41 @@ def test_a_diverged_seed_is_told_and_no_mean_is_claimed(runner):
     assert "3.010 ± 0.025" in row(text, "lora, r 8 |"), "the others keep theirs"
 
 
-def test_failed_and_missing_runs_are_told(runner):
-    methods = {method.adapter: method for method in runner.sizes}
-    put(runner, Cell("domain", methods["silu"], 0.02, 5), 0, status="failed", error="RuntimeError: no memory")
-    runner.result_path(Cell("domain", methods["silu"], 0.02, 8)).unlink()
-    assert "| 1 of 3 failed, 1 of 3 not run |" in row(text_of(runner), "silu, r 8, 0.24 |")
+def test_failed_and_missing_runs_are_told(execution):
+    methods = {method.adapter: method for method in execution.sizes}
+    put(execution, Cell("domain", methods["silu"], 0.02, 5), 0, status="failed", error="RuntimeError: no memory")
+    execution.result_path(Cell("domain", methods["silu"], 0.02, 8)).unlink()
+    assert "| 1 of 3 failed, 1 of 3 not run |" in row(text_of(execution), "silu, r 8, 0.24 |")
 
 
-def test_a_rate_that_diverged_is_not_chosen_and_one_that_did_not_is(runner):
-    method = next(method for method in runner.sizes if method.adapter == "lora")
-    put(runner, Cell("domain", method, 0.02, 3), 0.1, status="diverged")
-    assert runner.chosen()["domain", method] == 0.01
-    put(runner, Cell("domain", method, 0.01, 3), 0.1, status="diverged")
-    assert ("domain", method) not in runner.chosen()
-    assert "| 1 of 3 diverged, 2 of 3 not run |" in row(text_of(runner), "lora, r 8 |")
+def test_a_rate_that_diverged_is_not_chosen_and_one_that_did_not_is(execution):
+    method = next(method for method in execution.sizes if method.adapter == "lora")
+    put(execution, Cell("domain", method, 0.02, 3), 0.1, status="diverged")
+    assert execution.chosen()["domain", method] == 0.01
+    put(execution, Cell("domain", method, 0.01, 3), 0.1, status="diverged")
+    assert ("domain", method) not in execution.chosen()
+    assert "| 1 of 3 diverged, 2 of 3 not run |" in row(text_of(execution), "lora, r 8 |")
 
 
-def test_test_sets_choose_nothing(runner):
-    before = runner.chosen()
-    for cell in search(runner.suite):
-        path = runner.result_path(cell)
+def test_test_sets_choose_nothing(execution):
+    before = execution.chosen()
+    for cell in search(execution.suite):
+        path = execution.result_path(cell)
         result = json.loads(path.read_text())
         result["train_info"]["test loss"] = -cell.learning_rate
         path.write_text(json.dumps(result))
-    assert runner.chosen() == before
+    assert execution.chosen() == before
 
 
-def test_pairs_are_by_task_rank_and_budget(runner):
-    pairs = {(d.ours.method.adapter, d.other.method.adapter) for d in differences(entries(runner))}
+def test_pairs_are_by_task_rank_and_budget(execution):
+    pairs = {(d.ours.method.adapter, d.other.method.adapter) for d in differences(entries(execution))}
     assert pairs == {(name, "lora") for name in ADAPTERS if name != "lora"} | {
         ("qtha", name) for name in ("lora-equal", "mpo-only", "silu", "frozen")
     }
 
 
 def test_without_results(tmp_path):
-    empty = Runner(suite(tmp_path, output_dir=str(tmp_path / "out"), tasks=["domain"]))
+    empty = Execution(suite(tmp_path, output_dir=str(tmp_path / "out"), tasks=["domain"]))
     with pytest.raises(ValueError, match="holds no results"):
         write_summary(empty, "axolotl qtha-bench suite.yml")
 
@@ -161,18 +161,18 @@ def test_results_of_others_are_refused(tmp_path, content, words):
         results.read(tmp_path / "a.json")
 
 
-def test_results_of_other_settings_are_refused(runner, tmp_path):
-    other = suite(tmp_path, **{**runner.suite.model_dump(), "max_steps": 11})
+def test_results_of_other_settings_are_refused(execution, tmp_path):
+    other = suite(tmp_path, **{**execution.suite.model_dump(), "max_steps": 11})
     with pytest.raises(ValueError, match=r"was run with other settings.*What works: another output_dir, or `--overwrite`"):
-        Runner(other)._open(search(other))
+        Execution(other)._open(search(other))
 
 
-def test_what_is_done_is_not_done_again_but_what_failed_is(runner):
-    cells = search(runner.suite)
-    assert runner._open(cells) == []
-    put(runner, cells[0], 0, status="failed")
-    put(runner, cells[1], 9.0, status="diverged")
-    assert runner._open(cells) == [cells[0]]
+def test_what_is_done_is_not_done_again_but_what_failed_is(execution):
+    cells = search(execution.suite)
+    assert execution._open(cells) == []
+    put(execution, cells[0], 0, status="failed")
+    put(execution, cells[1], 9.0, status="diverged")
+    assert execution._open(cells) == [cells[0]]
 
 
 def test_errors_are_kept_without_local_paths():

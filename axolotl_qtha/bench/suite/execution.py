@@ -41,8 +41,8 @@ class Size:
     rank: int  # of `lora-equal` its own
 
 
-class Runner:
-    """A suite on disk.
+class Execution:
+    """A suite being run, and what it leaves on disk.
 
     ```
     output_dir/results/CELL.json   a result
@@ -185,7 +185,8 @@ class Runner:
         """Return the settings of a run without local paths, and what tells them from others."""
         config = without_paths({**self.keys(cell), **self.prepared(cell.task).keys()})
         task = self._task(cell.task)
-        # What a block's test set is decides on the result as well; a task of ours has a version of its data in its paths.
+        # A block's test set and scores decide on its result too, though the training never sees them. The built-in tasks have no
+        # such keys: the version of their data is part of the paths that `keys` names.
         tested = without_paths(task.model_dump(include=TESTED)) if isinstance(task, Block) else {}
         return config, fingerprint({**config, **tested})
 

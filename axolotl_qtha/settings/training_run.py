@@ -1,0 +1,153 @@
+"""What a configuration says, as values: the `qtha:` block parsed once, and what planning a training needs to know of the rest."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from axolotl.utils.dict import DictDefault
+
+from ..tuner.config import QTHAConfig
+from . import quantization
+from .args import QTHABlock
+from .meta_base import meta_base, read_config
+from .parallel import deepspeed_settings
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+PAIRS = ("dpo", "ipo", "orpo", "simpo")  # `rl:` methods that run a chosen and a rejected answer side by side
+FUSED_LOSSES = ("cut_cross_entropy", "liger_fused_linear_cross_entropy", "chunked_cross_entropy")
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """The `qtha:` block of one loaded configuration."""
+
+    named: dict[str, Any]  # the keys of the adapter that the YAML sets: what a trained adapter is compared with
+    diagnostics_steps: int
+    parsed: QTHAConfig
+
+    @classmethod
+    def of(cls, cfg: DictDefault) -> AdapterSettings:
+        """Parse the block of a validated Axolotl configuration.
+
+        Raises:
+            ValueError: if a value cannot work.
+        """
+        block: Any = QTHABlock.model_validate(dict(cfg.qtha or {}))
+        named = block.adapter_settings()
+        config = QTHAConfig(**{"seed": cfg.seed, **named}, task_type="CAUSAL_LM", base_model_name_or_path=cfg.base_model)
+        return cls(named, block.diagnostics_steps, config)
+
+    @property
+    def config(self) -> QTHAConfig:
+        """The adapter, as a copy of its own: PEFT writes names of modules and sizes into the one it is given."""
+        return copy.deepcopy(self.parsed)
+
+    def of_trained(self, folder: str) -> QTHAConfig:
+        """Return the configuration of a trained adapter, its circuits run as this YAML says.
+
+        Args:
+            folder: of the adapter, or its name on the Hub.
+        """
+        saved: QTHAConfig = QTHAConfig.from_pretrained(folder)
+        saved.run_as(self.parsed)
+        return saved
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What a training will do; its base can be built without weights, and another run be made of it with some keys changed."""
+
+    base_model: str
+    dtype: torch.dtype  # the base is loaded in
+    half: bool  # 16 bits are asked for, by bf16 or fp16
+    quantised_to: str | None  # "load_in_4bit" or "load_in_8bit", where asked for
+    adapter_settings: AdapterSettings
+    micro_batch_size: int  # examples
+    accumulation: int  # micro batches of a step
+    sequence_len: int  # tokens
+    pairs: bool  # two sequences for each example
+    gradient_checkpointing: bool
+    fused_loss: bool  # no logits are kept
+    optimizer: str
+    deepspeed: dict[str, Any]  # empty without
+    fsdp: dict[str, Any]  # likewise
+    max_steps: int | None
+    evaluated: int  # tokens of a batch of `axolotl evaluate`
+    cfg: DictDefault  # read here alone
+
+    @classmethod
+    def of(cls, cfg: DictDefault, adapter: AdapterSettings | None = None) -> TrainingRun:
+        """Read a validated Axolotl configuration that has been completed (`quantization.complete`).
+
+        Args:
+            cfg: Axolotl's configuration.
+            adapter: its `qtha:` block, if that has been parsed.
+
+        Raises:
+            ValueError: if the block or the file that `deepspeed:` names cannot be used.
+        """
+        return cls(
+            base_model=cfg.base_model,
+            dtype=cfg.torch_dtype,
+            half=bool(cfg.bf16 or cfg.bfloat16 or cfg.fp16 or cfg.float16),
+            quantised_to=next((key for key in quantization.LOAD_KEYS if cfg[key]), None),
+            adapter_settings=adapter or AdapterSettings.of(cfg),
+            micro_batch_size=int(cfg.micro_batch_size),
+            accumulation=int(cfg.gradient_accumulation_steps or 1),
+            sequence_len=cfg.sequence_len,
+            pairs=getattr(cfg.rl, "value", cfg.rl) in PAIRS,
+            gradient_checkpointing=bool(cfg.gradient_checkpointing),
+            fused_loss=any(cfg[key] for key in FUSED_LOSSES),
+            optimizer=getattr(cfg.optimizer, "value", cfg.optimizer) or "adamw_torch",
+            deepspeed=deepspeed_settings(cfg.deepspeed),
+            fsdp={str(key).removeprefix("fsdp_"): value for key, value in dict(cfg.fsdp_config or {}).items()},
+            max_steps=cfg.max_steps if cfg.max_steps and cfg.max_steps > 0 else None,
+            evaluated=int(cfg.eval_batch_size or cfg.micro_batch_size) * cfg.sequence_len,
+            cfg=cfg,
+        )
+
+    @property
+    def adapter(self) -> QTHAConfig:
+        """The adapter, as a copy of its own."""
+        return self.adapter_settings.config
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of a micro batch."""
+        return self.micro_batch_size * (2 if self.pairs else 1)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro batch, at most."""
+        return self.sequences * self.sequence_len
+
+    def base(self) -> PreTrainedModel:
+        """Return the base without weights, on the meta device.
+
+        Raises:
+            UnknownBase: if it cannot be built from its configuration alone.
+        """
+        return meta_base(self.cfg)
+
+    def changed(self, keys: dict[str, Any]) -> TrainingRun:
+        """Return the run with other values of some keys of its YAML."""
+        cfg = DictDefault({**self.cfg, **keys})
+        if keys.get("load_in_4bit"):  # as the YAML's own key would
+            quantization.connect(cfg)
+            quantization.complete(cfg)
+        return TrainingRun.of(cfg, self.adapter_settings)
+
+
+def read_run(path: Path) -> TrainingRun:
+    """Return the training that a YAML describes.
+
+    Raises:
+        ValueError: if the file is not a configuration with `adapter: qtha`, or the base's configuration cannot be read.
+    """
+    return TrainingRun.of(read_config(path))
