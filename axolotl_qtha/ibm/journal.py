@@ -222,6 +222,7 @@ class Journal(Ledger):
         return True
 
 
+# The journals this process holds the locks of, for as long as it lives: circuits of several adapters share a folder and its cap.
 _journals: dict[Path, Journal] = {}
 
 

@@ -181,7 +181,11 @@ def predict(
 
 
 def rank_counts(most: int) -> Iterator[int]:
-    """Yield 1, 2, 4, ... up to `most`, and `most` itself."""
+    """Yield 1, 2, 4, ... up to `most`, and `most` itself.
+
+    >>> list(rank_counts(12))
+    [1, 2, 4, 8, 12]
+    """
     count = 1
     while count < most:
         yield count

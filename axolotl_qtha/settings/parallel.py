@@ -60,6 +60,9 @@ def deepspeed_settings(value: Any) -> dict[str, Any]:
 def zero_stage(settings: dict[str, Any]) -> int:
     """Return the ZeRO stage of DeepSpeed's settings; 0 where nothing is sharded.
 
+    >>> zero_stage({"zero_optimization": {"stage": 3}}), zero_stage({})
+    (3, 0)
+
     Raises:
         ValueError: if it is none of 0, 1, 2, 3.
     """

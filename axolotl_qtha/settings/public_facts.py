@@ -159,6 +159,11 @@ def _quantization_config(cfg: Any, model_config: Any) -> Any:
 def quantised_as(settings: Any) -> str:
     """Return in words how a base's weights are held, such as "4 bits, nf4, double quantisation, bitsandbytes"; else "none".
 
+    >>> quantised_as({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"})
+    '4 bits, nf4, bitsandbytes'
+    >>> quantised_as(None)
+    'none'
+
     Args:
         settings: transformers' `quantization_config`, as an object or a dictionary.
     """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ ORDINARY = (nn.Parameter, Tensor)  # no shard (DTensor), no stand-in (FakeTensor
 
 _version: Callable[[Any], int] = attrgetter("_version")
 _pointer: Callable[[Any], int] = Tensor.data_ptr
-_off = False  # for all threads
+_each_time: ContextVar[bool] = ContextVar("each_time", default=False)
 
 
 class Fold(NamedTuple):
@@ -34,12 +35,11 @@ class Fold(NamedTuple):
 @contextmanager
 def folding_each_time() -> Iterator[None]:
     """Neither use nor keep folds inside, to compare; those that are kept stay."""
-    global _off
-    before, _off = _off, True
+    token = _each_time.set(True)
     try:
         yield
     finally:
-        _off = before
+        _each_time.reset(token)
 
 
 class _Entry:
@@ -96,7 +96,7 @@ class Kept:
 
     def get(self, tensors: Tensors, shapes: Shapes, x: Tensor, make: Callable[[Tensor, bool], Fold]) -> Fold:
         """Return the fold for x (.., d), made by `make(x, kept)` if none is kept or may be."""
-        if _off:
+        if _each_time.get():
             return make(x, False)
         entry = self._entry  # once: another thread may drop it
         if entry is not None and entry.fits(tensors, x):

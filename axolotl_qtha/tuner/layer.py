@@ -41,10 +41,10 @@ class QTHALayer(BaseTunerLayer):
     adapter_layer_names = ("qtha_adapter",)
     other_param_names = ()
 
-    def __init__(self, base_layer: nn.Module, **quantization: Any) -> None:
+    def __init__(self, base_layer: nn.Module, **quantisation: Any) -> None:
         self.base_layer = base_layer
         self.name = type(self).__name__  # in errors; its place in the model, once it has one
-        self.quantization_backend = backend(self.get_base_layer(), **quantization)
+        self.quantization_backend = backend(self.get_base_layer(), **quantisation)
         self.qtha_adapter = nn.ModuleDict()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -76,10 +76,10 @@ class QTHALayer(BaseTunerLayer):
 class QTHALinear(nn.Module, QTHALayer):
     """A frozen `nn.Linear` (or GPT-2's `Conv1D`) with QTHA adapters."""
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: QTHAConfig, seed: int, **quantization: Any) -> None:
-        """Wrap a frozen layer; `quantization` is what PEFT's quantisation backends need to know of the model."""
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: QTHAConfig, seed: int, **quantisation: Any) -> None:
+        """Wrap a frozen layer; `quantisation` is what PEFT's quantisation backends need to know of the model."""
         super().__init__()
-        QTHALayer.__init__(self, base_layer, **quantization)
+        QTHALayer.__init__(self, base_layer, **quantisation)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, seed)
 

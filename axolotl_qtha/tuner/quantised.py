@@ -10,14 +10,14 @@ from peft.utils.quantization_utils import QuantizationBackend, TorchaoBackend
 from torch import nn
 
 
-def backend(layer: nn.Module, **quantization: Any) -> QuantizationBackend | None:
+def backend(layer: nn.Module, **quantisation: Any) -> QuantizationBackend | None:
     """Return how PEFT reads a quantised layer (bitsandbytes, HQQ, torchao, GPTQ, AWQ, ...), or None for any other."""
     if is_torchao_available():
         from torchao.utils import TorchAOBaseTensor
 
         if isinstance(getattr(layer, "weight", None), TorchAOBaseTensor):  # PEFT names torchao's older kinds only
-            return TorchaoBackend(quantization.get("get_apply_tensor_subclass"))
-    return resolve_quantization_backend(layer, **quantization)
+            return TorchaoBackend(quantisation.get("get_apply_tensor_subclass"))
+    return resolve_quantization_backend(layer, **quantisation)
 
 
 def is_quantised(layer: nn.Module, model: nn.Module) -> bool:

@@ -103,7 +103,11 @@ def count_parameters(config: QTHAConfig, sizes: Iterable[tuple[int, int]]) -> in
 
 
 def count_lora_parameters(rank: int, sizes: Iterable[tuple[int, int]]) -> int:
-    """Return the trainable parameters of LoRA of the same rank on the same layers."""
+    """Return the trainable parameters of LoRA of the same rank on the same layers, (in_features, out_features) each.
+
+    >>> count_lora_parameters(8, [(3584, 3584), (3584, 18944)])
+    237568
+    """
     return sum(rank * (inputs + outputs) for inputs, outputs in sizes)
 
 
@@ -202,7 +206,11 @@ def _advice(total: int, lora: int, otherwise: str) -> str:
 
 
 def compared(total: int, lora: int) -> str:
-    """Return how many parameters fewer or more than LoRA's, in per cent."""
+    """Return how many parameters fewer or more than LoRA's, in per cent.
+
+    >>> compared(24, 100), compared(110, 100)
+    ('76.0% fewer', '10.0% more')
+    """
     return f"{abs(1 - total / lora):.1%} {'fewer' if total <= lora else 'more'}"
 
 

@@ -1,10 +1,7 @@
 """The circuit's description, against the picture in the paper's code: which gate, from which qubit to which, in which order."""
 
-import doctest
-
 import pytest
 
-from axolotl_qtha.circuit import ansatz
 from axolotl_qtha.circuit.ansatz import GATE_ORDERS, MAX_QUBITS, Ansatz
 
 
@@ -84,9 +81,3 @@ def test_one_qubit_has_no_entangling_gates(gate_order):
 def test_refuses_what_it_cannot_build(arguments, message):
     with pytest.raises(ValueError, match=message):
         Ansatz(*arguments)
-
-
-def test_doctests():
-    result = doctest.testmod(ansatz)
-    assert result.attempted > 0
-    assert result.failed == 0

@@ -1,6 +1,5 @@
 """Matrix product operators against dense matrices: TensorLy's reconstruction, brute force, and truncated SVDs."""
 
-import doctest
 import itertools
 import math
 
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 from tensorly.decomposition import tensor_train_matrix
 from tensorly.tt_matrix import TTMatrix
 
-from axolotl_qtha.tuner import mpo
 from axolotl_qtha.tuner.mpo import LARGEST_FACTOR, Factors, MPOShape, decompose, factorize, fold_columns, fold_rows
 
 SIZES, CORES, BONDS, RANKS = st.integers(1, 400), st.integers(1, 4), st.integers(1, 9), st.integers(1, 12)
@@ -201,9 +199,3 @@ def test_decompose_returns_the_dtype_of_the_matrix():
         cores = decompose(random_matrix(12, 10).to(dtype), shape)
         assert [core.dtype for core in cores] == [dtype, dtype]
         assert [tuple(core.shape) for core in cores] == shape.core_shapes
-
-
-def test_doctests():
-    result = doctest.testmod(mpo)
-    assert result.attempted > 0
-    assert result.failed == 0

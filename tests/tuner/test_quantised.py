@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from axolotl_qtha.settings import quantization
 from axolotl_qtha.tuner.layer import QTHALinear
+from axolotl_qtha.tuner.quantised import keep_trainable
 
 from ..models import FILE, QUANTUM, SIZES, adapted, adapters, gpt2, gradients, llama, logits, tokens, train, trainable
 from ..quantised import FOUR_BIT, INPUTS_TOO, KINDS, READABLE, dequantised, frozen, gptq, hqq, quantised, weight_of
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 def base_logits(folder, kind, training):
     """Return the logits of the base without adapters, loaded afresh and kept from repacking its weights."""
     base = quantised(folder, kind)
-    quantization.keep_trainable(base)
+    keep_trainable(base)
     return logits(base.train(training))
 
 

@@ -1,4 +1,4 @@
-"""Every command of the README runs as it is printed, from a folder that holds example_configs/."""
+"""Every command of the documentation runs as it is printed, from a folder that holds example_configs/."""
 
 import json
 import re
@@ -11,8 +11,15 @@ from .ranks import environment
 pytestmark = pytest.mark.e2e
 
 README = (REPOSITORY / "README.md").read_text()
+PAGES = [README, *(path.read_text() for path in sorted((REPOSITORY / "docs").glob("*.md")))]
 SETUP = re.findall(r"^pip install .*? && (axolotl .*)$", README, flags=re.MULTILINE)
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL) for line in block.splitlines() if line]
+COMMANDS = [
+    line
+    for page in PAGES
+    for block in re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
+    for line in block.splitlines()
+    if line
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +33,10 @@ def test_the_readme_has_its_two_setup_lines():
     assert SETUP == ["axolotl train example_configs/quickstart/qtha.yml"]
     assert any(line.startswith('pip install -e ".[test]" && pytest') for line in README.splitlines())
     assert SETUP[0] in COMMANDS
+    assert len(COMMANDS) == len(set(COMMANDS)) >= 26
 
 
-# In the README's order: later commands use what earlier ones wrote.
+# In the order of the README, then of the pages by name: later commands use what earlier ones wrote.
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command(clone, command):
     env = environment("deepspeed") if "--nproc_per_node" in command else {}  # ranks on this CPU, for want of GPUs

@@ -1,0 +1,50 @@
+"""The plugin's hooks, as Axolotl calls them in one run."""
+
+import ast
+
+import pytest
+
+from axolotl_qtha import plugin
+from axolotl_qtha.settings.training_run import AdapterSettings
+
+from .e2e.commands import train_here, write_config
+from .test_layout import FILES
+
+
+@pytest.mark.e2e
+def test_the_block_is_parsed_once_for_a_configuration(tmp_path, monkeypatch):
+    parsed, of = [], AdapterSettings.of
+
+    def counted(cfg):
+        parsed.append(of(cfg))
+        return parsed[-1]
+
+    monkeypatch.setattr(AdapterSettings, "of", counted)
+    model, _, _ = train_here(write_config(tmp_path, max_steps=1))
+    assert len(parsed) == 1
+    # what PEFT writes into the adapter's configuration stays out of what was parsed
+    assert parsed[0].config.bond_dim is None
+    assert parsed[0].config.target_modules == "all-linear" or isinstance(parsed[0].named["target_modules"], list)
+    assert model.active_peft_config.bond_dim is not None
+
+
+def test_another_configuration_is_parsed_anew():
+    from axolotl.utils.dict import DictDefault
+
+    hooks = plugin.QTHAPlugin()
+    first, second = (DictDefault(adapter="qtha", base_model="x", seed=1, qtha={"rank": rank}) for rank in (4, 6))
+    assert hooks._settings(first) is hooks._settings(first)
+    assert [hooks._settings(cfg).config.rank for cfg in (first, second, first)] == [4, 6, 4]
+
+
+def test_the_plugin_holds_hooks_and_nothing_else():
+    tree = ast.parse(FILES["plugin"].read_text())
+    assert not [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    (hooks,) = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    assert {node.name for node in hooks.body if isinstance(node, ast.FunctionDef) and node.name.startswith("_")} == {
+        "__init__",
+        "_settings",
+        "_before_training",
+        "_take_over",
+    }
+    assert max(node.end_lineno - node.lineno for node in hooks.body if isinstance(node, ast.FunctionDef)) < 40
