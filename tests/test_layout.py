@@ -1,6 +1,7 @@
 """The layout: storeys, in which everything imports from below, without a circle."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,13 @@ def test_imports_are_found(source, found):
 def test_what_is_wrong_is_found():
     assert upwards({"tuner.model": {"training.guards", "circuit.ansatz", "tuner.mpo"}}) == ["tuner.model -> training.guards"]
     assert circle({"a": {"b", "c"}, "b": {"d"}, "c": set(), "d": {"b"}}) == ["b", "d", "b"]
+
+
+def test_the_yaml_is_read_in_settings_alone():
+    """Others that hold Axolotl's configuration run Axolotl with it: the plugin, and the commands that load a model."""
+    holding = {name for name, path in FILES.items() if re.search(r"\bcfg\b", path.read_text())}
+    commands = {"plugin", "export.command", "hardware_eval.command", "bench.suite.cell"}
+    assert {name for name in holding if storey(name) != "settings"} == commands
 
 
 def test_few_files_at_the_top_and_none_too_long():

@@ -22,9 +22,7 @@ def test_the_block_is_parsed_once_for_a_configuration(tmp_path, monkeypatch):
     monkeypatch.setattr(AdapterSettings, "of", counted)
     model, _, _ = train_here(write_config(tmp_path, max_steps=1))
     assert len(parsed) == 1
-    # what PEFT writes into the adapter's configuration stays out of what was parsed
-    assert parsed[0].config.bond_dim is None
-    assert parsed[0].config.target_modules == "all-linear" or isinstance(parsed[0].named["target_modules"], list)
+    assert parsed[0].config.bond_dim is None  # PEFT writes into a copy
     assert model.active_peft_config.bond_dim is not None
 
 

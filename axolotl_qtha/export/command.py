@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import refusal
 from ..settings.meta_base import read_yaml
 from ..settings.public_facts import facts_of
+from ..settings.training_run import why_unread
 from ..trained import calibration_text
 from ..trained.adapter_folder import check_trained, configuration, refuse_untrained
 from ..trained.passes import Pass, adapters_of
@@ -140,9 +141,8 @@ def _text(options: ExportOptions, cfg: DictDefault, config: QTHAConfig, tokenize
     """Return the text to fit to and to measure on."""
     if options.calibration:
         found, key = calibration_text.of_file(options.calibration, tokenizer, cfg.sequence_len, options.tokens), "--calibration"
-    elif cfg.rl or cfg.pretraining_dataset or cfg.streaming or not cfg.datasets:
-        reason = f"rl: {cfg.rl}" if cfg.rl else "streamed or no data"
-        raise ValueError(f"datasets: not read with {reason}. What works: `--calibration FILE` with text like the adapter's.")
+    elif why := why_unread(cfg):
+        raise ValueError(f"datasets: not read with {why}. What works: `--calibration FILE` with text like the adapter's.")
     else:
         meta = load_datasets(cfg=cfg)
         found, key = calibration_text.of_datasets(meta.train_dataset, meta.eval_dataset, options.tokens), "datasets"

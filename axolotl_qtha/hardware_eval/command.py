@@ -21,7 +21,7 @@ from ..ibm.cost import Cost
 from ..ibm.engine import runner
 from ..ibm.runner import Runner
 from ..settings.meta_base import read_yaml
-from ..settings.training_run import AdapterSettings
+from ..settings.training_run import AdapterSettings, why_unread
 from ..trained.adapter_folder import check_trained, configuration, refuse_untrained
 from ..trained.calibration_text import IGNORED, Sequence, batches, rows
 from ..trained.passes import Pass, adapters_of
@@ -113,8 +113,7 @@ def _inputs(options: EvaluationOptions) -> tuple[Path, Path]:
 
 def _text(options: EvaluationOptions, cfg: DictDefault) -> tuple[list[Sequence], str]:
     """Return the first samples of the evaluation data, else of the training data, that have an answer."""
-    if cfg.rl or cfg.pretraining_dataset or cfg.streaming or not cfg.datasets:
-        why = f"rl: {cfg.rl}" if cfg.rl else "streamed or no data"
+    if why := why_unread(cfg):
         raise ValueError(f"datasets: not read with {why}. What works: a YAML with `datasets:` of prompts and answers.")
     meta = load_datasets(cfg=cfg)
     data, source = meta.eval_dataset, "the evaluation data"

@@ -144,6 +144,13 @@ class TrainingRun:
         return TrainingRun.of(cfg, self.adapter_settings)
 
 
+def why_unread(cfg: DictDefault) -> str | None:
+    """Return why a configuration's `datasets:` cannot be read as texts one by one, None where they can."""
+    if cfg.rl:
+        return f"rl: {cfg.rl}"
+    return "streamed or no data" if cfg.pretraining_dataset or cfg.streaming or not cfg.datasets else None
+
+
 def read_run(path: Path) -> TrainingRun:
     """Return the training that a YAML describes.
 
