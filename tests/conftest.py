@@ -1,6 +1,8 @@
-"""Settings every test runs under: no network, no telemetry, one core for each worker of pytest-xdist."""
+"""Settings every test runs under: no network, no telemetry, one core for each worker of pytest-xdist; what `slow` implies."""
 
 import os
+
+import pytest
 
 os.environ |= {
     "AXOLOTL_DO_NOT_TRACK": "1",
@@ -12,3 +14,11 @@ os.environ |= {
 }
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers that share cores would wait for each other inside OpenMP
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Have `-m "not e2e"` leave out what is slow, too."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.e2e)

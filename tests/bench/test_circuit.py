@@ -19,6 +19,7 @@ def bench(*engines, limit=60.0):
     return circuit.Bench(engines, repeats=1, limit=limit, device=CPU)
 
 
+@pytest.mark.slow
 def test_a_small_run(monkeypatch, capsys, tmp_path):
     plot, figures = tmp_path / "plot.png", tmp_path / "figures.json"
     sizes = ["--qubits", "2", "3", "--layers", "1", "--tokens", "8", "32", "--repeats", "1", "--quick"]

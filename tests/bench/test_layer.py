@@ -6,6 +6,7 @@ import sys
 import torch
 
 from axolotl_qtha.bench import layer
+from axolotl_qtha.timing import peak_bytes
 
 
 def test_circuit_keeps_the_same_memory_for_any_number_of_layers():
@@ -20,7 +21,7 @@ def test_peak_is_what_was_allocated_at_one_time():
         del first
         torch.zeros(500, 1000)
 
-    assert 4_000_000 <= layer.peak_bytes(run, torch.device("cpu")) < 4_200_000
+    assert 4_000_000 <= peak_bytes(run, torch.device("cpu")) < 4_200_000
 
 
 def test_variants_have_the_parameters_they_claim(monkeypatch, tmp_path, capsys):

@@ -109,6 +109,7 @@ def test_an_adapter_beside_itself_needs_the_same_memory(monkeypatch, checkpointi
     assert rows[0]["peak_bytes"] == rows[1]["peak_bytes"]
 
 
+@pytest.mark.slow
 def test_checkpointing_keeps_less():
     base = step.random_base(LlamaConfig(**SIZES), 4, CPU)
     ids = torch.randint(300, (2, 64))
@@ -117,6 +118,7 @@ def test_checkpointing_keeps_less():
     assert not base.is_gradient_checkpointing
 
 
+@pytest.mark.slow
 def test_command(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(step.SHAPES, "small", LlamaConfig(**SIZES))
     out = tmp_path / "rows.json"

@@ -62,6 +62,7 @@ def known_program(rank, folder):
         Path(folder, f"{rank}.json").write_text(json.dumps(result))
 
 
+@pytest.mark.slow
 def test_counts_of_a_known_program_are_exact():
     for result in wire.start(known_program, 2):
         counts = {tuple(count[:3]): count[3:] for count in result["counts"]}
@@ -95,6 +96,7 @@ def test_deepspeed_settings_are_those_of_the_examples():
         assert all(value in ("auto", ours[key]) for key, value in example.items())
 
 
+@pytest.mark.slow
 def test_ddp_exchanges_gradients_once_a_step():
     for adapter, accumulation in (("lora", 1), ("lora", 3), (QTHA, 3)):
         row = wire.measure(wire.Job("ddp", adapter, TINY, accumulation=accumulation))
@@ -102,6 +104,7 @@ def test_ddp_exchanges_gradients_once_a_step():
         assert row["bytes"] == row["ring_bytes"] == row["gradient_bytes"] + BUFFERS
 
 
+@pytest.mark.slow
 def test_zero_exchanges_gradients_and_gathers_what_it_updated():
     # ZeRO-1 waits for the last micro-batch, ZeRO-2 keeps no whole gradients and sums up every micro-batch's
     for sharing, times in (("zero1", 1), ("zero2", 2)):
@@ -113,6 +116,7 @@ def test_zero_exchanges_gradients_and_gathers_what_it_updated():
         assert rows[1]["bytes"] <= 0.24 * rows[0]["bytes"]
 
 
+@pytest.mark.slow
 def test_command(monkeypatch, tmp_path, capfd):
     monkeypatch.setitem(wire.SHAPES, "small", TINY)
     out = tmp_path / "rows.json"

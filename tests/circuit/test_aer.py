@@ -233,6 +233,7 @@ def test_adjoint_takes_the_exact_gradient(caplog):
     assert caplog.text.count("gradient: adjoint") == 1
 
 
+@pytest.mark.slow
 def test_under_torch_compile():
     ansatz = Ansatz(2, 1)
     z, theta = tensors(ansatz, tokens=4, dtype=torch.float32)
@@ -267,6 +268,7 @@ print("fine")
 """
 
 
+@pytest.mark.slow
 def test_forked_workers_can_use_the_simulator():
     done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines()[-1:] == ["fine"], done.stderr[-2000:]

@@ -69,6 +69,7 @@ def in_a_new_process(tmp_path, name, **env):
     return torch.load(path), done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @compiled
 def test_built_once_then_found(tmp_path):
     cache = tmp_path / "cache"
@@ -80,6 +81,7 @@ def test_built_once_then_found(tmp_path):
     assert torch.equal(first, again)
 
 
+@pytest.mark.slow
 def test_without_a_compiler_pytorch_runs_and_says_so_once(tmp_path):
     result, log = in_a_new_process(tmp_path, "result", PATH=str(tmp_path), XDG_CACHE_HOME=str(tmp_path))
     assert log.count("no C++ compiler") == 1

@@ -101,6 +101,7 @@ def test_parameter_shift_is_exact_under_noise(noise_model):
         assert (cost(point + shift) - cost(point - shift)) / (2 * step) == pytest.approx(slope, abs=1e-7)
 
 
+@pytest.mark.slow
 def test_only_the_noise_of_the_qubits_used_is_translated():
     compiled = noise.compile_circuit(Ansatz(2, 1).circuit(), "fake:torino")  # 133 qubits
     assert len(compiled.noise.noise_qubits) == compiled.width == 2

@@ -82,7 +82,7 @@ def interpreted(tmp_path_factory):
     return dict(zip(CASES, torch.load(path), strict=True))
 
 
-@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=on_gpu)])
+@pytest.fixture(params=[pytest.param("interpreter", marks=pytest.mark.slow), pytest.param("cuda", marks=on_gpu)])
 def numbers(request):
     """Return a function from a case to its result and gradients."""
     if request.param == "interpreter":
@@ -120,6 +120,7 @@ def test_gradients_match_the_cpu(case, numbers):
         assert mine.numel() == 0 or (mine - other).abs().max() <= TOLERANCE[dtype]
 
 
+@pytest.mark.slow
 def test_repeated_runs_give_the_same_bits(interpreted):
     repeated = [runs for runs in interpreted.values() if len(runs) > 1]
     assert len(repeated) == len(COUNTS)
@@ -195,6 +196,7 @@ def compiled(monkeypatch, tmp_path):
         function.device_caches.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("qubits", [4, 7, 8])
 def test_compiles_for_a_gpu_without_spilling(qubits, compiled, capfd):
     z, angles, weights = inputs((Ansatz(qubits, 2), 17, torch.float32))
@@ -206,6 +208,7 @@ def test_compiles_for_a_gpu_without_spilling(qubits, compiled, capfd):
     assert all(kernel.metadata.shared < 2**qubits * 4 for kernel in compiled)
 
 
+@pytest.mark.slow
 def test_compiled_once_for_any_tokens_layers_and_address(compiled):
     for tokens in (1, 3, 16):
         for layers in (1, 8):

@@ -38,6 +38,7 @@ def test_json_holds_what_the_tables_show(path, tmp_path):
     assert sum(size for name, size in parts if name != "total" and "checkpointing" not in name) == plan["memory"]["total"]
 
 
+@pytest.mark.slow
 def test_a_gpu_of_a_given_size(path):
     assert "Fits" in run(path, "--gpu-memory", 24).output
     small = run(path, "--gpu-memory", 0.3)

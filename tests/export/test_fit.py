@@ -9,6 +9,7 @@ from axolotl_qtha.export import fit
 from axolotl_qtha.export.distil import distilled
 from axolotl_qtha.export.measure import measure
 from axolotl_qtha.trained.calibration_text import Batch
+from axolotl_qtha.trained.passes import Pass, adapters_of
 
 from ..export_models import sequences, text_pass
 from ..models import adapted, gpt2, llama, logits, qwen2, tokens, train
@@ -27,7 +28,7 @@ def seen(model, text):
 
         return adapter.register_forward_pre_hook(look)
 
-    hooks = [hook(name, adapter) for name, adapter in fit.adapters_of(model).items()]
+    hooks = [hook(name, adapter) for name, adapter in adapters_of(model).items()]
     with torch.no_grad():
         for sequence in text:
             model(input_ids=torch.tensor([sequence.ids]))
@@ -43,7 +44,7 @@ def test_the_fit_is_that_of_the_tokens_without_padding(quantum, constant):
     moments, rows = fit.collect(text_pass(model))
     assert rows == {}  # RMSNorm
     for name, (z, rest) in seen(model, sequences()).items():
-        adapter = fit.adapters_of(model)[name]
+        adapter = adapters_of(model)[name]
         got = fit.linear(adapter, moments[name], constant)
         columns = np.hstack([z, np.ones((len(z), 1))]) if constant else z
         weights = np.linalg.lstsq(columns.astype(np.float64), rest.astype(np.float64), rcond=None)[0]
@@ -60,8 +61,8 @@ def test_the_fit_is_that_of_the_tokens_without_padding(quantum, constant):
 def test_a_linear_adapter_is_exported_exactly():
     model = train(adapted(qwen2(), quantum="none"))
     expected = logits(model)
-    layers = {name: fit.exact(adapter) for name, adapter in fit.adapters_of(model).items()}
-    with fit.replaced(fit.adapters_of(model), layers):
+    layers = {name: fit.exact(adapter) for name, adapter in adapters_of(model).items()}
+    with fit.replaced(adapters_of(model), layers):
         assert (logits(model) - expected).abs().max() <= 1e-5
     assert torch.equal(logits(model), expected)
 
@@ -102,7 +103,7 @@ def test_the_model_computes_the_same_while_it_is_watched_and_after():
     expected = logits(model)
     got = []
     mask = torch.ones_like(tokens(), dtype=torch.bool)
-    run = fit.Pass(model, fit.adapters_of(model), lambda: [Batch(tokens(), tokens(), mask)], 1)
+    run = Pass(model, adapters_of(model), lambda: [Batch(tokens(), tokens(), mask)], 1)
     model.register_forward_hook(lambda _m, _i, output: got.append(output.logits))
     run.observe(lambda name, tokens: None, "testing")
     torch.testing.assert_close(got[0], expected, rtol=0, atol=1e-6)

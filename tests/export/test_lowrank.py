@@ -8,6 +8,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from axolotl_qtha.export import fit, lowrank
+from axolotl_qtha.trained.passes import adapters_of
 
 from ..export_models import text_pass
 from ..models import BASES, FILE, adapted, config, llama, logits, train
@@ -52,7 +53,7 @@ def test_plain_peft_gives_the_same_logits(tmp_path, base, kind):
             torch.nn.init.normal_(norm.bias)
     model = train(adapted(made, quantum="none" if kind == "exact" else "qtha"))
     layers = exported(model, kind)
-    with fit.replaced(fit.adapters_of(model), layers):
+    with fit.replaced(adapters_of(model), layers):
         expected = logits(model)
     write(model, layers, tmp_path / "lora")
     loaded = PeftModel.from_pretrained(BASES[base]() if base != "gpt2" else model.unload(), tmp_path / "lora").eval()

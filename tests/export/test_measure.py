@@ -5,6 +5,7 @@ import torch
 
 from axolotl_qtha.export import fit
 from axolotl_qtha.export.measure import WITH_CONSTANTS, measure
+from axolotl_qtha.trained.passes import adapters_of
 
 from ..export_models import sequences, text_pass
 from ..models import adapted, llama, train
@@ -19,7 +20,7 @@ def trained():
 def layers(trained):
     """The linear exports, without and with their constants."""
     moments, _ = fit.collect(text_pass(trained))
-    adapters = fit.adapters_of(trained)
+    adapters = adapters_of(trained)
     return [
         {name: fit.linear(adapter, moments[name], constant).low_rank() for name, adapter in adapters.items()}
         for constant in (False, True)
@@ -40,7 +41,7 @@ def distributions(model):
 def test_the_model_is_measured_by_definition(trained, layers):
     plain, whole = layers
     got = measure(text_pass(trained), plain, {WITH_CONSTANTS: whole})
-    adapters = fit.adapters_of(trained)
+    adapters = adapters_of(trained)
     expected = {"qtha": distributions(trained)}
     with trained.disable_adapter():
         expected["base"] = distributions(trained)
@@ -63,7 +64,7 @@ def test_the_model_is_measured_by_definition(trained, layers):
 def test_the_layers_are_measured_by_definition(trained, layers):
     plain, whole = layers
     got = {error.name: error for error in measure(text_pass(trained), plain, {WITH_CONSTANTS: whole}).modules}
-    adapters = fit.adapters_of(trained)
+    adapters = adapters_of(trained)
     inputs = {name: [] for name in adapters}
     hooks = [
         adapter.register_forward_pre_hook(lambda _, given, name=name: inputs[name].append(given[0].flatten(0, -2)))

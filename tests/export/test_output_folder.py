@@ -110,6 +110,7 @@ with folder_for(Path(sys.argv[1])) as folder:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["safetensors", "bytes"])
 def test_a_full_disk(tmp_path, kind):
     done = subprocess.run(

@@ -168,6 +168,7 @@ def test_the_exact_simulator_alone_submits_nothing(simulation):
     assert engine.CALLS.take() == []
 
 
+@pytest.mark.slow
 def test_spsa_through_autograd_is_the_gradient_on_average(simulation):
     z, theta = inputs(1)
     exact = torch.autograd.grad(torch_engine.expectation_values(z, theta, ANSATZ).sum(), (z, theta))

@@ -21,6 +21,7 @@ def trainable(model):
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*CONFIGS, *MORE])
 def test_parameters_are_those_of_the_built_model(name, tmp_path):
     config = {**CONFIGS, **MORE}[name]
@@ -40,12 +41,14 @@ def test_parameters_are_those_of_the_built_model(name, tmp_path):
         assert plan.lora_parameters == trainable(lora)
 
 
+@pytest.mark.slow
 def test_modules_to_save_are_trained_too(tmp_path):
     run = run_on(tmp_path, CONFIGS["llama"], qtha={"rank": 4, "param_budget": 0.5, "modules_to_save": ["lm_head"]})
     plan = make_plan(run, [])
     assert plan.memory.adapter == 4 * (plan.parameters + 1000 * 192)
 
 
+@pytest.mark.slow
 def test_circuits_are_counted_as_qiskit_counts_them(tmp_path):
     plan = make_plan(run_on(tmp_path, CONFIGS["llama"]), [])
     assert plan.circuits_per_step == 3 * 7 * 4 * 128 * 2  # layers, modules of each, batch, length, accumulated batches
@@ -55,6 +58,7 @@ def test_circuits_are_counted_as_qiskit_counts_them(tmp_path):
     assert none.memory.circuit == 0
 
 
+@pytest.mark.slow
 def test_parameter_shift_takes_further_circuits(tmp_path, capsys):
     aer = {"rank": 4, "quantum_backend": "aer"}
     plan = make_plan(run_on(tmp_path, CONFIGS["llama"], qtha=aer), [])
@@ -74,6 +78,7 @@ def test_parameter_shift_takes_further_circuits(tmp_path, capsys):
     assert plan.parameters == exact.parameters
 
 
+@pytest.mark.slow
 def test_zero3_does_not_partition_the_plan(tmp_path):
     run = run_on(tmp_path, CONFIGS["llama"])
     alone = make_plan(run, [])
@@ -106,6 +111,7 @@ def big(tmp_path, **changes):
     return run_on(tmp_path, LlamaConfig(**{**SIZES, **BIG}), sequence_len=1024, **changes)
 
 
+@pytest.mark.slow
 def test_a_gpu_that_is_large_enough(tmp_path):
     plan = make_plan(big(tmp_path), [("large", 80 * GIB), ("large", 80 * GIB)])
     assert plan.fits is True
@@ -114,6 +120,7 @@ def test_a_gpu_that_is_large_enough(tmp_path):
     assert make_plan(big(tmp_path), [("large", 80 * GIB), ("small", GIB)]).fits is False  # one too small is enough
 
 
+@pytest.mark.slow
 def test_advice_fits_when_it_is_followed(tmp_path):
     run = big(tmp_path)
     needed = make_plan(run, []).needed
@@ -139,6 +146,7 @@ def test_advice_fits_when_it_is_followed(tmp_path):
     assert seen >= 2
 
 
+@pytest.mark.slow
 def test_advice_combines_changes_or_says_that_none_helps(tmp_path):
     run = big(tmp_path)
     least = make_plan(big(tmp_path, gradient_checkpointing=True, load_in_4bit=True, micro_batch_size=1), []).needed
@@ -149,6 +157,7 @@ def test_advice_combines_changes_or_says_that_none_helps(tmp_path):
     assert "larger GPU" in hopeless
 
 
+@pytest.mark.slow
 def test_checkpointing_and_fused_losses_take_less(tmp_path):
     plain, fused = make_plan(big(tmp_path), []), make_plan(big(tmp_path, chunked_cross_entropy=True), [])
     checkpointed = make_plan(big(tmp_path, gradient_checkpointing=True), [])
@@ -165,12 +174,14 @@ def test_optimiser_states(tmp_path):
     assert states["adamw_bnb_8bit"].optimiser < 0.35 * states["adamw_torch"].optimiser
 
 
+@pytest.mark.slow
 def test_pairs_of_answers_double_the_batch(tmp_path):
     data = [{"path": "data.jsonl", "type": "chatml.intel"}]
     dpo = make_plan(run_on(tmp_path, CONFIGS["llama"], rl="dpo", datasets=data), [])
     assert dpo.memory.activations > 1.9 * make_plan(run_on(tmp_path, CONFIGS["llama"]), []).memory.activations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [0.24, 1.0])
 def test_settings_that_meet_a_budget(tmp_path, budget):
     settings = find_settings(big(tmp_path), budget)

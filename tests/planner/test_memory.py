@@ -60,6 +60,7 @@ def test_weights_take_what_they_take(name, bits, tmp_path):
     assert bool(stand_ins) == (bits != 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("quantisation", "bits"),
     [
@@ -80,6 +81,7 @@ def test_checkpoints_quantised_already(quantisation, bits, tmp_path):
     assert quantisation["quant_method"] in make_plan(run, []).quantisation or bits == 4.13
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
     ("name", "bits"), [("llama", 16), ("llama", 4), ("qwen3", 16), ("gemma", 4), ("phi", 16), ("gpt2", 16), ("glm", 16)]

@@ -118,6 +118,7 @@ def test_latency_counts_each_call(tmp_path):
     assert communication(shards(run, model), net, 1, 1) == 0
 
 
+@pytest.mark.slow
 def test_rows(tmp_path):
     run = run_on(tmp_path, CONFIGS["llama"])
     table = predict(run, 8, Network(), tflops=1.0)
@@ -169,6 +170,7 @@ def run(*arguments):
     return CliRunner().invoke(cli, ["qtha-plan", *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     path = write_run(tmp_path, CONFIGS["llama"])
     done = run(path, "--scaling", 8, "--tflops", 400, "--latency", 0, "--network", 25, "--json", tmp_path / "rows.json")
@@ -185,6 +187,7 @@ def test_the_command(tmp_path):
     assert torch.cuda.is_available() or "this CPU (no GPU here)" in " ".join(left.output.split())
 
 
+@pytest.mark.slow
 def test_ranks_of_a_plan(tmp_path):
     path = write_run(tmp_path, CONFIGS["llama"], deepspeed={"zero_optimization": {"stage": 3}})
     done = run(path, "--ranks", 16)

@@ -42,6 +42,7 @@ def zero(stage, **more):
     return {"deepspeed": {**ZERO, "zero_optimization": {"stage": stage, "reduce_bucket_size": 1000, **more}}}
 
 
+@pytest.mark.slow
 def test_one_rank_and_ddp_keep_all(tmp_path):
     alone, plan = memory(tmp_path, 1)
     assert alone.weights == 2 * BASE + TABLES
@@ -52,6 +53,7 @@ def test_one_rank_and_ddp_keep_all(tmp_path):
     assert plan.sharing == "DDP"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
 def test_zero1_and_2_share_states_and_gradients(tmp_path, stage):
     alone, _ = memory(tmp_path, 1)
@@ -66,6 +68,7 @@ def test_zero1_and_2_share_states_and_gradients(tmp_path, stage):
     assert overlapping.working == alone.working + 2 * 2 * 1000
 
 
+@pytest.mark.slow
 def test_zero3_shares_all_but_what_is_small(tmp_path):
     one, plan = memory(tmp_path, 4, **zero(3, stage3_param_persistence_threshold=191))
     assert plan.sharing == "ZeRO-3"
@@ -79,6 +82,7 @@ def test_zero3_shares_all_but_what_is_small(tmp_path):
     assert memory(tmp_path, 4, **zero(3, stage3_param_persistence_threshold="auto"))[0].adapter == 2 * TRAINED * 5 // 4
 
 
+@pytest.mark.slow
 def test_fsdp2(tmp_path):
     alone, _ = memory(tmp_path, 1)
     one, plan = memory(tmp_path, 4, **FSDP)
@@ -91,6 +95,7 @@ def test_fsdp2(tmp_path):
     assert kept.working - alone.working == 2 * (BASE + TRAINED) + max(2 * ROOT, block)
 
 
+@pytest.mark.slow
 def test_four_bits_share_weights_but_not_scales(tmp_path):
     whole, _ = memory(tmp_path, 1, load_in_4bit=True)
     full = 2 * (3 * 2 * 192 + ROOT)
@@ -106,6 +111,7 @@ def test_four_bits_share_weights_but_not_scales(tmp_path):
     assert memory(tmp_path, 4, **zero(3))[1].loading == 0
 
 
+@pytest.mark.slow
 def test_what_is_offloaded_is_off_the_gpu(tmp_path):
     cpu = {"device": "cpu"}
     one, plan = memory(tmp_path, 4, **zero(2, offload_optimizer=cpu))
@@ -119,6 +125,7 @@ def test_what_is_offloaded_is_off_the_gpu(tmp_path):
     assert (fsdp.weights, fsdp.adapter, fsdp.gradients, fsdp.optimiser) == (TABLES, 0, 0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2, 8])
 def test_deepspeeds_own_estimators(tmp_path, ranks):
     """They take every parameter for a trained one, and count the float32 gradients of the optimiser's step."""
@@ -159,6 +166,7 @@ def test_zero3_gathers_what_deepspeed_was_seen_to_gather(tmp_path, settings, che
     assert found.persistent_frozen + found.persistent_trained == 4 * 18_336  # as DeepSpeed's ds_persist has it
 
 
+@pytest.mark.slow
 def test_ranks_are_those_that_run_else_one_for_each_gpu(tmp_path, monkeypatch):
     run = run_on(tmp_path, CONFIGS["llama"])
     gpu = ("large", 2**40)
@@ -170,6 +178,7 @@ def test_ranks_are_those_that_run_else_one_for_each_gpu(tmp_path, monkeypatch):
     assert make_plan(run, [gpu]).ranks == 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero3-offload"])
 def test_the_example_files(tmp_path, name, capsys):
     plan = memory(tmp_path, 2, deepspeed=str(EXAMPLES / f"{name}.json"))[1]
@@ -179,6 +188,7 @@ def test_the_example_files(tmp_path, name, capsys):
     assert plan.as_dict()["sharing"] == plan.sharing
 
 
+@pytest.mark.slow
 def test_zero3_is_advised_where_it_fits(tmp_path):
     settings = json.loads((EXAMPLES / "zero3.json").read_text())
     assert settings["zero_optimization"] == ZERO3_SETTINGS

@@ -204,6 +204,7 @@ def test_lora_beside_the_plugin_is_untouched():
     assert validated(adapter="lora", lora_r=8).merge_method == "memory_efficient"
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.sampled_from([*QTHABlock.model_fields, "junk"]), st.none() | st.booleans() | st.integers() | st.text()))
 @settings(max_examples=200, deadline=None)
 def test_any_block_is_accepted_or_refused_with_a_value_error(block):
@@ -226,6 +227,7 @@ def test_every_key_is_described():
     assert "rank" in CliRunner().invoke(config_schema, ["--field", "rnk"]).output
 
 
+@pytest.mark.slow
 def test_import_starts_neither_qiskit_nor_axolotl_nor_cuda():
     code = (
         "import sys, torch, axolotl_qtha; "

@@ -77,6 +77,7 @@ def forwards(journal):
 CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "calls"),
     [({}, 1), ({"gradient_accumulation_steps": 2}, 2), ({"logging_steps": 2}, 2), (CHECKPOINTING, 1)],

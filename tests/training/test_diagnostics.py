@@ -38,6 +38,7 @@ def keys(row):
     return {key for key in row if key.startswith("qtha/") and key.count("/") == 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -66,6 +67,7 @@ def test_only_measured_steps_have_them(tmp_path):
     assert [bool(keys(row)) for row in rows] == [True, False, True, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_training_is_the_same_bit_for_bit(tmp_path, checkpointing):
     arguments = {"gradient_checkpointing": checkpointing, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
@@ -77,6 +79,7 @@ def test_the_training_is_the_same_bit_for_bit(tmp_path, checkpointing):
     assert all(adapter.seen is None for _, adapter in active_adapters(watched.model))
 
 
+@pytest.mark.slow
 def test_recomputed_layers_show_their_tokens_once(tmp_path, monkeypatch):
     seen = []
 
@@ -217,6 +220,7 @@ def test_all_adapters_that_are_active_are_measured():
     assert len({id(adapter) for adapter in found.values()}) == 14
 
 
+@pytest.mark.slow
 def test_a_compiled_layer_is_not_compiled_anew_and_has_an_effective_rank():
     torch.compiler.reset()
     adapters = dict(active_adapters(train(adapted(llama(1)))))

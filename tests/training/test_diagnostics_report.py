@@ -49,6 +49,7 @@ def test_series_and_table():
     ]
 
 
+@pytest.mark.slow
 def test_picture(tmp_path):
     for name, log in (("all", LOG), ("little", [{"step": 1, "qtha/effective_rank": 2.0}])):
         draw(log, tmp_path / f"{name}.png")

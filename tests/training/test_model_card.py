@@ -55,6 +55,7 @@ def count(model):
     return sum(parameter.numel() for parameter in trainable(model).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", VARIANTS, ids=str)
 def test_card_of_an_adapter(settings, tmp_path):
     model = adapted(llama(), target_modules=TARGETS, **settings)

@@ -22,7 +22,7 @@ ENCODINGS = [{}, {"bounded": True}, {"scale": True}, {"scale": True, "bounded": 
 INTERPRETED = """
 import torch
 from axolotl_qtha.circuit import native, triton_kernel
-from tests.circuit.test_bottleneck import Ansatz, case, prepared
+from tests.tuner.test_bottleneck import Ansatz, case, prepared
 native.runs = lambda z: False
 triton_kernel.runs = lambda z, qubits: True
 for tokens in (0, 1, 17, 100):
@@ -176,6 +176,7 @@ def test_bounded_has_the_gradient_of_its_formula():
     assert (found - wanted).abs().max() <= 1e-12
 
 
+@pytest.mark.slow
 def test_fused_on_a_gpu_in_tritons_interpreter():
     pytest.importorskip("triton")
     root = Path(__file__).parents[2]

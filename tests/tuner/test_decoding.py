@@ -194,6 +194,7 @@ def test_memory_is_that_of_lora():
         assert stored <= 4 * shape.rank * (shape.mpo_a.inputs.padded + shape.mpo_b.outputs.padded)
 
 
+@pytest.mark.slow
 def test_not_compiled():
     module, x = one()
     with torch.no_grad():

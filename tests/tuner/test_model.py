@@ -29,6 +29,7 @@ from ..models import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_starts_bitwise_as_the_base_and_returns_to_it(base, variant):
@@ -101,6 +102,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
         assert torch.equal(parameters[name].grad, gradient), name
 
 
+@pytest.mark.slow
 def test_compiled_transformer_matches():
     model = train(adapted(llama(layers=1)))
     expected, expected_gradients = logits(model), gradients(model)
@@ -111,6 +113,7 @@ def test_compiled_transformer_matches():
         assert (gradient - expected_gradients[name]).abs().max() <= 1e-5, name
 
 
+@pytest.mark.slow
 def test_compiled_layer_matches():
     model = get_peft_model(Mixed(), QTHAConfig(rank=2, bond_dim=2, mid_dim=4, target_modules=["linear"]))
     parameters, x = list(trainable(model).values()), torch.randn(5, 6)

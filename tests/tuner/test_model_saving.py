@@ -15,6 +15,7 @@ from ..models import BASES, FILE, VARIANTS, adapted, adapters, config, gpt2, lla
 # ---- saving and loading ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("variant", [*VARIANTS, {"angle_scale": "learned"}, {"num_cores": 3, "core_gain": "none"}], ids=str)
 def test_what_is_saved_is_what_comes_back(base, variant, tmp_path):

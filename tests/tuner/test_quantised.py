@@ -153,6 +153,7 @@ def test_a_bfloat16_base_gets_float32_adapters(folder, kind):
     assert all(gradient.isfinite().all() and gradient.dtype == torch.float32 for gradient in found.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "torchao 2"])
 def test_compiled_transformer_matches(folder, kind):
     model = train(adapted(quantised(folder, kind), target_modules=["q_proj", "down_proj"]).train())

@@ -38,6 +38,7 @@ def made(request, monkeypatch):
     return Execution(suite)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made", SUITES, indirect=True, ids=lambda path: path.stem)
 def test_every_run_is_valid(made, tmp_path):
     made.folder = tmp_path  # of the tasks' data

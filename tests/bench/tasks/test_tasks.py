@@ -94,6 +94,7 @@ def test_the_teacher_predicts_its_texts_better_than_the_base():
     assert float(chosen.mean()) > -6  # random tokens have -7.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(TASKS))
 def test_axolotl_reads_it_as_it_is_meant(name, tmp_path, few):
     task = prepare(TASKS[name], str(BASE), tmp_path)
