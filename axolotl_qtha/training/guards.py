@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..tuner.adapter import QTHAAdapter
 from ..tuner.config import QTHAConfig
-from ..tuner.layer import NonlinearAdapter, refuse_nonlinear_merge, whole
+from ..tuner.layer import refuse_nonlinear_merge, whole
 from .checkpoints import ONE_RANKS_SHARD
 
 
@@ -24,14 +24,12 @@ def refuse_merge(config: QTHAConfig, yaml: str | Path, lora_model_dir: str | Non
         output_dir: of the training.
 
     Raises:
-        NonlinearAdapter: if no merged weight equals the adapter.
+        ValueError: if no merged weight equals the adapter.
     """
-    try:
-        refuse_nonlinear_merge("default", config)
-    except NonlinearAdapter as error:
-        given = f" --lora-model-dir {lora_model_dir}" if lora_model_dir not in (None, output_dir) else ""
-        command = f"axolotl qtha-export {yaml}{given} --format merged --out {Path(output_dir) / 'merged'}"
-        raise NonlinearAdapter(f"{error} To export: `{command}`, which says what the closest linear one costs.") from None
+    given = f" --lora-model-dir {lora_model_dir}" if lora_model_dir not in (None, output_dir) else ""
+    command = f"axolotl qtha-export {yaml}{given} --format merged --out {Path(output_dir) / 'merged'}"
+    works = f"`{command}`, which merges the closest linear adapter and says what that costs"
+    refuse_nonlinear_merge("default", config, works)
 
 
 def check_lora_model_dir(folder: str | None, inference: bool, trainer_makes_adapter: str | None) -> None:

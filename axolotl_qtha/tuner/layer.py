@@ -31,10 +31,6 @@ from .sizes import adapter_shape
 PREFIX = "base_model.model."  # what PEFT puts before the names of the base's modules
 
 
-class NonlinearAdapter(ValueError):
-    """An adapter was to be merged that is not linear in x."""
-
-
 class QTHALayer(BaseTunerLayer):
     """What PEFT needs to know of an adapted layer: its adapters by name."""
 
@@ -177,17 +173,23 @@ def layer_sizes(layer: nn.Module) -> tuple[int, int]:
     return int(layer.in_features), int(layer.out_features)  # type: ignore[arg-type]
 
 
-def refuse_nonlinear_merge(adapter_name: str, config: QTHAConfig) -> None:
+def refuse_nonlinear_merge(adapter_name: str, config: QTHAConfig, works: str | None = None) -> None:
     """Refuse to merge an adapter that no change of the weight can express.
 
+    Args:
+        adapter_name: its name.
+        config: the adapter.
+        works: what else the program that merges has to offer.
+
     Raises:
-        NonlinearAdapter: if it has a circuit, or the classical network that stands in for one.
+        ValueError: if it has a circuit, or the classical network that stands in for one.
     """
     if config.quantum != "none":
-        raise NonlinearAdapter(
+        offered = f"{works}; " if works else ""
+        raise ValueError(
             f"adapter {adapter_name!r} has `quantum: {config.quantum}`, which is not linear in x: no merged weight equals it, "
-            "and none was written. What works: the adapter unmerged; the closest linear adapter, exported; or `qtha: {quantum: "
-            "none}`, which merges exactly."
+            f"and none was written. What works: {offered}the adapter unmerged; or `qtha: {{quantum: none}}`, which merges "
+            "exactly."
         )
 
 

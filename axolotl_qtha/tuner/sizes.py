@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -99,7 +100,7 @@ def _factors(given: dict[int, list[int]] | None, size: int, cores: int) -> Facto
 
 def count_parameters(config: QTHAConfig, sizes: Iterable[tuple[int, int]]) -> int:
     """Return the trainable parameters on layers of the given (in_features, out_features)."""
-    return sum(adapter_shape(config, *size).num_parameters for size in sizes)
+    return sum(count * adapter_shape(config, *size).num_parameters for size, count in Counter(sizes).items())
 
 
 def count_lora_parameters(rank: int, sizes: Iterable[tuple[int, int]]) -> int:

@@ -210,6 +210,7 @@ def test_checkpointing_gives_the_same_gradients(use_reentrant):
     assert all(torch.equal(a, b) for a, b in zip(gradients(expectation_values), gradients(recomputed), strict=True))
 
 
+@pytest.mark.slow
 def test_compiles_without_a_graph_break():
     ansatz = Ansatz(4, 2)
     z, theta = tensors(ansatz, tokens=6, dtype=torch.float32)

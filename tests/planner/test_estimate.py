@@ -100,6 +100,7 @@ def test_zero3_does_not_partition_the_plan(tmp_path):
         ({}, "none"),
     ],
 )
+@pytest.mark.slow
 def test_quantisation_is_named(tmp_path, changes, words):
     assert make_plan(run_on(tmp_path, CONFIGS["llama"], **changes), []).quantisation == words
 

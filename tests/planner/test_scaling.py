@@ -84,6 +84,7 @@ def test_flops_of_circuits_and_experts(tmp_path):
     assert step_flops(model, 128, False).linear == 4 * (3 * (attention + experts) + 192 * 1000)
 
 
+@pytest.mark.slow
 def test_bytes_of_each_way_of_sharing(tmp_path):
     """Bandwidth 1 byte/s and no latency: seconds are bytes, times the ring's share."""
     net = Network(1.0, 1.0, 0.0)
@@ -140,6 +141,7 @@ def test_rows(tmp_path):
     assert predict(run_on(tmp_path, CONFIGS["llama"], rl="dpo", datasets=dpo), 2, Network(), 1.0).tokens == 2 * 16 * 128
 
 
+@pytest.mark.slow
 def test_lora_is_that_of_the_same_rank(tmp_path):
     run = run_on(tmp_path, CONFIGS["llama"])
     model, _ = adapted(run)
@@ -147,6 +149,7 @@ def test_lora_is_that_of_the_same_rank(tmp_path):
     assert sum(p.numel() for p in lora.parameters() if p.requires_grad) == make_plan(run, []).lora_parameters
 
 
+@pytest.mark.slow
 def test_batches_that_do_not_spread(tmp_path):
     assert list(rank_counts(1)) == [1]
     assert list(rank_counts(12)) == [1, 2, 4, 8, 12]

@@ -22,6 +22,7 @@ def test_pairs_of_answers_are_two_sequences(tmp_path):
     assert (run.micro_batch_size, run.sequences, run.tokens) == (4, 8, 1024)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [{"load_in_4bit": True}, {"sequence_len": 64}, {"micro_batch_size": 1}], ids=str)
 def test_a_changed_run_is_that_of_the_changed_yaml(tmp_path, keys):
     """Also for 4 bits, where the YAML's key leads to settings of bitsandbytes."""

@@ -116,7 +116,7 @@ def test_one_batch_or_token_of_any_shape():
             assert torch.allclose(found, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["aer", "in PyTorch"])
+@pytest.mark.parametrize("backend", [pytest.param("aer", marks=pytest.mark.slow), "in PyTorch"])
 def test_other_engines(backend, monkeypatch):
     if backend == "in PyTorch":
         monkeypatch.setattr("axolotl_qtha.circuit.native.runs", lambda z: False)
