@@ -145,6 +145,7 @@ def test_shots_are_within_five_standard_errors():
         assert scores.std() == pytest.approx(1, abs=0.25)
 
 
+@pytest.mark.slow
 def test_standard_errors_fall_with_the_square_root_of_shots():
     ansatz = Ansatz(2, 1)
     z, theta = tensors(ansatz, tokens=200)

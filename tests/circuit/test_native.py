@@ -101,6 +101,7 @@ def test_a_source_that_does_not_compile(tmp_path, monkeypatch, caplog):
     assert "error" in caplog.text
 
 
+@pytest.mark.slow
 @compiled
 def test_a_home_that_cannot_be_written_to(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")

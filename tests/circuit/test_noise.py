@@ -52,6 +52,7 @@ def test_depolarizing_is_what_it_says(qubits, layers):
     assert np.abs(run(ansatz, z, theta, "none")[0] - expected).max() > 1e-4  # and that is not nothing
 
 
+@pytest.mark.slow
 def test_a_device_is_simulated_as_aer_does_it():
     """Our part of the noise model and read-out, against `AerSimulator.from_backend` with bound angles and shots."""
     ansatz, shots = Ansatz(3, 1), 100_000

@@ -44,6 +44,7 @@ def test_spsa_averaged_over_all_directions_is_the_gradient(monkeypatch, step, bi
     assert np.abs(by_theta - expected[1]).max() < bias * scale
 
 
+@pytest.mark.slow
 def test_spsa_is_unbiased_over_many_draws():
     ansatz = Ansatz(2, 1)
     z, theta = angles_and_inputs(ansatz, tokens=2)

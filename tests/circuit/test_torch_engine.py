@@ -162,6 +162,7 @@ def test_a_lower_matmul_precision_changes_nothing(precision):
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
+@pytest.mark.slow
 def test_chunks_of_tokens_do_not_matter():
     ansatz = Ansatz(8, 2)
     z, theta = tensors(ansatz, tokens=5000, dtype=torch.float64)

@@ -18,6 +18,7 @@ def path(tmp_path):
     return write_run(tmp_path, CONFIGS["llama"], load_in_4bit=True)
 
 
+@pytest.mark.slow
 def test_the_tables(path, tmp_path):
     assert {file.name for file in (tmp_path / "base").iterdir()} == {"config.json"}, "no weights are there to be loaded"
     done = run(path)
@@ -28,6 +29,7 @@ def test_the_tables(path, tmp_path):
     assert {file.name for file in (tmp_path / "base").iterdir()} == {"config.json"}
 
 
+@pytest.mark.slow
 def test_json_holds_what_the_tables_show(path, tmp_path):
     done = run(path, "--json", tmp_path / "plan.json")
     assert done.exit_code == 0, done.output

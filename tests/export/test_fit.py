@@ -117,6 +117,7 @@ def kl(model, layers, others=None):
     return measure(text_pass(model, sequences(seed=2)), layers, others or {}).models
 
 
+@pytest.mark.slow
 def test_each_surrogate_is_better_than_the_one_before():
     model = train(adapted(llama(), target_modules=["q_proj", "v_proj", "down_proj"]), steps=12)
     text = sequences(count=200)

@@ -73,6 +73,7 @@ def answers(model, text):
     return result
 
 
+@pytest.mark.slow
 def test_exact_circuits_are_the_model_itself(model, text, found):
     expected = answers(model, text)
     perplexity = np.exp(-sum(part[0] for part in expected) / sum(part[1] for part in expected))

@@ -125,6 +125,7 @@ def test_evaluations_while_training_cost_nothing_and_do_not_leak(start):
     assert engine.CALLS.take() == []
 
 
+@pytest.mark.slow
 def test_the_same_training_again_is_answered_by_the_journal(start):
     logs = []
     for _ in range(2):

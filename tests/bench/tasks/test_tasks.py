@@ -24,6 +24,7 @@ def few(monkeypatch):
     monkeypatch.setattr(high_rank, "COUNTS", FEW)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(TASKS))
 def test_the_same_data_each_time_and_no_row_twice_over_the_parts(name, tmp_path, few):
     for folder in ("first", "second"):
