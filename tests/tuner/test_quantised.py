@@ -40,7 +40,6 @@ def base_logits(folder, kind, training):
 # ---- the start ----
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("init", ["kaiming", "tt_svd"])
 @pytest.mark.parametrize("quantum", QUANTUM)
