@@ -5,6 +5,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+import yaml
 
 from axolotl_qtha import QTHAConfig
 from axolotl_qtha.settings.reference import markdown
@@ -97,6 +98,15 @@ def test_commands_in_the_text_have_these_options(path):
         assert command in commands
         known = {option for parameter in commands[command].load().params for option in parameter.opts}
         assert set(re.findall(r"--[a-z-]+", rest)) <= known, f"{command}{rest}"
+
+
+def test_pre_commit_checks_what_ci_checks():
+    hooks = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    checks = [line.removesuffix(" .") for line in (REPOSITORY / ".ci" / "run").read_text().splitlines()]
+    assert all(hook["entry"].removesuffix(" --force-exclude") in checks for hook in hooks)
+    assert {"ruff check", "ruff format --check", "mypy"} <= set(checks)
+    workflow = (REPOSITORY / ".github" / "workflows" / "ci.yml").read_text()
+    assert yaml.safe_load(workflow)["jobs"]["test"]["steps"][-1] == {"run": "bash .ci/run"}
 
 
 @pytest.mark.parametrize("model", MODELS)

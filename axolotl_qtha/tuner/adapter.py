@@ -45,7 +45,7 @@ class QTHAAdapter(nn.Module):
         """
         super().__init__()
         self.config, self.shape, self.kept = config, shape, Kept()
-        self.seen: Callable[[Tensor], None] | None = None  # is shown z (.., r) of each forward pass, see diagnostics
+        self.seen: Callable[[Tensor], None] | None = None  # is shown z (.., r) of each forward pass: training/diagnostics
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.gains: dict[str, float] = {}
         self.shapes: dict[str, torch.Size] = {}

@@ -1,6 +1,6 @@
 """QTHAConfig: the one object that describes an adapter, with or without Axolotl.
 
-The `qtha:` block of an Axolotl YAML is generated from these fields (see `args.py`), so a key is described once, here.
+The `qtha:` block of an Axolotl YAML is generated from these fields (see `settings/args.py`), so a key is described once, here.
 """
 
 from __future__ import annotations

@@ -198,6 +198,6 @@ def refuse_quantised_merge(layer: QTHALayer) -> None:
     if layer.quantization_backend is not None:
         raise ValueError(
             f"the base is quantised ({layer.quantization_backend.backend_name}): merging would round the adapter to its bits; "
-            "nothing was merged. What works: merge on the full-precision base, as `axolotl merge-lora` does, which loads "
-            "`base_model` with `load_in_4bit: false`; where that is a quantised checkpoint, name the one it was made from."
+            "nothing was merged. What works: the adapter on the full-precision base, loaded without quantisation, and merged "
+            "there; where the base is a quantised checkpoint, on the one it was made from."
         )

@@ -91,7 +91,7 @@ def check(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], folder
         raise IncompleteAdapter(
             f"{str(folder)!r}: {len(faults)} of {len(shapes)} adapter tensors are not fit to be saved: {'; '.join(faults[:3])}. "
             "Nothing was written; what lay there before is as it was. What works: for NaN, an earlier checkpoint with a smaller "
-            "learning_rate or max_grad_norm; for missing or empty tensors, saving on all ranks at once, as Axolotl does."
+            "learning_rate or max_grad_norm; for missing or empty tensors, saving on all ranks at once."
         )
 
 
