@@ -42,7 +42,7 @@ class QTHAPlugin(BasePlugin):
         self._parsed: tuple[DictDefault, AdapterSettings] | None = None
 
     def register(self, cfg: dict[str, Any]) -> None:
-        """Keep what Axolotl's validation drops: whether this is `axolotl inference`; stop at a credential before it is logged."""
+        """Remember whether this is `axolotl inference`, which validation drops; refuse credentials before anything logs them."""
         refuse_secrets(cfg.get("qtha"), "qtha")
         self._inference = bool(cfg.get("inference"))
 
@@ -55,12 +55,12 @@ class QTHAPlugin(BasePlugin):
         return [AdapterCapabilities(name="qtha")]
 
     def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> None:
-        """Load nothing; only `axolotl train` comes here without `preprocess`."""
+        """Load nothing: `axolotl train` alone calls this with preprocess=False, which tells that this is a training."""
         self._training = not preprocess
 
     def pre_model_load(self, cfg: DictDefault) -> None:
         """Complete the base's quantisation, now that its type and dtype are known; before a training choose the checkpoint it
-        continues from, and show what it will need; before merging refuse adapters that cannot be.
+        continues from, and show what it will need; refuse to merge an adapter that is not linear.
         """
         if cfg.adapter != "qtha":
             return

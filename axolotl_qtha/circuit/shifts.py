@@ -1,8 +1,9 @@
 """The circuit with an angle of its own for every gate, and gradients from circuits alone: by shifting angles one by one, or all.
 
-Gradients by parameter shift are exact in expectation, also under noise, since noise does not depend on angles. For an angle x
-that enters with the frequencies w (the gaps between its generator's eigenvalues) f'(x) = sum_k c_k (f(x + s_k) - f(x - s_k)),
-with c chosen so that the rule holds for sin(w x): RY has w = 1, CRZ 1/2 and 1 (Anselmetti et al., arXiv 2104.05695).
+Gradients by parameter shift are exact in expectation, also under noise, since noise does not depend on angles. As a function of
+one angle x, <Z> is a sum of sines with few frequencies w: 1 for an RY, 1/2 and 1 for a CRZ. So with as many shifts s_k as there
+are frequencies f'(x) = sum_k c_k (f(x + s_k) - f(x - s_k)), where c makes the rule hold for each sin(w x) (Anselmetti et al.,
+arXiv 2104.05695).
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Slopes:
     grad: np.ndarray  # gradient with respect to <Z>, (tokens, n)
     z: np.ndarray  # encoded inputs in radians, (tokens, n)
     angles: np.ndarray  # trainable angles in radians, (rows, n)
-    wants: tuple[bool, bool] = (True, True)  # whether those of z and of the angles are needed; another is zero and costs nothing
+    wants: tuple[bool, bool] = (True, True)  # whether those of z and of the angles are needed; others are zero, without circuits
 
     def by_parameter_shift(self, circuits: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return the gradients by parameter shift: (tokens, n) for z and (rows, n) for the angles.
@@ -103,8 +104,8 @@ class Slopes:
         """Return the gradients by simultaneous perturbation (Spall 1992): (tokens, n) for z and (rows, n) for the angles.
 
         All wanted angles of a token's circuit move by +-step at once, each in a random direction, and back: two circuits a draw.
-        In expectation the slope of an angle is the exact one up to a share of the order of step**2, as if <Z> were first averaged
-        over the other angles' steps. Its spread is that of the other angles' slopes, and falls with the square root of the draws.
+        In expectation a slope is off by the order of step**2 of itself. A draw's spread comes from the slopes of the other
+        angles; that of the mean falls with the square root of the draws.
 
         Args:
             draws: directions per token.

@@ -20,11 +20,11 @@ class DeviceOptions(Protocol):
 
 @dataclass(frozen=True)
 class Simulation:
-    """How circuits are run; `torch` is exact. `ibm` holds what IBM Quantum needs but the seed of its draws, the rest is Aer's."""
+    """How circuits are run; `torch` is exact. shots, noise_model, precision and gradient are Aer's; `ibm` has IBM's own."""
 
     backend: Backend = "torch"
     shots: int | None = None  # None: exact expectation values
-    seed: int = 0
+    seed: int = 0  # of Aer's shots, or of which tokens go to IBM's device
     noise_model: str = "none"
     precision: Precision = "double"
     gradient: Gradient = "parameter_shift"

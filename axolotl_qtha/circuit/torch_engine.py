@@ -29,7 +29,7 @@ from .simulation import EXACT, Simulation
 
 CACHE_AMPLITUDES = 2**17  # amplitudes per chunk of tokens: 1 MiB of float32 state, about a core's L2 cache
 
-# No context variable, which only the thread that sets it would see: on a GPU, autograd runs backward in a thread of its own.
+# A global and no context variable: on a GPU, autograd runs backward in a thread of its own, which would not see that.
 _plain = False
 
 
@@ -175,7 +175,7 @@ class StateVector:
             undo = left.transpose(1, 2), right.transpose(1, 2)
             psi, adjoint = _apply_wall(psi, *undo), _apply_wall(adjoint, *undo)
             row, kind = self.program.diagonals[index - 1]
-            # dU/dt = i w U, so dE/dt = -2 sum_s w(s) Im(conj(lambda) psi)
+            # A ring multiplies basis state s by exp(i t w(s)), w being `phases`: dE/dt = -2 sum_s w(s) Im(conj(adjoint) psi)
             imaginary = (adjoint[:, :, 0] * psi[:, :, 1]).sub_(adjoint[:, :, 1] * psi[:, :, 0]).sum(0).flatten()
             grad_angles[row] += -2 * (self.tables.phases[kind] @ imaginary)
             cos, sin = self.diagonal(index - 1)

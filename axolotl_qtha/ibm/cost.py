@@ -1,8 +1,9 @@
 """Prices: what circuits cost on a device, before anything is submitted.
 
-IBM's published formula (`USAGE`): about 2 seconds for each sub-job, and (rep_delay + circuit length) for each execution. It is a
-base line: how IBM splits a job, and what error mitigation adds, is known to IBM alone. Mitigation is counted as the documentation
-of the options describes it. For `mode: session` IBM bills the time it is open, waiting included: this is then a lower bound.
+IBM's published formula (`USAGE`): about 2 seconds for each sub-job, and (rep_delay + circuit length) for each execution. How far
+that is off is not known: how IBM splits a job, and what error mitigation adds, is known to IBM alone. Mitigation is counted as
+the documentation of the options describes it. For `mode: session` IBM bills the time it is open, waiting included: this is then a
+lower bound.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Rate:
     depth: int
     two_qubit_gates: int
     executions: int  # of one circuit
-    learning: int  # executions of a job beside its circuits'
+    learning: int  # further executions of each job, to calibrate the read-out
     seconds: float  # of one execution
     assumed: bool  # the device does not say how long its gates take
     circuits_per_job: int

@@ -38,9 +38,9 @@ class Difference:
 
 
 class Calls:
-    """Where this process' circuits run, and what is to be told of those that ran on the device.
+    """Whether circuits go to the device, and how far it was off in each call, for the log.
 
-    A call that is repeated, as checkpointed layers are, gets the journal's answer again: it says nothing new and counts once.
+    A call that is repeated, as for checkpointing, is answered by the journal and counted once.
     """
 
     MOST = 100_000  # differences kept where nobody takes them
@@ -62,7 +62,7 @@ class Calls:
         return taken
 
 
-CALLS = Calls()  # one for the process, as its journal and its cap are: autograd's threads and the trainer's callback share it
+CALLS = Calls()  # one for the process, like the journal and the cap; autograd's threads and the trainer's callback use it
 
 
 def pool(parts: Sequence[Difference]) -> Difference:
@@ -103,7 +103,7 @@ def runner(ansatz: Ansatz, options: IBMOptions) -> Runner:
         ValueError: naming the key, if the journal is in use, or the device cannot be had.
     """
     if dist.is_initialized() and dist.get_world_size() > 1:
-        works = "one process: `axolotl train ... --launcher python`, and no `deepspeed:` or `fsdp_config:`"
+        works = "one process (`--launcher python`), and no `deepspeed:` or `fsdp_config:`"
         raise refusal(
             "quantum_backend", "ibm", f"has one journal and one cap, {dist.get_world_size()} ranks share neither", works
         )

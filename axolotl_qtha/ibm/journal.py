@@ -91,12 +91,12 @@ class Ledger:
         return [entry for entry in self.entries.values() if entry.state in ENDED and entry.qpu_seconds is None]
 
     def used(self, local: bool, session: str | None = None) -> float:
-        """Return the QPU seconds that were billed: of ended jobs, estimated as long as that is not known, and of sessions.
+        """Return the QPU seconds charged so far: of ended jobs (estimates where IBM has not reported), and of sessions.
 
         Args:
             local: on simulated devices or on real ones.
-            session: the one that is open now, whose jobs are counted instead. Others not known to be closed count with all they
-                might use.
+            session: the one that is open now: it is counted by its jobs, not by its own bill. Other sessions whose bill is not
+                known count with their whole reservation.
         """
         jobs = [entry for entry in self.entries.values() if entry.state in ENDED and entry.local == local]
         seconds = sum(

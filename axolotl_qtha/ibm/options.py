@@ -33,7 +33,7 @@ class IBMOptions(BaseModel):
     instance: SecretStr | None = Field(
         default=None,
         description="The instance (name or CRN) that pays. Default: the one saved with the account, or QISKIT_IBM_INSTANCE. "
-        "Better saved there: Axolotl copies this YAML into the model card.",
+        "Better saved there: Axolotl logs the YAML.",
     )
     shots: int | None = Field(
         default=None, strict=True, ge=1, description="Measurements per circuit. Default: 4096, or from precision."
@@ -49,7 +49,8 @@ class IBMOptions(BaseModel):
         default="none", description="Pulses on idle qubits: `none`, `XX`, `XpXm` or `XY4`."
     )
     twirling: bool = Field(
-        default=False, description="Randomise gates and read-out (Pauli twirling) also where the level does not."
+        default=False,
+        description="Randomise gates and read-out (Pauli twirling) even where resilience_level does not do so by itself.",
     )
     mode: Literal["job", "batch", "session"] = Field(
         default="batch",
@@ -57,7 +58,9 @@ class IBMOptions(BaseModel):
         "included (not on the Open Plan).",
     )
     max_qpu_seconds: float | None = Field(
-        default=None, gt=0, description="QPU seconds that this journal's jobs may use in all. Required but for `fake:`."
+        default=None,
+        gt=0,
+        description="QPU seconds that this journal's jobs may use in all. Required unless `backend` begins with `fake:`.",
     )
     tokens_per_step: int = Field(
         default=8,

@@ -97,7 +97,7 @@ class Runner:
         return self.rate.cost(circuits)
 
     def remaining(self) -> float:
-        """Return the QPU seconds that are left: the cap, less what ended jobs used and what those under way are estimated to."""
+        """Return the QPU seconds that are left: the cap, less what ended jobs used, less the estimates of those under way."""
         cap = self.options.max_qpu_seconds
         if cap is None:
             return math.inf
@@ -144,7 +144,7 @@ class Runner:
                 f"way), and {circuits:,} circuits need about {needed:,.1f} s: {needed - left:,.1f} s too many",
                 f"`max_qpu_seconds: {math.ceil(cap + needed - left)}` for these alone; `axolotl qtha-estimate` counts the run's",
             )
-        # IBM may let each job run up to its reserve, so that is what must not be given away twice.
+        # IBM may let each job run up to its reserve, so the cap is shared out by reserves, not by estimates.
         entries = self.journal.open(self.service.local)
         free = cap - self.used() - sum(entry.reserved for entry in entries)
         if free < needed:

@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 
 from ..settings.public_facts import quantised_as
 from ..settings.training_run import TrainingRun
-from ..tuner.config import QTHAConfig
+from ..tuner.config import AER, QTHAConfig
 from ..tuner.layer import QTHALayer
 from ..tuner.model import select_targets
 from ..tuner.sizes import adapter_shape, ansatz, count_lora_parameters, count_parameters, resolve
@@ -72,7 +72,7 @@ class Plan:
     memory: Memory | None
     memory_unknown: str  # why memory is None
     circuits_per_step: int
-    shift_circuits: int  # further ones for the gradient of each, with the parameter shift
+    shift_circuits: int  # further circuits for the gradient of each, by parameter shift
     qubits: int
     gates: dict[str, int]  # of one circuit
     gpus: list[tuple[str, int]]  # name and bytes
@@ -128,7 +128,7 @@ def make_plan(run: TrainingRun, gpus: list[tuple[str, int]], advise: bool = True
         run: the training.
         gpus: name and bytes of each GPU the run will use.
         advise: whether to work out what to change where it does not fit (several plans more).
-        ranks: processes that share the run, of one GPU each; None for those that run now, else one for each GPU.
+        ranks: processes that share the run, one GPU each; None: the processes that run now, else as many as there are GPUs.
 
     Raises:
         ValueError: if the base cannot be built, or the adapter does not fit it.
@@ -243,7 +243,7 @@ def gate_counts(config: QTHAConfig) -> dict[str, int]:
 
 def _shift_circuits(config: QTHAConfig) -> int:
     simulation = config.simulation
-    if not config.has_circuit or simulation.backend in ("torch", "ibm") or simulation.gradient == "adjoint":
+    if not config.has_circuit or simulation.backend not in AER or simulation.gradient == "adjoint":
         return 0
     from ..circuit.shifts import GateAngles, shift_circuits
 

@@ -41,7 +41,7 @@ class Estimate:
     steps: int | None  # of the run; None: not known
     used: float  # QPU seconds of the journal's jobs, those under way included
     evaluating: Cost  # one batch of `axolotl evaluate`
-    asked: int  # tokens of the inference rows
+    asked: int  # tokens of the rows on reading and writing
     reading: Cost  # that many in one pass
     writing: Cost  # one after the other
 
@@ -90,7 +90,7 @@ def estimate(
         steps: of the run, if known.
         used: QPU seconds of the journal's jobs, those under way included.
         evaluated: tokens of a batch of `axolotl evaluate`.
-        asked: tokens of the inference rows.
+        asked: tokens of the table's rows on reading and writing.
     """
     options = config.ibm
     assert options is not None
@@ -118,12 +118,12 @@ def estimate(
 
 
 def estimate_run(run: TrainingRun, steps: int | None, asked: int) -> Estimate:
-    """Return what a training and its adapter will cost; neither weights are loaded nor anything submitted.
+    """Return what a training and its adapter will cost; this loads no weights and submits nothing.
 
     Args:
         run: the training.
         steps: of it, if not those of its YAML.
-        asked: tokens of the inference rows.
+        asked: tokens of the table's rows on reading and writing.
 
     Raises:
         ValueError: if it does not run on IBM Quantum, the base cannot be built, or the device cannot be had.

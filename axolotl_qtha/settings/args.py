@@ -1,7 +1,7 @@
 """The `qtha:` block of an Axolotl YAML, and the combinations it refuses.
 
-The block's keys are `QTHAConfig`'s fields plus `circuit_lr`, which concerns the optimiser and not the adapter. Axolotl
-drops unknown top-level keys without a word, so everything of ours is nested in one block that forbids them.
+The block's keys are `QTHAConfig`'s fields, and those of `_Block`, which concern the training and not the adapter. Axolotl drops
+unknown top-level keys without a word, so everything of ours is nested in one block that forbids them.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class _Block(BaseModel):
         default=DIAGNOSTICS_STEPS,
         strict=True,
         ge=0,
-        description="Measure what circuit, cores and matrices do at every this many steps, for the trainer's log; 0: never.",
+        description="Measure what circuit, cores and matrices do once in this many steps, for the trainer's log; 0: never.",
     )
 
     @model_validator(mode="before")
@@ -98,7 +98,7 @@ class _Block(BaseModel):
 
     def adapter_settings(self) -> dict[str, Any]:
         """Return the keys that were set, as arguments of `QTHAConfig`."""
-        return self.model_dump(exclude_none=True, exclude={"circuit_lr", "diagnostics_steps"})
+        return self.model_dump(exclude_none=True, exclude=set(_Block.model_fields))
 
 
 def _block_fields() -> dict[str, Any]:
@@ -166,7 +166,7 @@ def _refuse(data: dict[str, Any], block: dict[str, Any]) -> None:
 
 
 def _refuse_reentrant(data: dict[str, Any]) -> None:
-    """Refuse what Axolotl refuses for `adapter: qlora` alone: it is TRL that cannot do it."""
+    """Refuse what Axolotl refuses for `adapter: qlora` alone: the limit is TRL's, so it holds here too."""
     checkpointing = data.get("gradient_checkpointing_kwargs") or {}
     gpus = (data.get("capabilities") or {}).get("n_gpu") or 1
     reentrant = data.get("gradient_checkpointing") and checkpointing.get("use_reentrant")

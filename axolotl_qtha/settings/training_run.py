@@ -61,7 +61,7 @@ class AdapterSettings:
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What a training will do; its base can be built without weights, and another run be made of it with some keys changed."""
+    """What a training will do. `base()` builds its base without weights, `changed()` returns it with other keys in the YAML."""
 
     base_model: str
     dtype: torch.dtype  # the base is loaded in
@@ -79,7 +79,7 @@ class TrainingRun:
     fsdp: dict[str, Any]  # likewise
     max_steps: int | None
     evaluated: int  # tokens of a batch of `axolotl evaluate`
-    cfg: DictDefault  # read here alone
+    cfg: DictDefault  # of this class alone
 
     @classmethod
     def of(cls, cfg: DictDefault, adapter: AdapterSettings | None = None) -> TrainingRun:

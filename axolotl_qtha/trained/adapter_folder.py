@@ -47,7 +47,7 @@ def check_fits(key: str, folder: Path, settings: dict[str, Any], free: Collectio
 
     Args:
         key: the YAML key that names the folder.
-        folder: it; anything that is no folder passes: it may be a name on the Hub, and PEFT says what is wrong with it.
+        folder: it; one that does not exist here is not checked: it may be a name on the Hub, and PEFT says if it is not.
         settings: what the adapter must have, by keys of the `qtha:` block.
         free: keys that may differ all the same, `FREE_WHEN_LOADED` or `FREE_WHEN_RESUMED`.
 

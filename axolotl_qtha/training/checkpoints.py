@@ -53,7 +53,7 @@ def prepare(folder: Path, output_dir: str | Path, deepspeed: Any, fsdp: bool) ->
 
 
 def set_aside_once(output_dir: str | Path) -> None:
-    """Rename incomplete checkpoints, and say so; to be called on every rank, which all see the outcome."""
+    """Rename incomplete checkpoints, and say so; to be called on every rank: they wait until rank 0 has renamed them."""
     for folder, why in set_aside_incomplete(output_dir) if is_main_process() else []:
         LOG.warning(f"{folder} is not complete ({why}): a run was stopped while it was written. It is not used.")
     barrier()
@@ -95,7 +95,7 @@ def fault(folder: Path) -> str | None:
 
 
 def _missing_rank(folder: Path) -> str | None:
-    """Return which rank's file is not there, as far as the others tell."""
+    """Return which rank's file is missing, as far as the numbers of those present tell."""
     generators = {int(path.stem.rsplit("_", 1)[-1]) for path in folder.glob("rng_state_*.pth")}
     states = [int(found[1]) for path in _optimiser_states(folder) if (found := re.search(r"zero_pp_rank_(\d+)_", path.name))]
     ranks = max([*generators, *states], default=0) + 1

@@ -33,11 +33,11 @@ def refuse_merge(config: QTHAConfig, yaml: str | Path, lora_model_dir: str | Non
 
 
 def check_lora_model_dir(folder: str | None, inference: bool, trainer_makes_adapter: str | None) -> None:
-    """Refuse a `lora_model_dir` that is missing, or that nobody would read.
+    """Refuse a `lora_model_dir` that is missing, or that this command ignores.
 
     Args:
         folder: the key's value.
-        inference: whether this is `axolotl inference`, which would show the base under the adapter's name without one.
+        inference: whether this is `axolotl inference`, which without a folder would answer with the bare base.
         trainer_makes_adapter: value of `rl` where the trainer makes an adapter of its own and leaves this one out; else None.
 
     Raises:

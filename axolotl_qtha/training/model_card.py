@@ -1,6 +1,7 @@
 """The model card that is written with an adapter or an export: the README.md of its folder, in Hugging Face's format.
 
-It is composed of settings of `QTHAConfig` that are named here one by one and of `public_facts.Facts`, never of a dump of the YAML.
+It is composed of settings of `QTHAConfig` that are named here one by one and of `public_facts.Facts`, never of a dump of the
+YAML.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from .fold_cache import Fold, Kept
 from .mpo import decompose, fold_columns, fold_rows
 from .sizes import AdapterShape, ansatz
 
-# With core_gain `balanced`, a factor's learning speed relative to its size is this share of that of LoRA's A.
+# With core_gain `balanced`, a step changes a tensor, relative to its size, by this share of what it changes LoRA's A by.
 GAIN_SHARE = 0.3
 
 
@@ -30,8 +30,8 @@ class QTHAAdapter(nn.Module):
     a float64 model), whatever the dtype of x; the products with x and h in x's dtype. The matrices are folded from the cores in
     every forward; in eval mode without gradients, as in `generate()`, they are kept until a tensor changes (`fold_cache.py`).
 
-    They are stored flat, in row-major order: FSDP2 shards the first axis and fills it up to a multiple of the ranks, and that
-    of a first core is 1. `stored` and `effective` give them their shapes.
+    They are stored flat, in row-major order: FSDP2 shards the first axis and pads it to a multiple of the ranks, and the first
+    axis of a first core has size 1. `stored` and `effective` give them their shapes.
     """
 
     def __init__(self, config: QTHAConfig, shape: AdapterShape, seed: int, weight: Tensor | None = None) -> None:
@@ -90,16 +90,20 @@ class QTHAAdapter(nn.Module):
                     core = directions[name][k]
                     core = core * (std / core.square().mean().sqrt().clamp_min(1e-30))
                 last = name == "mpo_b" and k == len(mpo.core_shapes) - 1
-                # The zero core starts at LoRA's B, and so learns at its pace without a gain.
+                # The core that starts at zero starts as LoRA's B does, so it needs no gain.
                 self._add(f"{name}_{k}", torch.zeros_like(core) if last else core, 1.0 if last else self._gain(std, size))
         self._add("w_a", w_a, self._gain(mid**-0.5, shape.in_features))
         self._add("w_b", w_b, self._gain(r**-0.5, shape.out_features))
 
     def _gain(self, std: float, size: int) -> float:
-        """Return what a tensor of this standard deviation is stored divided by; `size` is the layer's on that side.
+        """Return the constant that a tensor is divided by before it is stored.
 
         Adam moves every entry by the learning rate, whatever its size. The entries of LoRA's A are small, of standard
         deviation 1/sqrt(3 size), so A learns fast; the entries of a core are much larger.
+
+        Args:
+            std: standard deviation of the tensor's entries.
+            size: in_features or out_features, whichever is on the tensor's side.
         """
         return max(1.0, GAIN_SHARE * std * math.sqrt(3 * size)) if self.config.core_gain == "balanced" else 1.0
 

@@ -25,10 +25,11 @@ AngleScale = Literal["raw", "learned", "tanh"]
 GateOrder = Literal["2025-06", "2025-05"]
 CoreGain = Literal["balanced", "none"]
 Init = Literal["kaiming", "tt_svd"]
-MAX_SHOTS = 1_000_000  # as Aer itself
-MAX_CORES = 12  # more would split any layer into factors of 2 and 1
+MAX_SHOTS, MAX_CORES = 1_000_000, 12  # as Aer itself; more cores would split any layer into factors of 2 and 1
 # How circuits are run is no part of a trained adapter: it may be loaded and run in another way.
-SIMULATION_KEYS = ("quantum_backend", "shots", "seed_simulator", "noise_model", "precision", "gradient", "ibm")
+AER_KEYS = ("shots", "seed_simulator", "noise_model", "precision", "gradient")
+SIMULATION_KEYS = ("quantum_backend", *AER_KEYS, "ibm")
+AER = ("aer", "aer_gpu")  # values of `quantum_backend` that read AER_KEYS
 CIRCUIT_MODES = ("qtha", "frozen", "qwthn")  # values of `quantum` that run a circuit
 
 
@@ -118,7 +119,7 @@ class QTHAConfig(PeftConfig):
     )
     shots: int | None = _key(None, "Aer: measurements per circuit. Default: exact expectation values.")
     seed_simulator: int | None = _key(
-        None, "Aer: seed of the shots, which are a function of it, the angles and the rank; `ibm`: of the draws. Default: seed."
+        None, "Aer: seed of the shots, which also depend on angles and process; `ibm`: of tokens and SPSA. Default: seed."
     )
     noise_model: str = _key(
         "none",
@@ -129,7 +130,7 @@ class QTHAConfig(PeftConfig):
     gradient: Gradient | None = _key(
         None,
         "Aer: `parameter_shift`, from shifted circuits run in the same way, exact in expectation; or `adjoint`, the exact "
-        "engine's, without noise and shots, at no extra circuits. Default: parameter_shift.",
+        "gradient, as if without noise and shots, at no extra circuits. Default: parameter_shift.",
     )
     ibm: IBMOptions | None = _key(
         None,
@@ -169,12 +170,12 @@ class QTHAConfig(PeftConfig):
     @property
     def simulation(self) -> Simulation:
         """How the circuit is run."""
-        if self.quantum_backend == "torch":
-            return Simulation()
         seed = self.seed if self.seed_simulator is None else self.seed_simulator
         assert seed is not None
-        if self.quantum_backend == "ibm":
-            return Simulation("ibm", seed=seed, ibm=self.ibm)
+        if self.quantum_backend == "torch":
+            return Simulation()
+        if self.quantum_backend not in AER:
+            return Simulation(self.quantum_backend, seed=seed, ibm=self.ibm)
         return Simulation(
             self.quantum_backend,
             self.shots,
@@ -288,7 +289,7 @@ class QTHAConfig(PeftConfig):
         if self.ibm is not None and self.quantum_backend != "ibm":
             why = f"has no effect with `quantum_backend: {self.quantum_backend}`"
             raise refusal("ibm", self.ibm.backend, why, "`quantum_backend: ibm`, or no `ibm:` block")
-        for key in SIMULATION_KEYS[1:-1] if self.quantum_backend in ("torch", "ibm") else ():
+        for key in AER_KEYS if self.quantum_backend not in AER else ():
             if (value := getattr(self, key)) in (None, "none") or (self.quantum_backend == "ibm" and key == "seed_simulator"):
                 continue
             if self.quantum_backend == "torch":

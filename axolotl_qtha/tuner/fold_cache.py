@@ -120,7 +120,7 @@ def _autocast(device_type: str) -> torch.dtype | None:
 
 
 def _sharded(tensors: Tensors, shapes: Shapes) -> bool:
-    """Return whether tensors are, or may come to be, on this rank in part only: writes to them when gathered are not counted."""
+    """Return whether a tensor is, or may become, on this rank in part only: writes to it when gathered raise no `_version`."""
     return any(
         tensor is None or type(tensor) not in ORDINARY or hasattr(tensor, "ds_id") or tensor.numel() != shapes[name].numel()
         for name, tensor in tensors.items()

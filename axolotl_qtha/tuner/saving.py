@@ -1,4 +1,4 @@
-"""Complete adapter folders or none: every save is checked as it lies on the disk before it takes the old one's place."""
+"""Saves that a kill leaves whole: each file is checked as it lies on the disk before it takes the place of the old one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def guard(model: PeftModel) -> None:
 
 
 def _save(model: PeftModel, save_directory: str | Path, *args: Any, is_main_process: bool = True, **kwargs: Any) -> None:
-    """Do as PEFT's `save_pretrained` does, in a folder beside the files, and put these in place once they are complete.
+    """Run PEFT's `save_pretrained` in a scratch folder inside `save_directory`, check what it wrote, then move it into place.
 
     Raises:
         IncompleteAdapter: if a tensor is missing, of another shape, or not finite; nothing is replaced then.

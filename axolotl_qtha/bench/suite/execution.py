@@ -69,7 +69,7 @@ class Execution:
         """Do what has not been done.
 
         Raises:
-            ValueError: if a result is there of other settings, or of another version, and not to be overwritten.
+            ValueError: if there is a result from other settings or from another version, and `overwrite` is not set.
         """
         if overwrite:
             shutil.rmtree(self.folder / "results", ignore_errors=True)
@@ -136,10 +136,10 @@ class Execution:
                 raise ValueError(f"tasks: their data could not be made: {why}")
 
     def _tokenise(self, cells: list[Cell], out: Console) -> None:
-        """Have Axolotl tokenise the data in the order that the first seed gives them.
+        """Have Axolotl tokenise the data once, in the first seed's order, for all runs.
 
-        It keeps them for all runs, whose validation losses, means over batches, then come from the same batches. Data that cannot
-        be read are the runs' to report.
+        Validation losses are means over batches, so all runs must see the same batches. Data that cannot be read make the runs
+        fail, which report it.
         """
         from .cell import tokenise
 
