@@ -1,4 +1,4 @@
-"""What is on the disk when a function returns, whatever happens next: the one place that calls fsync."""
+"""Files and names that are on the disk when a function returns, whatever happens next."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The QTHA method as PEFT has methods (`peft/tuners/...`), with PyTorch and PEFT alone."""
+"""The QTHA method as PEFT has methods (`peft/tuners/...`), without Axolotl."""
