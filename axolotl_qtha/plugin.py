@@ -152,8 +152,9 @@ class QTHAPlugin(BasePlugin):
         if cfg.auto_resume_from_checkpoints and cfg.resume_from_checkpoint is None:
             checkpoints.set_aside_once(cfg.output_dir)
         if chosen := determine_last_checkpoint(cfg):
-            converted = checkpoints.prepare(Path(chosen), cfg.output_dir, cfg.deepspeed, bool(cfg.fsdp_config))
-            cfg.deepspeed = converted or cfg.deepspeed
+            changed = checkpoints.prepare(Path(chosen), cfg.output_dir, cfg.deepspeed, bool(cfg.fsdp_config))
+            if changed is not None:
+                cfg.deepspeed = changed
         if is_main_process():
             from .planner.show import show_before_training
 
