@@ -12,7 +12,6 @@ from axolotl.utils.dict import DictDefault
 from ..tuner.config import QTHAConfig
 from . import quantization
 from .args import QTHABlock
-from .meta_base import meta_base, read_config
 from .parallel import deepspeed_settings
 
 if TYPE_CHECKING:
@@ -133,6 +132,8 @@ class TrainingRun:
         Raises:
             UnknownBase: if it cannot be built from its configuration alone.
         """
+        from .meta_base import meta_base  # starts Axolotl's loaders, which not every command needs
+
         return meta_base(self.cfg)
 
     def changed(self, keys: dict[str, Any]) -> TrainingRun:
@@ -157,4 +158,6 @@ def read_run(path: Path) -> TrainingRun:
     Raises:
         ValueError: if the file is not a configuration with `adapter: qtha`, or the base's configuration cannot be read.
     """
+    from .meta_base import read_config
+
     return TrainingRun.of(read_config(path))
