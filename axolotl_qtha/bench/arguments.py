@@ -17,8 +17,14 @@ COMMON: dict[str, dict[str, Any]] = {
 }
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and the description as it is written."""
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, as they are typed, and the description as it is written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, argparse.SUPPRESS):
+            return action.help
+        several = isinstance(action.default, (list, tuple))
+        return f"{action.help} (default: {' '.join(map(str, action.default)) if several else action.default})"
 
 
 def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:

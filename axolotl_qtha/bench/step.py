@@ -211,7 +211,7 @@ def main() -> None:
     options.add_argument("--bits", type=int, choices=(4, 8, 16), default=4, help="bits of the frozen weights")
     options.add_argument("--batch", type=int, default=2, help="sequences per step")
     options.add_argument("--tokens", type=int, default=2048 if device.type == "cuda" else 512, help="tokens per sequence")
-    options.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="gradient checkpointing; None: both")
+    options.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="gradient checkpointing (default: both)")
     args = options.parse_args()
     base = random_base(SHAPES[args.model], args.bits, device)
     ids = torch.randint(SHAPES[args.model].vocab_size, (args.batch, args.tokens), device=device)
