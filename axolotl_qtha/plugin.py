@@ -67,7 +67,7 @@ class QTHAPlugin(BasePlugin):
         quantization.complete(cfg)
         settings, training, self._training = self._settings(cfg), self._training, False  # DPO may load a second model
         if cfg.merge_lora and not training:  # here rather than after loading the base
-            guards.refuse_merge(settings.config, cfg.axolotl_config_path, cfg.lora_model_dir, cfg.output_dir)
+            guards.refuse_merge(settings.parsed, cfg.axolotl_config_path, cfg.lora_model_dir, cfg.output_dir)
         if training:
             self._before_training(cfg, settings)
 
@@ -104,7 +104,7 @@ class QTHAPlugin(BasePlugin):
         if self._inference and settings.parsed.quantum_backend == "ibm":
             from .training.device_callback import show_inference_cost  # starts Qiskit
 
-            show_inference_cost(settings.config, len(adapted_sizes(peft_model)))
+            show_inference_cost(settings.parsed, len(adapted_sizes(peft_model)))
         return peft_model, peft_model.active_peft_config
 
     def add_callbacks_pre_trainer(self, cfg: DictDefault, model: PreTrainedModel) -> list[TrainerCallback]:
@@ -123,7 +123,7 @@ class QTHAPlugin(BasePlugin):
         if settings.parsed.quantum_backend == "ibm":
             from .training.device_callback import TrainOnDevice
 
-            callbacks.append(TrainOnDevice(trainer, settings.config, TrainingRun.of(cfg, settings).tokens))
+            callbacks.append(TrainOnDevice(trainer, settings.parsed, TrainingRun.of(cfg, settings).tokens))
         return callbacks
 
     def post_trainer_create(self, cfg: DictDefault, trainer: Trainer) -> None:
@@ -148,7 +148,7 @@ class QTHAPlugin(BasePlugin):
         if settings.parsed.quantum_backend == "ibm":
             from .training.device_callback import refuse_untrainable
 
-            refuse_untrainable(settings.config, getattr(cfg.rl, "value", cfg.rl))
+            refuse_untrainable(settings.parsed, getattr(cfg.rl, "value", cfg.rl))
         if cfg.auto_resume_from_checkpoints and cfg.resume_from_checkpoint is None:
             checkpoints.set_aside_once(cfg.output_dir)
         if chosen := determine_last_checkpoint(cfg):

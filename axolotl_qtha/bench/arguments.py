@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         if action.default in (None, False, argparse.SUPPRESS):
             return action.help
         several = isinstance(action.default, (list, tuple))
-        return f"{action.help} (default: {' '.join(map(str, action.default)) if several else action.default})"
+        return f"{action.help} (default: {shlex.join(map(str, action.default)) if several else action.default})"
 
 
 def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:

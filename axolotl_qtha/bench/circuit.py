@@ -35,7 +35,6 @@ from axolotl_qtha.timing import kept_bytes, seconds
 
 QUBITS, LAYERS, TOKENS = (2, 4, 6, 8, 10, 12), (1, 4, 8), (256, 2048, 8192)
 TOLERANCE = 1e-4  # float32, and gradients of size 10
-PEER = "PennyLane backprop"
 OURS = "ours"
 Row = dict[str, Any]
 

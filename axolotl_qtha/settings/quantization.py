@@ -34,12 +34,12 @@ def connect(data: dict[str, Any]) -> None:
     Raises:
         ValueError: if the keys contradict each other, or bitsandbytes is missing or too old.
     """
-    asked = [key for key in LOAD_KEYS if data.get(key)]
-    if not asked:
+    keys = [key for key in LOAD_KEYS if data.get(key)]
+    if not keys:
         return
-    if len(asked) > 1:
+    if len(keys) > 1:
         raise ValueError("load_in_4bit, load_in_8bit: both are true. What works: one of them.")
-    (key,) = asked
+    (key,) = keys
     if data.get("gptq"):
         raise ValueError(
             f"{key}: true does not go with `gptq: true`, which loads a checkpoint as it is. What works: one of them."
@@ -72,7 +72,7 @@ def complete(cfg: Any) -> None:
 
     Axolotl's loader holds the same dictionary, so the change reaches it.
     """
-    if not (key := _asked(cfg)):
+    if not (key := asked(cfg)):
         return
     settings = (cfg.overrides_of_model_kwargs or {}).get("quantization_config") or {}
     four_bit = key == "load_in_4bit"
@@ -91,7 +91,7 @@ def check_base(cfg: Any, model: PreTrainedModel) -> int:
     Raises:
         ValueError: if `load_in_4bit` or `load_in_8bit` was asked for and no layer is of that kind, or the head cannot be.
     """
-    key = _asked(cfg)
+    key = asked(cfg)
     if key is None:
         return sum(is_quantised(module, model) for module in model.modules())
     import bitsandbytes
@@ -124,7 +124,7 @@ def check_targets(cfg: Any, layers: dict[str, nn.Module], model: nn.Module) -> l
     Raises:
         ValueError: if a layer stayed in full precision without being named, or all did.
     """
-    key = _asked(cfg)
+    key = asked(cfg)
     full = [name for name, layer in layers.items() if not is_quantised(layer, model)]
     if key is None or not full:
         return []
@@ -144,7 +144,8 @@ def check_targets(cfg: Any, layers: dict[str, nn.Module], model: nn.Module) -> l
     return full
 
 
-def _asked(cfg: Any) -> str | None:
+def asked(cfg: Any) -> str | None:
+    """Return which of `LOAD_KEYS` a configuration sets, None for neither."""
     return next((key for key in LOAD_KEYS if cfg[key]), None)
 
 

@@ -95,7 +95,7 @@ class TrainingRun:
             base_model=cfg.base_model,
             dtype=cfg.torch_dtype,
             half=bool(cfg.bf16 or cfg.bfloat16 or cfg.fp16 or cfg.float16),
-            quantised_to=next((key for key in quantization.LOAD_KEYS if cfg[key]), None),
+            quantised_to=quantization.asked(cfg),
             adapter_settings=adapter or AdapterSettings.of(cfg),
             micro_batch_size=int(cfg.micro_batch_size),
             accumulation=int(cfg.gradient_accumulation_steps or 1),
