@@ -37,14 +37,15 @@ class Row:
     passed: bool
 
 
-def compare(ansatz: Ansatz, simulation: Simulation, tokens: int, tolerance: float, seed: int) -> Iterator[Row]:
-    """Yield a row for every engine present, on random angles within a turn."""
+def compare(ansatz: Ansatz, simulation: Simulation, tokens: int, tolerance: float, seed: int, blocks: int = 1) -> Iterator[Row]:
+    """Yield a row for every engine present, on random angles within a turn, for so many circuits side by side."""
     random = np.random.default_rng(seed)
-    z = random.uniform(-np.pi, np.pi, (tokens, ansatz.qubits))
-    angles = random.uniform(-np.pi, np.pi, (ansatz.rows, ansatz.qubits))
+    z = random.uniform(-np.pi, np.pi, (tokens, blocks * ansatz.qubits))
+    angles = random.uniform(-np.pi, np.pi, (ansatz.rows, blocks * ansatz.qubits))
     weights = random.normal(size=z.shape)
     exact = Engine(ansatz, REFERENCE, None)
-    values = _statevector(ansatz, z, angles)
+    columns = [slice(first, first + ansatz.qubits) for first in range(0, z.shape[1], ansatz.qubits)]
+    values = np.concatenate([_statevector(ansatz, z[:, part], angles[:, part]) for part in columns], axis=1)
     gradients = exact.gradients(weights, z, angles)
     for name, dtype, device, how, plain in _engines(ansatz.qubits):
         inputs = [torch.tensor(array, dtype=dtype, device=device, requires_grad=True) for array in (z, angles)]
@@ -67,7 +68,7 @@ def _engines(qubits: int) -> Iterator[tuple[str, torch.dtype, str, Simulation, b
     for device in devices:
         for dtype in (torch.float32, torch.float64):
             kind = f"{device}, {str(dtype).removeprefix('torch.')}"
-            if torch_engine.fused(torch.empty(1, qubits, dtype=dtype, device=device)):
+            if torch_engine.fused(torch.empty(1, qubits, dtype=dtype, device=device), qubits):
                 yield f"torch, {kind}, {'compiled' if device == 'cpu' else 'Triton'}", dtype, device, Simulation(), False
             yield f"torch, {kind}, PyTorch", dtype, device, Simulation(), True
     yield "aer, double", torch.float64, "cpu", REFERENCE, False
@@ -81,7 +82,7 @@ def _sampled(ansatz: Ansatz, simulation: Simulation, z: np.ndarray, angles: np.n
     name = f"{simulation.backend}, noise_model {simulation.noise_model}, {simulation.shots or 'no'} shots"
     on_cpu = dataclasses.replace(simulation, backend="aer", shots=None, precision="double")
     exact = Engine(ansatz, on_cpu, None)
-    expected = exact.expectations(exact.gates.points(z, angles))
+    expected = exact.expectations(exact.gates.points(z, angles)).reshape(z.shape)
     asked = expectation_values(torch.tensor(z), torch.tensor(angles), ansatz, simulation).numpy()
     if simulation.shots is None:
         off = float(np.abs(asked - expected).max())
@@ -111,9 +112,10 @@ def _largest(result: Tensor, expected: np.ndarray) -> float:
     return float(np.abs(result.detach().cpu().double().numpy() - expected).max())
 
 
-def table(rows: list[Row], ansatz: Ansatz) -> Table:
+def table(rows: list[Row], ansatz: Ansatz, blocks: int = 1) -> Table:
     """Return the comparison as a table."""
-    table = Table(title=f"{ansatz.qubits} qubits, {ansatz.layers} layers: largest differences from Qiskit")
+    what = f"{ansatz.qubits} qubits, {ansatz.layers} layers" + (f", {blocks} side by side" if blocks > 1 else "")
+    table = Table(title=f"{what}: largest differences from Qiskit")
     for column in ("engine", "values", "gradients", ""):
         table.add_column(column, justify="right" if column in ("values", "gradients") else "left")
     for row in rows:

@@ -97,11 +97,11 @@ class Engine:
         free = psutil.virtual_memory().available if gpu is None else torch.cuda.mem_get_info(gpu)[0]
         if needed > free:
             raise refusal(
-                "rank",
+                "qubits",
                 self.ansatz.qubits,
                 f"needs {needed / 2**30:,.1f} GiB for a {method.replace('_', ' ')} of {width} qubits "
                 f"(`noise_model: {self.simulation.noise_model}`), and {free / 2**30:,.1f} GiB are free",
-                f"a smaller rank, `noise_model: none`, or `shots` below {2**width:,} (one state vector per shot)",
+                f"fewer qubits, `noise_model: none`, or `shots` below {2**width:,} (one state vector per shot)",
             )
 
     def expectations(self, gate_angles: np.ndarray) -> np.ndarray:
@@ -135,7 +135,7 @@ class Engine:
     def gradients(
         self, grad: np.ndarray, z: np.ndarray, angles: np.ndarray, wants: tuple[bool, bool] = (True, True)
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the gradients of sum(grad * <Z>) by parameter shift: (tokens, n) for z and (rows, n) for the angles.
+        """Return the gradients of sum(grad * <Z>) by parameter shift: (tokens, width) for z and (rows, width) for the angles.
 
         `wants` says which of the two are needed; the other is left zero and costs nothing.
         """
@@ -195,7 +195,7 @@ class _Circuits(torch.autograd.Function):
             return torch.empty_like(z)
         run = engine(ansatz, simulation, z.device)
         values = run.expectations(run.gates.points(to_numpy(z), to_numpy(angles)))
-        return torch.from_numpy(values).to(z)
+        return torch.from_numpy(values).to(z).view(z.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -230,7 +230,7 @@ def expectation_values(z: Tensor, angles: Tensor, ansatz: Ansatz, simulation: Si
     """Run the circuit on Aer; for the arguments see `tuner/backends.py`."""
     torch_engine.check_shapes(z, angles, ansatz)
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
-    flat, angles = z.reshape(-1, ansatz.qubits).to(dtype), angles.to(dtype)
+    flat, angles = z.reshape(-1, z.shape[-1]).to(dtype), angles.to(dtype)
     if z.device.type != "meta":
         torch_engine.check_finite(flat, angles)
     result: Tensor = _Circuits.apply(flat, angles, ansatz, simulation)

@@ -42,6 +42,9 @@ class Ansatz:
 
     Angles have shape (rows, qubits), in radians: `rows` is 4 * layers, or 2 * layers for one qubit, which has no
     neighbour to entangle with. In a ring, the angle of column i belongs to the gate controlled by qubit i.
+
+    The engines run several such circuits side by side where angles and inputs have several times `qubits` columns: circuit b has
+    columns b * qubits to (b + 1) * qubits - 1.
     """
 
     qubits: int

@@ -4,6 +4,8 @@
 // encoding walls differ between tokens; by the addition formulas they need cos and sin of z / 2, which are passed in. With a few
 // tokens (`infer`) a call of PyTorch costs more than what it computes: there all is done here, from z to h of `bottleneck.py`.
 //
+// A token may have several such circuits side by side, each with angles of its own on its share of the token's columns.
+//
 // Plain C interface, called through ctypes. Sums over tokens are made per chunk of tokens, in an order that does not depend on the
 // number of threads.
 
@@ -32,24 +34,26 @@ template <> struct Lanes<double> { typedef double type __attribute__((vector_siz
 
 template <typename T> struct Circuit {
     int64_t tokens;
-    int qubits, walls;
-    const T *cos_z, *sin_z;          // (tokens, qubits), of z / 2; or null, and what follows the diagonals is given
+    int circuits, qubits, walls;     // of a token; of each circuit
+    const T *cos_z, *sin_z;          // (tokens, width), of z / 2; or null, and what follows the diagonals is given
     const uint8_t *encodes;          // (walls): whether z is added to the wall's angles
-    const T *cos_wall, *sin_wall;    // (walls, qubits), of half the angle all tokens share
-    const T *cos_diag, *sin_diag;    // (walls - 1, 2**qubits)
-    const T *z = nullptr;            // (tokens, qubits)
-    const T *scale = nullptr;        // (qubits), or null: z is multiplied by it,
+    const T *cos_wall, *sin_wall;    // (walls, width), of half the angle all tokens share
+    const T *cos_diag, *sin_diag;    // (walls - 1, circuits, 2**qubits)
+    const T *z = nullptr;            // (tokens, width)
+    const T *scale = nullptr;        // (width), or null: z is multiplied by it,
     bool bounded = false;            // and enters as pi * tanh(z / pi),
     T half = 0;                      // times this
+
+    int width() const { return circuits * qubits; }
 };
 
 // What `infer` takes but for the tokens: `_Fixed` of native.py.
 template <typename T> struct Fixed {
     const uint8_t *encodes;
     const T *cos_wall, *sin_wall, *cos_diag, *sin_diag, *scale;
-    const T *w_c, *w_q;  // (qubits, qubits)
+    const T *w_c, *w_q;  // (width, width)
     double half;
-    int qubits, walls, bounded, product;
+    int circuits, qubits, walls, bounded, product;
 };
 
 template <typename T> class Block {
@@ -72,15 +76,16 @@ template <typename T> class Block {
 
     static constexpr int lanes() { return kLanes; }
 
-    void load(int64_t first) {
+    void load(int circuit, int64_t first) {
+        circuit_ = circuit;
         first_ = first;
         count_ = c_.tokens - first < kLanes ? int(c_.tokens - first) : kLanes;
         for (int q = 0; q < c_.qubits; ++q) {
             cz_[q] = V{} + T(1);
             sz_[q] = V{};
             for (int l = 0; l < count_; ++l) {
-                const int64_t i = (first + l) * c_.qubits + q;
-                const T angle = c_.z ? half_angle(c_.z[i], q) : 0;
+                const int64_t i = at(l, q);
+                const T angle = c_.z ? half_angle(c_.z[i], column(q)) : 0;
                 cz_[q][l] = c_.z ? std::cos(angle) : c_.cos_z[i];
                 sz_[q][l] = c_.z ? std::sin(angle) : c_.sin_z[i];
             }
@@ -116,11 +121,11 @@ template <typename T> class Block {
                 difference += p[s] - p[s + half];
                 p[s] += p[s + half];
             }
-            for (int l = 0; l < count_; ++l) out[(first_ + l) * c_.qubits + q] = difference[l];
+            for (int l = 0; l < count_; ++l) out[at(l, q)] = difference[l];
         }
     }
 
-    // Adds to sums over tokens: of_walls (walls, qubits) and of_diags (walls - 1, 2**qubits), Im of conj(adjoint) * state.
+    // Adds to sums over tokens: of_walls (walls, width) and of_diags (walls - 1, circuits, 2**qubits), Im of conj(adjoint) * state.
     void backward(const T *grad, T *grad_z, double *of_walls, double *of_diags) {
         observe(grad);
         V of_z[kMaxQubits], of_wall[kMaxQubits], cos[kMaxQubits], sin[kMaxQubits];
@@ -135,18 +140,22 @@ template <typename T> class Block {
                 for (int q = 0; q < c_.qubits; ++q) of_wall[q] = derivative(stride(q));
             for (int q = 0; q < c_.qubits; ++q) {
                 if (c_.encodes[w]) of_z[q] += of_wall[q];
-                of_walls[w * c_.qubits + q] += sum(of_wall[q]);
+                of_walls[w * c_.width() + column(q)] += sum(of_wall[q]);
             }
-            if (w > 0) undo_phase(w - 1, of_diags + (w - 1) * size_);
+            if (w > 0) undo_phase(w - 1, of_diags + diagonal(w - 1));
         }
         for (int q = 0; q < c_.qubits; ++q)
-            for (int l = 0; l < count_; ++l) grad_z[(first_ + l) * c_.qubits + q] = of_z[q][l];
+            for (int l = 0; l < count_; ++l) grad_z[at(l, q)] = of_z[q][l];
     }
 
   private:
-    T half_angle(T z, int q) const {
+    int column(int q) const { return circuit_ * c_.qubits + q; }
+    int64_t at(int lane, int q) const { return (first_ + lane) * c_.width() + column(q); }
+    int64_t diagonal(int d) const { return (int64_t(d) * c_.circuits + circuit_) * size_; }
+
+    T half_angle(T z, int column) const {
         constexpr T pi = T(3.14159265358979323846);
-        if (c_.scale) z *= c_.scale[q];
+        if (c_.scale) z *= c_.scale[column];
         return c_.half * (c_.bounded ? pi * std::tanh(z / pi) : z);
     }
 
@@ -154,7 +163,8 @@ template <typename T> class Block {
 
     void angles(int w, V *cos, V *sin) const {
         for (int q = 0; q < c_.qubits; ++q) {
-            const T c = c_.cos_wall[w * c_.qubits + q], s = c_.sin_wall[w * c_.qubits + q];
+            const int i = w * c_.width() + column(q);
+            const T c = c_.cos_wall[i], s = c_.sin_wall[i];
             cos[q] = c_.encodes[w] ? cz_[q] * c - sz_[q] * s : V{} + c;
             sin[q] = c_.encodes[w] ? sz_[q] * c + cz_[q] * s : V{} + s;
         }
@@ -254,7 +264,7 @@ template <typename T> class Block {
     }
 
     void phase(int d) {
-        const T *cos = c_.cos_diag + d * size_, *sin = c_.sin_diag + d * size_;
+        const T *cos = c_.cos_diag + diagonal(d), *sin = c_.sin_diag + diagonal(d);
         for (int64_t s = 0; s < size_; ++s) {
             const V r = re_[s], i = im_[s];
             re_[s] = r * cos[s] - i * sin[s];
@@ -264,7 +274,7 @@ template <typename T> class Block {
 
     // Adds Im of conj(adjoint) * state, then takes the phases off both.
     void undo_phase(int d, double *of_diag) {
-        const T *cos = c_.cos_diag + d * size_, *sin = c_.sin_diag + d * size_;
+        const T *cos = c_.cos_diag + diagonal(d), *sin = c_.sin_diag + diagonal(d);
         for (int64_t s = 0; s < size_; ++s) {
             const V r = re_[s], i = im_[s], a = lre_[s], b = lim_[s];
             of_diag[s] += sum(a * i - b * r);
@@ -280,7 +290,7 @@ template <typename T> class Block {
         lre_[0] = V{};
         for (int q = c_.qubits - 1, filled = 1; q >= 0; --q, filled *= 2) {
             V g = V{};
-            for (int l = 0; l < count_; ++l) g[l] = grad[(first_ + l) * c_.qubits + q];
+            for (int l = 0; l < count_; ++l) g[l] = grad[at(l, q)];
             for (int s = 0; s < filled; ++s) {
                 lre_[s + filled] = lre_[s] - g;
                 lre_[s] += g;
@@ -313,10 +323,10 @@ template <typename T> class Block {
     V *memory_, *re_, *im_, *lre_, *lim_;
     V cz_[kMaxQubits], sz_[kMaxQubits];
     int64_t first_ = 0;
-    int count_ = 0;
+    int circuit_ = 0, count_ = 0;
 };
 
-// Calls work(block, chunk) for every block of tokens; a chunk's blocks come in order and on one thread.
+// Calls work(block, chunk) for every circuit and block of tokens; a chunk's blocks come in order and on one thread.
 template <typename T, typename Work>
 void each_block(const Circuit<T> &c, int64_t chunk, int threads, bool adjoint, Work work) {
     const int64_t chunks = (c.tokens + chunk - 1) / chunk;
@@ -324,11 +334,12 @@ void each_block(const Circuit<T> &c, int64_t chunk, int threads, bool adjoint, W
     auto run = [&] {
         Block<T> block(c, adjoint);
         for (int64_t k; (k = next++) < chunks;)
-            for (int64_t t = k * chunk; t < c.tokens && t < (k + 1) * chunk; t += Block<T>::lanes()) {
-                block.load(t);
-                block.forward();
-                work(block, k);
-            }
+            for (int circuit = 0; circuit < c.circuits; ++circuit)
+                for (int64_t t = k * chunk; t < c.tokens && t < (k + 1) * chunk; t += Block<T>::lanes()) {
+                    block.load(circuit, t);
+                    block.forward();
+                    work(block, k);
+                }
     };
     threads = int(chunks < threads ? chunks : threads);
 #ifdef _OPENMP
@@ -349,7 +360,7 @@ template <typename T> void forward(const Circuit<T> &c, int64_t chunk, T *out, i
 
 template <typename T>
 void backward(const Circuit<T> &c, int64_t chunk, const T *grad, T *grad_z, double *of_walls, double *of_diags, int threads) {
-    const int64_t wall_size = int64_t(c.walls) * c.qubits, diag_size = int64_t(c.walls - 1) << c.qubits;
+    const int64_t wall_size = int64_t(c.walls) * c.width(), diag_size = int64_t(c.walls - 1) * c.circuits << c.qubits;
     each_block(c, chunk, threads, true, [&](Block<T> &block, int64_t k) {
         block.backward(grad, grad_z, of_walls + k * wall_size, of_diags + k * diag_size);
     });
@@ -357,19 +368,21 @@ void backward(const Circuit<T> &c, int64_t chunk, const T *grad, T *grad_z, doub
 
 // h = W_C z + W_Q q, or the product of the two; returns whether all q are numbers: z infinite or NaN makes its token's q NaN.
 template <typename T> int infer(const Fixed<T> &f, int64_t tokens, const T *z, int64_t chunk, int threads, T *h) {
-    forward<T>({tokens, f.qubits, f.walls, nullptr, nullptr, f.encodes, f.cos_wall, f.sin_wall, f.cos_diag, f.sin_diag, z, f.scale,
-                f.bounded != 0, T(f.half)}, chunk, h, threads);
-    T q[kMaxQubits];
-    for (int64_t t = 0; t < tokens; ++t, z += f.qubits, h += f.qubits) {
-        for (int i = 0; i < f.qubits; ++i) {
+    const Circuit<T> c{tokens, f.circuits, f.qubits, f.walls, nullptr, nullptr, f.encodes, f.cos_wall, f.sin_wall, f.cos_diag,
+                       f.sin_diag, z, f.scale, f.bounded != 0, T(f.half)};
+    forward<T>(c, chunk, h, threads);
+    const int width = c.width();
+    std::vector<T> q(width);
+    for (int64_t t = 0; t < tokens; ++t, z += width, h += width) {
+        for (int i = 0; i < width; ++i) {
             if (std::isnan(h[i])) return 0;
             q[i] = h[i];
         }
-        for (int i = 0; i < f.qubits; ++i) {
+        for (int i = 0; i < width; ++i) {
             T linear = 0, branch = 0;
-            for (int j = 0; j < f.qubits; ++j) {
-                linear += f.w_c[i * f.qubits + j] * z[j];
-                branch += f.w_q[i * f.qubits + j] * q[j];
+            for (int j = 0; j < width; ++j) {
+                linear += f.w_c[i * width + j] * z[j];
+                branch += f.w_q[i * width + j] * q[j];
             }
             h[i] = f.product ? linear * branch : linear + branch;
         }
@@ -379,21 +392,22 @@ template <typename T> int infer(const Fixed<T> &f, int64_t tokens, const T *z, i
 
 }  // namespace
 
-#define QTHA_FUNCTIONS(T, name)                                                                                                 \
-    extern "C" void qtha_forward_##name(int64_t tokens, int qubits, int walls, const T *cos_z, const T *sin_z,                  \
-                                        const uint8_t *encodes, const T *cos_wall, const T *sin_wall, const T *cos_diag,        \
-                                        const T *sin_diag, int64_t chunk, int threads, T *out) {                                \
-        forward<T>({tokens, qubits, walls, cos_z, sin_z, encodes, cos_wall, sin_wall, cos_diag, sin_diag}, chunk, out, threads); \
-    }                                                                                                                           \
-    extern "C" void qtha_backward_##name(int64_t tokens, int qubits, int walls, const T *cos_z, const T *sin_z,                 \
-                                         const uint8_t *encodes, const T *cos_wall, const T *sin_wall, const T *cos_diag,       \
-                                         const T *sin_diag, int64_t chunk, int threads, const T *grad, T *grad_z,               \
-                                         double *of_walls, double *of_diags) {                                                  \
-        backward<T>({tokens, qubits, walls, cos_z, sin_z, encodes, cos_wall, sin_wall, cos_diag, sin_diag}, chunk, grad,        \
-                    grad_z, of_walls, of_diags, threads);                                                                       \
-    }                                                                                                                           \
-    extern "C" int qtha_infer_##name(const Fixed<T> *f, int64_t tokens, const T *z, int64_t chunk, int threads, T *h) {         \
-        return infer<T>(*f, tokens, z, chunk, threads, h);                                                                      \
+#define QTHA_FUNCTIONS(T, name)                                                                                                \
+    extern "C" void qtha_forward_##name(int64_t tokens, int circuits, int qubits, int walls, const T *cos_z, const T *sin_z,   \
+                                        const uint8_t *encodes, const T *cos_wall, const T *sin_wall, const T *cos_diag,       \
+                                        const T *sin_diag, int64_t chunk, int threads, T *out) {                               \
+        forward<T>({tokens, circuits, qubits, walls, cos_z, sin_z, encodes, cos_wall, sin_wall, cos_diag, sin_diag}, chunk,    \
+                   out, threads);                                                                                              \
+    }                                                                                                                          \
+    extern "C" void qtha_backward_##name(int64_t tokens, int circuits, int qubits, int walls, const T *cos_z, const T *sin_z,  \
+                                         const uint8_t *encodes, const T *cos_wall, const T *sin_wall, const T *cos_diag,      \
+                                         const T *sin_diag, int64_t chunk, int threads, const T *grad, T *grad_z,              \
+                                         double *of_walls, double *of_diags) {                                                 \
+        backward<T>({tokens, circuits, qubits, walls, cos_z, sin_z, encodes, cos_wall, sin_wall, cos_diag, sin_diag}, chunk,   \
+                    grad, grad_z, of_walls, of_diags, threads);                                                                \
+    }                                                                                                                          \
+    extern "C" int qtha_infer_##name(const Fixed<T> *f, int64_t tokens, const T *z, int64_t chunk, int threads, T *h) {        \
+        return infer<T>(*f, tokens, z, chunk, threads, h);                                                                     \
     }
 
 QTHA_FUNCTIONS(float, f32)

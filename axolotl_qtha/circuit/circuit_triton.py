@@ -11,14 +11,16 @@ own, and convert.
 
 Backward recomputes the states, then un-computes them and the adjoint states from the end (Jones and Gacon, arXiv 2009.02823).
 
-Arguments of the two kernels, for W walls; real ones have z's dtype, float32 or float64:
+A token may have several circuits side by side, of N columns each: they are the grid's second axis.
 
-    z, grad, result, grad_z   (tokens, N), z in radians
-    turns     (W * N + W * 2**N, 2): cos and sin of half the angles that all tokens share, wall by wall, then of the phases of the
-              diagonal before each wall. Before the first it is the identity: loading it settles the lanes of a state
+Arguments of the two kernels, for W walls and C circuits; real ones have z's dtype, float32 or float64:
+
+    z, grad, result, grad_z   (tokens, C * N), z in radians
+    turns     (C, W * N + W * 2**N, 2): cos and sin of half the angles that all tokens share, wall by wall, then of the phases of
+              the diagonal before each wall. Before the first it is the identity: loading it settles the lanes of a state
     encodes   (W) int32, whether z is added to the wall's angles
     steps     (W - 1) int32, whether each qubit of a diagonal's CRZ ring controls the next one (1) or the one before (-1)
-    sums      (programs, 2 W - 1, N): the gradients of the walls' and the diagonals' angles, summed over a program's tokens
+    sums      (programs, C, 2 W - 1, N): the gradients of the walls' and the diagonals' angles, summed over a program's tokens
     tokens, walls, factor     walls = W; `factor` is how often z is added where it is
     N, COLUMNS, T             qubits, the same rounded up to a power of two, tokens of a program
 """
@@ -76,7 +78,19 @@ def _place(tokens, N: tl.constexpr, COLUMNS: tl.constexpr, T: tl.constexpr):
     """Return where this program's part of z is in memory, and what of it exists, (COLUMNS * T)."""
     i = tl.arange(0, COLUMNS * T)
     column, token = i // T, tl.program_id(0).to(tl.int64) * T + i % T
-    return token * N + column, (token < tokens) & (column < N)
+    return _first(token, N) + column, (token < tokens) & (column < N)
+
+
+@triton.jit
+def _first(token, N: tl.constexpr):
+    """Return where a token's numbers of this program's circuit begin."""
+    return (token * tl.num_programs(1) + tl.program_id(1)) * N
+
+
+@triton.jit
+def _turns(turns, walls, N: tl.constexpr):
+    """Return where this program's circuit has its cos and sin."""
+    return turns + tl.program_id(1) * 2 * walls * (N + 2**N)
 
 
 @triton.jit
@@ -155,6 +169,7 @@ def _ring_gradients(re, im, lre, lim, step, N: tl.constexpr, COLUMNS: tl.constex
 @triton.jit(do_not_specialize=["tokens", "walls"], do_not_specialize_on_alignment=["z"])
 def forward(z, turns, encodes, result, tokens, walls, factor, N: tl.constexpr, COLUMNS: tl.constexpr, T: tl.constexpr):
     """Store <Z_i> of T tokens."""
+    turns = _turns(turns, walls, N)
     at, inside = _place(tokens, N, COLUMNS, T)
     cos_z, sin_z = _encoding(tl.reshape(tl.load(z + at, mask=inside, other=0.0), [COLUMNS, T]), factor, N, COLUMNS)
     re, im = _states((turns, encodes, cos_z, sin_z), walls, N, T)
@@ -171,6 +186,7 @@ def backward(
     z, grad, turns, encodes, steps, grad_z, sums, tokens, walls, factor, N: tl.constexpr, COLUMNS: tl.constexpr, T: tl.constexpr
 ):
     """Store the gradients of sum(grad * <Z>) of T tokens: for z, and the sums over the tokens for the angles."""
+    turns = _turns(turns, walls, N)
     at, inside = _place(tokens, N, COLUMNS, T)
     cos_z, sin_z = _encoding(tl.reshape(tl.load(z + at, mask=inside, other=0.0), [COLUMNS, T]), factor, N, COLUMNS)
     circuit = (turns, encodes, cos_z, sin_z)
@@ -179,12 +195,12 @@ def backward(
     token = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
     weights = tl.zeros_like(re)
     for q in tl.static_range(N):  # zero where there is no token, and so is all that follows from it
-        weight = tl.load(grad + token * N + q, mask=token < tokens, other=0.0)
+        weight = tl.load(grad + _first(token, N) + q, mask=token < tokens, other=0.0)
         weights += _signed(tl.reshape(weight, [1] * N + [T]), q, N)
     lre, lim = weights * re, weights * im  # the adjoint states: sum_q grad_q Z_q |state>
 
     of_z = tl.zeros([COLUMNS, T], re.dtype)
-    sums += tl.program_id(0).to(tl.int64) * (2 * walls - 1) * N + tl.arange(0, COLUMNS)
+    sums += _first(tl.program_id(0).to(tl.int64), N) * (2 * walls - 1) + tl.arange(0, COLUMNS)
     used = tl.arange(0, COLUMNS) < N
     for w in range(walls - 1, 0, -1):
         re, im, lre, lim, of_wall = _undo_wall(re, im, lre, lim, circuit, w, N, COLUMNS, True)

@@ -84,19 +84,24 @@ def _processor() -> str:
 
 
 class Tables:
-    """What the library takes but for the tokens: computed once for angles (rows, n)."""
+    """What the library takes but for the tokens: computed once for angles (rows, width), those of circuits side by side."""
 
     def __init__(self, angles: Tensor, ansatz: Ansatz) -> None:
         self.program: Program = program(ansatz)
         self.phases = constants(ansatz, angles.device, angles.dtype).phases
         self.factor = max(wall.encodes for wall in self.program.walls)  # with one qubit, the number of layers
         half_wall = torch.stack([angles[list(wall.rows)].sum(0) / 2 for wall in self.program.walls])
-        rings = [angles[row] @ self.phases[kind] for row, kind in self.program.diagonals]
-        phase = torch.stack(rings) if rings else angles.new_zeros(0, 2**ansatz.qubits)
+        rings = [angles[row].view(-1, ansatz.qubits) @ self.phases[kind] for row, kind in self.program.diagonals]
+        phase = torch.stack(rings) if rings else angles.new_zeros(0, 2**ansatz.qubits)  # (walls - 1, circuits, 2**n)
         encodes = torch.tensor([wall.encodes > 0 for wall in self.program.walls])
         self.tensors = [encodes, half_wall.cos(), half_wall.sin(), phase.cos(), phase.sin()]
         self.pointers = [tensor.data_ptr() for tensor in self.tensors]
-        self.qubits, self.walls = ansatz.qubits, len(self.program.walls)
+        self.qubits, self.walls, self.width = ansatz.qubits, len(self.program.walls), angles.shape[1]
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """The library's `circuits`, `qubits` and `walls`."""
+        return self.width // self.qubits, self.qubits, self.walls
 
 
 @lru_cache(maxsize=8)
@@ -108,7 +113,7 @@ def _function(name: str, dtype: torch.dtype) -> Any:
     function.argtypes = (
         [pointer, many, pointer, many, few, pointer]
         if name == "infer"
-        else [many, few, few, *7 * [pointer], many, few, *shared[name] * [pointer]]
+        else [many, few, few, few, *7 * [pointer], many, few, *shared[name] * [pointer]]
     )
     function.restype = few if name == "infer" else None
     return function
@@ -124,13 +129,13 @@ def _call(name: str, z: Tensor, tables: Tables, *further: Tensor) -> None:
     half_z = z * (tables.factor / 2)
     cos, sin = half_z.cos(), half_z.sin()
     _function(name, z.dtype)(
-        *(z.shape[0], tables.qubits, tables.walls, cos.data_ptr(), sin.data_ptr(), *tables.pointers),
+        *(z.shape[0], *tables.sizes, cos.data_ptr(), sin.data_ptr(), *tables.pointers),
         *(_chunk(z.shape[0]), torch.get_num_threads(), *[tensor.data_ptr() for tensor in further]),
     )
 
 
 def forward(z: Tensor, angles: Tensor, ansatz: Ansatz) -> Tensor:
-    """Return <Z_i>, (tokens, n), of contiguous z (tokens, n) and angles (rows, n) in radians, float32 or float64."""
+    """Return <Z_i>, (tokens, width), of contiguous z (tokens, width), angles (rows, width) in radians, float32 or float64."""
     return run(z, Tables(angles, ansatz))
 
 
@@ -147,7 +152,7 @@ class _Fixed(ctypes.Structure):
     _fields_ = (
         *[(name, ctypes.c_void_p) for name in ("encodes", "cos_wall", "sin_wall", "cos_diag", "sin_diag", "scale", "w_c", "w_q")],
         ("half", ctypes.c_double),
-        *[(name, ctypes.c_int) for name in ("qubits", "walls", "bounded", "product")],
+        *[(name, ctypes.c_int) for name in ("circuits", "qubits", "walls", "bounded", "product")],
     )
 
 
@@ -155,18 +160,18 @@ class Few:
     """From z to h for a few tokens, in one call of the library; see `bottleneck.py`."""
 
     def __init__(self, tables: Tables, w_c: Tensor, w_q: Tensor, scale: Tensor | None, bounded: bool, product: bool) -> None:
-        self.numbers = FEW * tables.qubits  # of z, at most
+        self.numbers = FEW * tables.width  # of z, at most
         matrices = [None if tensor is None else tensor.detach().contiguous() for tensor in (scale, w_c, w_q)]
         self.alive = tables, matrices  # the library gets their addresses
         pointers = [*tables.pointers, *[0 if tensor is None else tensor.data_ptr() for tensor in matrices]]
-        self.fixed = _Fixed(*pointers, tables.factor / 2, tables.qubits, tables.walls, bounded, product)
-        self.address, self.qubits, self.function = ctypes.addressof(self.fixed), tables.qubits, _function("infer", w_c.dtype)
+        self.fixed = _Fixed(*pointers, tables.factor / 2, *tables.sizes, bounded, product)
+        self.address, self.width, self.function = ctypes.addressof(self.fixed), tables.width, _function("infer", w_c.dtype)
 
     def __call__(self, z: Tensor) -> Tensor | None:
-        """Return h (.., n) for z (.., n) of the tables' dtype; None if an encoding angle is NaN or infinite."""
+        """Return h (.., width) for z (.., width) of the tables' dtype; None if an encoding angle is NaN or infinite."""
         z = z.contiguous()
         h = torch.empty_like(z)
-        tokens, threads = z.numel() // self.qubits, torch.get_num_threads()
+        tokens, threads = z.numel() // self.width, torch.get_num_threads()
         return h if self.function(self.address, tokens, z.data_ptr(), 2 * LANES, threads, h.data_ptr()) else None
 
 
@@ -175,12 +180,12 @@ def backward(grad: Tensor, z: Tensor, angles: Tensor, ansatz: Ansatz) -> tuple[T
     tables = Tables(angles, ansatz)
     chunks = -(-z.shape[0] // _chunk(z.shape[0]))
     grad_z, grad_angles = torch.empty_like(z), torch.zeros_like(angles)
-    of_walls = torch.zeros(chunks, tables.walls, ansatz.qubits, dtype=torch.float64)
-    of_rings = torch.zeros(chunks, tables.walls - 1, 2**ansatz.qubits, dtype=torch.float64)
+    of_walls = torch.zeros(chunks, tables.walls, tables.width, dtype=torch.float64)
+    of_rings = torch.zeros(chunks, tables.walls - 1, tables.width // ansatz.qubits, 2**ansatz.qubits, dtype=torch.float64)
     _call("backward", z, tables, grad, grad_z, of_walls, of_rings)
     for wall, total in zip(tables.program.walls, of_walls.sum(0).to(z.dtype), strict=True):
         grad_angles[list(wall.rows)] += total
     # dU/dt = i w U, so dE/dt = -2 sum_s w(s) Im(conj(adjoint) state)
     for (row, kind), total in zip(tables.program.diagonals, of_rings.sum(0).to(z.dtype), strict=True):
-        grad_angles[row] += -2 * (tables.phases[kind] @ total)
+        grad_angles[row] += -2 * (total @ tables.phases[kind].T).flatten()
     return tables.factor * grad_z, grad_angles

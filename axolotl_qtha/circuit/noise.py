@@ -74,8 +74,8 @@ def device(noise_model: str, qubits: int, key: str = "noise_model", choices: str
         raise refusal(
             key,
             noise_model,
-            f"has {backend.num_qubits} qubits, the circuit {qubits} (one per rank)",
-            f"`rank: {backend.num_qubits}`, or a larger device such as `{FAKE}torino`",
+            f"has {backend.num_qubits} qubits, the circuit {qubits}",
+            f"`qubits:` a divisor of the rank up to {backend.num_qubits}, or a larger device such as `{FAKE}torino`",
         )
     return backend
 

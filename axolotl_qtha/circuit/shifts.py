@@ -44,24 +44,35 @@ class GateAngles:
         self.from_z, self.source = np.array(from_z), np.array(source)
 
     def points(self, z: np.ndarray, angles: np.ndarray) -> np.ndarray:
-        """Return the angle of every gate, (tokens, gates), from z (tokens, n) and angles (rows, n) in radians."""
-        flat = angles.reshape(-1)
-        result = np.empty((len(z), len(self.kinds)))
-        result[:, self.from_z] = z[:, self.source[self.from_z]]
-        result[:, ~self.from_z] = flat[self.source[~self.from_z]]
-        return result
+        """Return the angle of every gate, (tokens * B, gates), from z (tokens, B n) and angles (rows, B n) in radians.
+
+        B circuits side by side are B circuits one after the other, token by token.
+        """
+        z, own = self.side_by_side(z), self.side_by_side(angles).swapaxes(0, 1)  # (tokens, B, n) and (B, rows, n)
+        result = np.empty((*z.shape[:2], len(self.kinds)))
+        result[:, :, self.from_z] = z[:, :, self.source[self.from_z]]
+        result[:, :, ~self.from_z] = own.reshape(len(own), -1)[:, self.source[~self.from_z]]
+        return result.reshape(-1, len(self.kinds))
+
+    def side_by_side(self, columns: np.ndarray) -> np.ndarray:
+        """Return an array (any, B n) as (any, B, n)."""
+        n = self.circuit.num_qubits
+        return columns.reshape(len(columns), columns.shape[1] // n, n)
 
     def wanted(self, wants: tuple[bool, bool]) -> np.ndarray:
         """Return for each gate whether its slope is wanted: those of z, those of the angles."""
         return np.where(self.from_z, wants[0], wants[1])
 
     def collect(self, slopes: np.ndarray, grad_z: np.ndarray, grad_angles: np.ndarray) -> None:
-        """Add the slopes of each gate's angle, (tokens, gates), to the gradients (tokens, n) and, flattened, (rows * n)."""
+        """Add the slopes of each gate's angle, (tokens * B, gates), to the gradients (tokens, B n) and (rows, B n)."""
+        n = self.circuit.num_qubits
+        by_z, by_angles = self.side_by_side(grad_z), self.side_by_side(grad_angles)  # views
+        slopes = slopes.reshape(*by_z.shape[:2], -1)
         for k, source in enumerate(self.source):
             if self.from_z[k]:
-                grad_z[:, source] += slopes[:, k]
+                by_z[:, :, source] += slopes[:, :, k]
             else:
-                grad_angles[source] += slopes[:, k].sum()
+                by_angles[source // n, :, source % n] += slopes[:, :, k].sum(0)
 
 
 @dataclass(frozen=True)
@@ -70,64 +81,66 @@ class Slopes:
 
     gates: GateAngles
     expectations: Expectations  # what runs the circuit
-    grad: np.ndarray  # gradient with respect to <Z>, (tokens, n)
-    z: np.ndarray  # encoded inputs in radians, (tokens, n)
-    angles: np.ndarray  # trainable angles in radians, (rows, n)
+    grad: np.ndarray  # gradient with respect to <Z>, (tokens, B n) for B circuits side by side
+    z: np.ndarray  # encoded inputs in radians, (tokens, B n)
+    angles: np.ndarray  # trainable angles in radians, (rows, B n)
     wants: tuple[bool, bool] = (True, True)  # whether those of z and of the angles are needed; others are zero, without circuits
 
     def by_parameter_shift(self, circuits: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return the gradients by parameter shift: (tokens, n) for z and (rows, n) for the angles.
+        """Return the gradients by parameter shift: (tokens, B n) for z and (rows, B n) for the angles.
 
         Args:
             circuits: how many to ask for at a time, at least those of one token; None for all at once.
         """
         gates, z, kinds = self.gates, self.z, len(self.gates.kinds)
-        grad_z, flat = np.zeros(z.shape), np.zeros(self.angles.size)
+        grad_z, grad_angles = np.zeros(z.shape), np.zeros(self.angles.shape)
         wanted = np.flatnonzero(gates.wanted(self.wants))
         rows = [(k, c, s) for k in wanted for c, s in zip(RULES[gates.kinds[k]], SHIFTS, strict=False)]
         shifts = np.zeros((2 * len(rows), kinds))
         for i, (k, _, shift) in enumerate(rows):
             shifts[2 * i, k], shifts[2 * i + 1, k] = shift, -shift
-        tokens = len(z) if circuits is None else max(1, circuits // max(1, len(shifts)))
+        each = max(1, len(shifts)) * gates.side_by_side(z).shape[1]
+        tokens = len(z) if circuits is None else max(1, circuits // each)
         for start in range(0, len(z) if rows else 0, tokens):
             part = slice(start, start + tokens)
             points = gates.points(z[part], self.angles)
             shifted = (points[:, None] + shifts).reshape(-1, kinds)
-            costs = np.einsum("tsn,tn->ts", self.expectations(shifted).reshape(len(points), -1, z.shape[1]), self.grad[part])
+            values = self.expectations(shifted).reshape(len(points), len(shifts), -1)
+            costs = np.einsum("tsn,tn->ts", values, self.grad[part].reshape(len(points), -1))
             slopes = np.zeros(points.shape)
             for i, (k, coefficient, _) in enumerate(rows):
                 slopes[:, k] += coefficient * (costs[:, 2 * i] - costs[:, 2 * i + 1])
-            gates.collect(slopes, grad_z[part], flat)
-        return grad_z, flat.reshape(self.angles.shape)
+            gates.collect(slopes, grad_z[part], grad_angles)
+        return grad_z, grad_angles
 
     def by_spsa(self, draws: int, seed: int, step: float = SPSA_STEP) -> tuple[np.ndarray, np.ndarray]:
-        """Return the gradients by simultaneous perturbation (Spall 1992): (tokens, n) for z and (rows, n) for the angles.
+        """Return the gradients by simultaneous perturbation (Spall 1992): (tokens, B n) for z and (rows, B n) for the angles.
 
-        All wanted angles of a token's circuit move by +-step at once, each in a random direction, and back: two circuits a draw.
+        All wanted angles of a circuit move by +-step at once, each in a random direction, and back: two circuits a draw.
         In expectation a slope is off by the order of step**2 of itself. A draw's spread comes from the slopes of the other
         angles; that of the mean falls with the square root of the draws.
 
         Args:
-            draws: directions per token.
+            draws: directions per circuit.
             seed: of the directions, which are a function of it and the angles: a run that is repeated asks for the same circuits.
             step: how far the angles move, in radians.
         """
         gates, z, kinds = self.gates, self.z, len(self.gates.kinds)
+        grad_z, grad_angles = np.zeros(z.shape), np.zeros(self.angles.shape)
         points = gates.points(z, self.angles)
         key = hashlib.blake2b(points.tobytes(), digest_size=8, key=seed.to_bytes(8, "big")).digest()
         random = np.random.default_rng(int.from_bytes(key, "big"))
-        signs = random.choice([-1.0, 1.0], (len(z), draws, kinds)) * gates.wanted(self.wants)
-        moved = points[:, None, None] + step * np.stack([signs, -signs], axis=2)  # (tokens, draws, 2, gates)
-        values = self.expectations(moved.reshape(-1, kinds)).reshape(len(z), draws, 2, z.shape[1])
-        costs = np.einsum("tdsn,tn->tds", values, self.grad)
+        signs = random.choice([-1.0, 1.0], (len(points), draws, kinds)) * gates.wanted(self.wants)
+        moved = points[:, None, None] + step * np.stack([signs, -signs], axis=2)  # (circuits, draws, 2, gates)
+        values = self.expectations(moved.reshape(-1, kinds)).reshape(len(points), draws, 2, -1)
+        costs = np.einsum("tdsn,tn->tds", values, self.grad.reshape(len(points), -1))
         slopes = np.einsum("td,tdg->tg", (costs[:, :, 0] - costs[:, :, 1]) / (2 * step * draws), signs)
-        grad_z, flat = np.zeros(z.shape), np.zeros(self.angles.size)
-        gates.collect(slopes, grad_z, flat)
-        return grad_z, flat.reshape(self.angles.shape)
+        gates.collect(slopes, grad_z, grad_angles)
+        return grad_z, grad_angles
 
 
 def shift_circuits(gates: GateAngles, wants: tuple[bool, bool] = (True, True)) -> int:
-    """Return how many circuits the parameter shift of one token takes: 2 for each RY whose slope is wanted, 4 for each CRZ.
+    """Return how many circuits the parameter shift of one circuit takes: 2 for each RY whose slope is wanted, 4 for each CRZ.
 
     >>> gates = GateAngles(Ansatz(qubits=2, layers=1))
     >>> shift_circuits(gates), shift_circuits(gates, wants=(True, False))

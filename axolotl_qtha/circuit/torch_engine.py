@@ -1,5 +1,7 @@
 """Exact state-vector engine, batched over tokens, with an adjoint backward.
 
+A token may have several circuits side by side, each on its own n of the width of z and with its own n of the angles' columns.
+
 On a CPU it is compiled (`native.py`), on an NVIDIA GPU fused up to 8 qubits (`triton_kernel.py`), and else in PyTorch.
 
 A circuit is a row of walls (an RY on every qubit) with diagonals (a ring of CRZ) between them, see `program.py`. In PyTorch a
@@ -45,25 +47,25 @@ def expectation_values(z: Tensor, angles: Tensor, ansatz: Ansatz, simulation: Si
     """Return <Z_i> exactly, float64 in float64 and anything else in float32; for the arguments see `tuner/backends.py`."""
     check_shapes(z, angles, ansatz)
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
-    flat = z.reshape(-1, ansatz.qubits).to(dtype)
+    flat = z.reshape(-1, z.shape[-1]).to(dtype)
     result: Tensor = _Circuit.apply(flat, angles.to(dtype), ansatz.qubits, ansatz.layers, ansatz.gate_order)
     return result.reshape(z.shape)
 
 
 def gradients(grad: Tensor, z: Tensor, angles: Tensor, ansatz: Ansatz) -> tuple[Tensor, Tensor]:
-    """Return the exact gradients of sum(grad * <Z>): (tokens, n) for z (tokens, n) and (rows, n) for the angles."""
+    """Return the exact gradients of sum(grad * <Z>): (tokens, width) for z (tokens, width) and (rows, width) for the angles."""
     circuit = (ansatz.qubits, ansatz.layers, ansatz.gate_order)
     grad_z, grad_angles = _circuit_backward(grad.contiguous(), z.contiguous(), angles.contiguous(), *circuit)
     return grad_z, grad_angles
 
 
-def fused(z: Tensor) -> Any:
-    """Return the module whose `forward` and `backward` run the circuit on z (tokens, n) in one go; None: PyTorch does."""
+def fused(z: Tensor, qubits: int) -> Any:
+    """Return the module whose `forward` and `backward` run circuits of n qubits on z's device in one go; None: PyTorch does."""
     if _plain:
         return None
     if native.runs(z):
         return native
-    return triton_kernel if triton_kernel.runs(z, z.shape[1]) else None
+    return triton_kernel if triton_kernel.runs(z, qubits) else None
 
 
 @contextmanager
@@ -95,16 +97,17 @@ def exactly(device_type: str) -> Iterator[None]:
 
 
 def check_shapes(z: Tensor, angles: Tensor, ansatz: Ansatz) -> None:
-    """Refuse shapes that do not fit the ansatz."""
-    if z.shape[-1] != ansatz.qubits or tuple(angles.shape) != (ansatz.rows, ansatz.qubits):
+    """Refuse shapes that do not fit one circuit of the ansatz, or several side by side."""
+    width = z.shape[-1]
+    if not width or width % ansatz.qubits or tuple(angles.shape) != (ansatz.rows, width):
         raise ValueError(
             f"z of shape {tuple(z.shape)} and angles of shape {tuple(angles.shape)} do not fit {ansatz}: "
-            f"expected (..., {ansatz.qubits}) and ({ansatz.rows}, {ansatz.qubits})."
+            f"expected (..., n) and ({ansatz.rows}, n), n being {ansatz.qubits} or a multiple of it."
         )
 
 
 def check_finite(z: Tensor, angles: Tensor) -> None:
-    """Refuse angles that are NaN or infinite; `z` is (tokens, n)."""
+    """Refuse angles that are NaN or infinite; `z` is (tokens, width)."""
     if math.isfinite((z.sum() + angles.sum()).item()):
         return
     for what, values in (("trained angle", angles), ("encoded input", z)):
@@ -224,6 +227,13 @@ def chunk_tokens(qubits: int) -> int:
     return max(1, CACHE_AMPLITUDES >> qubits)
 
 
+def _parts(z: Tensor, qubits: int) -> Iterator[tuple[slice, slice]]:
+    """Yield the tokens and the columns of z (tokens, width) that are simulated at one time: a circuit on a chunk of tokens."""
+    for column in range(0, z.shape[1], qubits):
+        for start in range(0, z.shape[0], chunk_tokens(qubits)):
+            yield slice(start, start + chunk_tokens(qubits)), slice(column, column + qubits)
+
+
 # The two kernels are custom operators, so that torch.compile takes them as they are instead of tracing the loops.
 @torch.library.custom_op("axolotl_qtha::circuit", mutates_args=())
 def _circuit_forward(z: Tensor, angles: Tensor, qubits: int, layers: int, gate_order: str) -> Tensor:
@@ -232,12 +242,11 @@ def _circuit_forward(z: Tensor, angles: Tensor, qubits: int, layers: int, gate_o
     if z.device.type == "cpu":  # on a GPU the answer would have to be waited for
         check_finite(z, angles)
     with exactly(z.device.type):
-        if (kernel := fused(z)) is not None:
+        if (kernel := fused(z, qubits)) is not None:
             return kernel.forward(z, angles, ansatz)
-        for start in range(0, z.shape[0], chunk_tokens(qubits)):
-            tokens = slice(start, start + chunk_tokens(qubits))
-            run = StateVector(z[tokens], angles, ansatz)
-            result[tokens] = run.expectations(run.forward())
+        for tokens, columns in _parts(z, qubits):
+            run = StateVector(z[tokens, columns], angles[:, columns], ansatz)
+            result[tokens, columns] = run.expectations(run.forward())
     return result
 
 
@@ -248,13 +257,12 @@ def _circuit_backward(
     ansatz = Ansatz(qubits, layers, gate_order)
     grad_z, grad_angles = torch.empty_like(z), torch.zeros_like(angles)
     with exactly(z.device.type):
-        if (kernel := fused(z)) is not None:
+        if (kernel := fused(z, qubits)) is not None:
             return kernel.backward(grad, z, angles, ansatz)
-        for start in range(0, z.shape[0], chunk_tokens(qubits)):
-            tokens = slice(start, start + chunk_tokens(qubits))
-            run = StateVector(z[tokens], angles, ansatz)
-            grad_z[tokens], chunk_angles = run.gradients(run.forward(), grad[tokens])
-            grad_angles += chunk_angles
+        for tokens, columns in _parts(z, qubits):
+            run = StateVector(z[tokens, columns], angles[:, columns], ansatz)
+            grad_z[tokens, columns], of_angles = run.gradients(run.forward(), grad[tokens, columns])
+            grad_angles[:, columns] += of_angles
     return grad_z, grad_angles
 
 

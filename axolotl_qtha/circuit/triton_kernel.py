@@ -96,7 +96,7 @@ def _constants(ansatz: Ansatz, device: torch.device, dtype: torch.dtype) -> _Con
 
 
 class Tables:
-    """What the kernels take but for the tokens: computed once for angles (rows, n)."""
+    """What the kernels take but for the tokens: computed once for angles (rows, width), those of circuits side by side."""
 
     def __init__(self, angles: Tensor, ansatz: Ansatz) -> None:
         folded: Program = program(ansatz)
@@ -104,25 +104,29 @@ class Tables:
         self.factor = float(max(wall.encodes for wall in folded.walls))  # with one qubit, the number of layers
         self.constants = _constants(ansatz, angles.device, angles.dtype)
         # Products and sums, no matmul: the user may allow TF32, which rounds an angle of one radian by 5e-4.
-        shared = (self.constants.select * angles).sum(1)
-        phase = (self.constants.phases * shared[self.walls :, :, None]).sum(1)
-        turn = torch.cat([shared[: self.walls].flatten() / 2, self.constants.identity, phase.flatten()])
-        self.turns = torch.stack([turn.cos(), turn.sin()], dim=1)
+        summed = (self.constants.select * angles).sum(1)
+        shared = summed.unflatten(1, (-1, ansatz.qubits)).transpose(0, 1)  # (circuits, 2 W - 1, n)
+        self.circuits = shared.shape[0]
+        phase = (self.constants.phases * shared[:, self.walls :, :, None]).sum(2)
+        identity = self.constants.identity.expand(self.circuits, -1)
+        turn = torch.cat([shared[:, : self.walls].flatten(1) / 2, identity, phase.flatten(1)], dim=1)
+        self.turns = torch.stack([turn.cos(), turn.sin()], dim=2)
         sizes, options = settings(ansatz.qubits, angles.dtype)
         self.block = sizes["T"]
         self.options = sizes | options
 
-    def programs(self, tokens: int) -> int:
-        """Return how many programs of the grid the tokens take."""
-        return -(-tokens // self.block)
+    def grid(self, tokens: int) -> tuple[int, int]:
+        """Return the grid's programs: blocks of tokens, and circuits."""
+        return -(-tokens // self.block), self.circuits
 
     def angle_gradients(self, sums: Tensor) -> Tensor:
-        """Return the gradients of the angles, (rows, n), from those of walls and diagonals, (programs, 2 W - 1, n)."""
-        return (self.constants.select * sums.sum(0)[:, None]).sum(0)
+        """Return the gradients of the angles, (rows, width), from those of walls and diagonals, (*grid, 2 W - 1, n)."""
+        total = sums.sum(0).transpose(0, 1).flatten(1)
+        return (self.constants.select * total[:, None]).sum(0)
 
 
 def forward(z: Tensor, angles: Tensor, ansatz: Ansatz) -> Tensor:
-    """Return <Z_i>, (tokens, n), of contiguous z (tokens, n) and angles (rows, n) in radians, float32 or float64."""
+    """Return <Z_i>, (tokens, width), of contiguous z (tokens, width), angles (rows, width) in radians, float32 or float64."""
     return run(z, Tables(angles, ansatz))
 
 
@@ -134,7 +138,7 @@ def run(z: Tensor, tables: Tables) -> Tensor:
     if z.shape[0] == 0:
         return result
     with torch.cuda.device_of(z):
-        circuit_triton.forward[(tables.programs(z.shape[0]),)](
+        circuit_triton.forward[tables.grid(z.shape[0])](
             *(z, tables.turns, tables.constants.encodes, result, z.shape[0], tables.walls, tables.factor), **tables.options
         )
     return result
@@ -148,11 +152,11 @@ def backward(grad: Tensor, z: Tensor, angles: Tensor, ansatz: Ansatz) -> tuple[T
     if z.shape[0] == 0:
         return grad_z, torch.zeros_like(angles)
     tables = Tables(angles, ansatz)
-    constants, programs = tables.constants, tables.programs(z.shape[0])
+    constants, grid = tables.constants, tables.grid(z.shape[0])
     # each program has its own place: no atomics, so that the sums do not depend on which comes first
-    sums = z.new_empty(programs, 2 * tables.walls - 1, ansatz.qubits)
+    sums = z.new_empty(*grid, 2 * tables.walls - 1, ansatz.qubits)
     with torch.cuda.device_of(z):
-        circuit_triton.backward[(programs,)](
+        circuit_triton.backward[grid](
             *(z, grad, tables.turns, constants.encodes, constants.steps, grad_z, sums),
             *(z.shape[0], tables.walls, tables.factor),
             **tables.options,

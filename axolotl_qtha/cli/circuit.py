@@ -39,6 +39,12 @@ def draw(config: Path, output: Path | None, backend: str | None) -> None:
         rows = costs(circuit, backend)
         out.print(text(circuit, out.width), markup=False, highlight=False, soft_wrap=True)
         out.print(table(rows))
+        if settings.blocks > 1:
+            out.print(
+                f"Rank {settings.rank}: each token has {settings.blocks} of these circuits side by side in every adapted layer, "
+                "with angles of their own.",
+                highlight=False,
+            )
         if output:
             picture(circuit, output)
             out.print(f"{output} written.", markup=False, highlight=False)
@@ -56,9 +62,9 @@ def verify(config: Path, tokens: int, tolerance: float, seed: int) -> None:
         from ..terminal import console
 
         settings, circuit = _circuit(config)
-        rows = list(compare(circuit, settings.simulation, tokens, tolerance, seed))
+        rows = list(compare(circuit, settings.simulation, tokens, tolerance, seed, settings.blocks))
         out = console()
-        out.print(table(rows, circuit))
+        out.print(table(rows, circuit, settings.blocks))
         out.print(verdict(rows, tolerance), markup=False, highlight=False)
     if not all(row.passed for row in rows):
         raise SystemExit(1)

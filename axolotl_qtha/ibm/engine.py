@@ -117,7 +117,7 @@ def runner(ansatz: Ansatz, options: IBMOptions) -> Runner:
 def gradients(
     run: Runner, grad: np.ndarray, z: np.ndarray, angles: np.ndarray, wants: tuple[bool, bool], seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the gradients of sum(grad * <Z>), (tokens, n) for z and (rows, n) for the angles, as `gradient` says.
+    """Return the gradients of sum(grad * <Z>), (tokens, width) for z and (rows, width) for the angles, as `gradient` says.
 
     A token on which nothing depends (padding, in the last layer the prompt, all of them while the adapter is a no-op) has
     gradient zero without a circuit.
@@ -151,7 +151,7 @@ class _Circuits(torch.autograd.Function):
         ctx.circuit = ansatz, simulation
         run = runner(ansatz, _options(simulation))
         points = run.isa.gates.points(to_numpy(z), to_numpy(angles))
-        values, errors = run.expectations(points)
+        values, errors = (each.reshape(z.shape) for each in run.expectations(points))
         off = values - to_numpy(torch_engine.expectation_values(z, angles, ansatz))
         CALLS.record(points, Difference(len(z), float(off.mean()), float(off.var()), float(np.sqrt((errors**2).mean()))))
         return torch.from_numpy(values).to(z)
@@ -166,7 +166,7 @@ class _Circuits(torch.autograd.Function):
 
 
 def choose(z: Tensor, tokens: int, seed: int) -> Tensor:
-    """Return which of the tokens z (all, n) go to the device, sorted: a draw from the seed and z, so that it repeats itself."""
+    """Return which of the tokens z (all, width) go to the device, sorted: drawn from seed and z, so that it repeats itself."""
     array = to_numpy(z)
     digest = hashlib.blake2b(array.tobytes(), digest_size=8, key=seed.to_bytes(8, "big")).digest()
     random = np.random.default_rng(int.from_bytes(digest, "big"))
@@ -182,7 +182,7 @@ def expectation_values(z: Tensor, angles: Tensor, ansatz: Ansatz, simulation: Si
         return torch_engine.expectation_values(z, angles, ansatz)
     torch_engine.check_shapes(z, angles, ansatz)
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
-    flat, angles = z.reshape(-1, ansatz.qubits).to(dtype), angles.to(dtype)
+    flat, angles = z.reshape(-1, z.shape[-1]).to(dtype), angles.to(dtype)
     torch_engine.check_finite(flat, angles)
     chosen = choose(flat, options.tokens_per_step, simulation.seed)
     measured: Tensor = _Circuits.apply(flat[chosen], angles, ansatz, simulation)

@@ -284,8 +284,9 @@ def _backend(runtime: Any, options: IBMOptions, qubits: int, preferred: str | No
         works = alternatives(name, names) or "another instance, since this one has none"
         raise refusal("ibm.backend", name, "is no device of this instance", works)
     if backend.num_qubits < qubits:
-        why = f"has {backend.num_qubits} qubits, the circuit {qubits} (one per rank)"
-        raise refusal("ibm.backend", name, why, f"`rank: {backend.num_qubits}`, or `backend: least_busy`")
+        why = f"has {backend.num_qubits} qubits, the circuit {qubits}"
+        works = f"`qubits:` a divisor of the rank up to {backend.num_qubits}, or `backend: least_busy`"
+        raise refusal("ibm.backend", name, why, works)
     if not retry(backend.status).operational:
         works = "wait, or `backend: least_busy` with a new journal" if preferred else "wait, or `backend: least_busy`"
         raise refusal("ibm.backend", name, "is not in operation now", works)

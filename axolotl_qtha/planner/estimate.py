@@ -16,7 +16,8 @@ from ..settings.training_run import TrainingRun
 from ..tuner.config import AER, QTHAConfig
 from ..tuner.layer import QTHALayer
 from ..tuner.model import select_targets
-from ..tuner.sizes import adapter_shape, ansatz, count_lora_parameters, count_parameters, resolve
+from ..tuner.sizes import adapter_shape, ansatz, branch, count_lora_parameters, count_parameters, resolve
+from .flops import gate_counts, step_flops
 from .memory import Memory, footprint, weight_bytes
 from .sharding import shards
 
@@ -33,7 +34,7 @@ ZERO3_SETTINGS = {  # the part of ZERO3 that decides on memory, to plan with whe
     "stage3_gather_16bit_weights_on_model_save": True,
 }
 SHORTEST = 256  # tokens: no shorter sequence is advised
-RANKS, CORES = (2, 4, 6, 8, 10, 12), (2, 3, 4)
+RANKS, CORES = (2, 4, 6, 8, 12, 16, 32, 64), (2, 3, 4)
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Plan:
     rank: int
     bond_dim: int | None
     mid_dim: int | None
-    quantum: str
+    quantum: str  # the branch, in short
     targets: list[Target]
     parameters: int
     lora_parameters: int
@@ -72,8 +73,10 @@ class Plan:
     memory: Memory | None
     memory_unknown: str  # why memory is None
     circuits_per_step: int
+    circuits_per_token: int  # side by side in each adapted layer
+    circuits_share: float  # of a step's arithmetic
     shift_circuits: int  # further circuits for the gradient of each, by parameter shift
-    qubits: int
+    qubits: int  # of one circuit
     gates: dict[str, int]  # of one circuit
     gpus: list[tuple[str, int]]  # name and bytes
     ranks: int
@@ -145,7 +148,8 @@ def make_plan(run: TrainingRun, gpus: list[tuple[str, int]], advise: bool = True
         memory = footprint(run, model, weights, shared).of_rank(ranks)
     except Exception as error:  # a model whose forward looks at values cannot run on the meta device
         unknown = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-    tokens = run.tokens * run.accumulation
+    tokens, circuits = run.tokens * run.accumulation, config.blocks if config.has_circuit else 0
+    work = step_flops(model, run.sequence_len, run.gradient_checkpointing)
     plan = Plan(
         base_model=run.base_model,
         dtype=str(run.dtype).removeprefix("torch."),
@@ -153,7 +157,7 @@ def make_plan(run: TrainingRun, gpus: list[tuple[str, int]], advise: bool = True
         rank=config.rank,
         bond_dim=config.bond_dim,
         mid_dim=config.mid_dim,
-        quantum=config.quantum,
+        quantum=branch(config),
         targets=targets,
         parameters=sum(target.count * target.parameters for target in targets),
         lora_parameters=sum(target.count * target.lora_parameters for target in targets),
@@ -163,9 +167,11 @@ def make_plan(run: TrainingRun, gpus: list[tuple[str, int]], advise: bool = True
         gradient_checkpointing=run.gradient_checkpointing,
         memory=memory,
         memory_unknown=unknown,
-        circuits_per_step=tokens * len(layers) if config.has_circuit else 0,
+        circuits_per_step=tokens * len(layers) * circuits,
+        circuits_per_token=circuits,
+        circuits_share=work.circuit / work.total,
         shift_circuits=_shift_circuits(config),
-        qubits=config.rank if config.has_circuit else 0,
+        qubits=config.circuit_qubits if config.has_circuit else 0,
         gates=gate_counts(config) if config.has_circuit else {},
         gpus=gpus,
         ranks=ranks,
@@ -233,12 +239,6 @@ def _targets(config: QTHAConfig, layers: dict[str, Any]) -> list[Target]:
             )
         )
     return targets
-
-
-def gate_counts(config: QTHAConfig) -> dict[str, int]:
-    """Return the gates of one circuit, by name."""
-    kinds = Counter("ry" if moment.kind in ("encode", "rotate") else "crz" for moment in ansatz(config).moments())
-    return {gate: moments * config.rank for gate, moments in kinds.items()}
 
 
 def _shift_circuits(config: QTHAConfig) -> int:

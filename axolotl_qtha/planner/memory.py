@@ -204,6 +204,7 @@ def footprint(run: TrainingRun, model: PeftModel, weights: int, shards: Shards) 
     batch, length = run.sequences, run.sequence_len
     both = {wanted: activations(model, batch, length, wanted, not run.fused_loss) for wanted in (True, False)}
     mine = both[run.gradient_checkpointing]
+    qubits = config.circuit_qubits  # circuits side by side are simulated one after the other
     here = config.has_circuit and config.quantum_backend == "torch"  # Aer has memory of its own, for one chunk of circuits
     return Footprint(
         shards=shards,
@@ -212,6 +213,6 @@ def footprint(run: TrainingRun, model: PeftModel, weights: int, shards: Shards) 
         kept=mine.kept,
         kept_with_checkpointing=both[True].kept,
         kept_without_checkpointing=both[False].kept,
-        circuit=workspace_bytes(config.rank, batch * length, chunk_tokens(config.rank)) if here else 0,
+        circuit=workspace_bytes(qubits, batch * length, chunk_tokens(qubits)) if here else 0,
         working=mine.peak - mine.kept,
     )

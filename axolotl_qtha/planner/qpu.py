@@ -135,7 +135,7 @@ def estimate_run(run: TrainingRun, steps: int | None, asked: int) -> Estimate:
         raise refusal("quantum_backend", config.quantum_backend, "costs no QPU time", works)
     layers = len(select_targets(config, run.base()))
     ledger = Ledger.read(Path(options.journal))
-    service = connect(options, config.rank, ledger.last_backend())
+    service = connect(options, config.circuit_qubits, ledger.last_backend())
     return estimate(
         config,
         layers,

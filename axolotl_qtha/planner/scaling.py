@@ -1,12 +1,6 @@
 """Strong scaling, predicted: the time of one optimiser step on 1, 2, 4, ... ranks that share the same global batch.
 
-Compute is FLOPs / achieved FLOP/s. FLOPs of a token, forward + backward (+ forward again with gradient checkpointing):
-
-* frozen linear layers: 2 per weight + 2 (no gradient for the weight) (+ 2, the head aside);
-* attention, causal: 2 x length x width per layer, 2.5 times that in backward (FlashAttention makes the scores again) (+ once);
-* adapters: 2 r (in + out), folded as they run, + 4 r (in + out) (+ 2 r (in + out)); their r x r parts and the folding, once a
-  micro batch, are left out;
-* circuits: 6 x 2^qubits a gate, three times that in the adjoint backward (+ once).
+Compute is FLOPs / achieved FLOP/s, see `flops.py`.
 
 Communication is the alpha-beta model of a ring of N ranks (Thakur, Rabenseifner and Gropp, 2005; NCCL): each of an all-reduce's
 2 (N - 1) steps, of an all-gather's or reduce-scatter's N - 1, moves 1/N of the bytes. Per optimiser step:
@@ -39,14 +33,12 @@ from ..errors import refusal
 from ..settings.training_run import TrainingRun
 from ..timing import seconds
 from ..tuner.config import QTHAConfig
-from ..tuner.layer import QTHALayer
-from .estimate import adapted, gate_counts, gpu_bytes
+from .estimate import adapted, gpu_bytes
+from .flops import Flops, step_flops
 from .memory import Footprint, footprint
-from .sharding import BUCKET, HALF_BYTES, Shards, bucket_entries, decoder_blocks, shards
+from .sharding import BUCKET, HALF_BYTES, Shards, bucket_entries, shards
 
 DDP_BUCKET = 25 * 2**20  # bytes, torch's default
-BACKWARD = 2.5  # of attention, times its forward
-ADJOINT = 3  # of a circuit: the state and its adjoint are taken back, gate by gate, and compared
 CPU_TOKENS = 512  # of a measured matmul
 
 
@@ -67,21 +59,6 @@ class Network:
     def all_reduce(self, size: float, ranks: int, calls: int = 1) -> float:
         """Return the seconds of all-reduces of `size` bytes in all: a reduce-scatter and an all-gather."""
         return 2 * self.gather(size, ranks, calls)
-
-
-@dataclass(frozen=True)
-class Flops:
-    """FLOPs of one token through a whole training step, by part."""
-
-    linear: float
-    attention: float
-    adapter: float
-    circuit: float
-
-    @property
-    def total(self) -> float:
-        """All parts."""
-        return self.linear + self.attention + self.adapter + self.circuit
 
 
 @dataclass(frozen=True)
@@ -217,32 +194,6 @@ def lora_model(run: TrainingRun, config: QTHAConfig) -> PeftModel:
     same = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
     lora = LoraConfig(r=config.rank, task_type="CAUSAL_LM", **{key: getattr(config, key) for key in same})
     return cast(PeftModel, get_peft_model(run.base(), lora))
-
-
-def step_flops(model: PeftModel, length: int, checkpointing: bool) -> Flops:
-    """Return the FLOPs of one token, in sequences of `length`, as the module's docstring has them."""
-    base: Any = model.get_base_model()
-    config = cast(QTHAConfig, model.active_peft_config)
-    again = {id(m) for block in decoder_blocks(model) for m in block.modules()} if checkpointing else set()
-    text = base.config.get_text_config()
-    heads = text.num_attention_heads
-    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
-    chosen = getattr(text, "num_experts_per_tok", None) or 1  # experts that a token goes through
-    linear = adapter = circuit = 0.0
-    for name, module in model.named_modules():
-        repeats = 2 + (id(module) in again)
-        if isinstance(module, nn.Linear) and "original_module" not in name:
-            linear += 2 * module.in_features * module.out_features * (repeats + module.weight.requires_grad)
-        elif isinstance(module, QTHALayer):
-            adapter += 2 * config.rank * (module.in_features + module.out_features) * (repeats + 1)
-            if config.has_circuit and config.quantum_backend == "torch":
-                gate = 6 * 2**config.rank
-                circuit += sum(gate_counts(config).values()) * gate * (repeats - 1 + ADJOINT)
-        else:
-            stacks = [p for p in module.parameters(recurse=False) if p.dim() == 3 and not p.requires_grad]
-            linear += sum(2 * p.numel() * min(1.0, chosen / p.shape[0]) * repeats for p in stacks)
-    attention = text.num_hidden_layers * 2 * length * width * (1 + BACKWARD + checkpointing)
-    return Flops(linear, attention, adapter, circuit)
 
 
 def measure_tflops(model: PeftModel, tokens: int, dtype: torch.dtype, repeats: int = 5) -> tuple[float, str]:

@@ -32,16 +32,17 @@ def show_plan(plan: Plan, out: Console) -> None:
         gates = ", ".join(f"{count} {gate.upper()}" for gate, count in plan.gates.items())
         again = "; each is simulated forward twice (checkpointing) and backward once" if plan.gradient_checkpointing else ""
         out.print(
-            f"Circuits per step and GPU: {plan.circuits_per_step:,} (one per adapted layer and token, {plan.tokens_per_step:,} "
-            f"tokens) of {plan.qubits} qubits and {gates}{again}.",
+            f"Circuits per step and GPU: {plan.circuits_per_step:,} ({plan.circuits_per_token} per adapted layer and token, "
+            f"{plan.tokens_per_step:,} tokens) of {plan.qubits} qubits and {gates}{again}. They are {plan.circuits_share:.1%} of "
+            "a step's arithmetic.",
             highlight=False,
         )
     if plan.shift_circuits:
         circuits = plan.circuits_per_step * (1 + plan.shift_circuits)
         out.print(
             f"Aer runs each of them, and {plan.shift_circuits:,} shifted ones for its gradient: {circuits:,} circuits, at 0.1 ms "
-            f"each {_duration(circuits * AER_SECONDS)} a step. Less with fewer target_modules, tokens, rank or circuit_layers, "
-            "or with `gradient: adjoint`.",
+            f"each {_duration(circuits * AER_SECONDS)} a step. Less with fewer target_modules, tokens, rank, qubits or "
+            "circuit_layers, or with `gradient: adjoint`.",
             highlight=False,
         )
 
@@ -180,7 +181,7 @@ def _targets(plan: Plan) -> Table:
 def _verdict(plan: Plan) -> str:
     network = "full matrices" if plan.bond_dim is None else f"bond_dim {plan.bond_dim}, mid_dim {plan.mid_dim}"
     compare = compared(plan.parameters, plan.lora_parameters)
-    return f"rank {plan.rank}, {network}, quantum: {plan.quantum}: {compare} trainable parameters than LoRA of rank {plan.rank}."
+    return f"rank {plan.rank}, {network}, {plan.quantum}: {compare} trainable parameters than LoRA of rank {plan.rank}."
 
 
 def _memory(plan: Plan, memory: Memory) -> Table:

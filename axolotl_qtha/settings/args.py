@@ -91,9 +91,11 @@ class _Block(BaseModel):
         if self.circuit_lr is not None and config.quantum in ("none", "frozen"):
             raise refusal("circuit_lr", self.circuit_lr, f"has nothing to train with `quantum: {config.quantum}`", "leave it out")
         if config.has_circuit and config.noise_model != "none":
-            noise.check(config.noise_model, config.rank)
+            noise.check(config.noise_model, config.circuit_qubits)
         if config.ibm is not None and config.ibm.is_fake:
-            noise.device(config.ibm.backend, config.rank, "ibm.backend", "`least_busy`, a device's name, or `fake:manila`")
+            noise.device(
+                config.ibm.backend, config.circuit_qubits, "ibm.backend", "`least_busy`, a device's name, or `fake:manila`"
+            )
         return self
 
     def adapter_settings(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from axolotl.utils.distributed import barrier, get_world_size, is_main_process
 from axolotl.utils.logging import get_logger
 
 from ..settings.parallel import deepspeed_settings, zero_stage
-from ..tuner.config import check_adapter_file
+from ..tuner.adapter_file import check_adapter_file
 from ..tuner.saving import SCRATCH
 
 UNIVERSAL = "_universal"  # how the folder of converted states ends

@@ -195,7 +195,7 @@ def _loading(config: QTHAConfig, facts: Facts, kind: Kind, rank: int) -> str:
 def shown(config: QTHAConfig) -> dict[str, Any]:
     """Return the settings of the adapter that a card shows, as the `qtha:` block has them."""
     keys = [*SETTINGS, "mpo", *(CORE_SETTINGS if config.mpo == "tt" else ()), "quantum"]
-    keys += ["circuit_layers"] if config.quantum != "none" else []
+    keys += ["qubits", "circuit_layers"] if config.quantum != "none" else []
     keys += CIRCUIT_SETTINGS if config.has_circuit else ()
     saved = config.to_dict()  # which names no device: whoever loads it has another account, or none
     values = {key: saved[key] for key in keys}
@@ -224,14 +224,13 @@ def _parameters(config: QTHAConfig, sizes: list[tuple[int, int]], kind: Kind, ra
 
 
 def _circuit(config: QTHAConfig, kind: Kind) -> str:
-    again = (
-        f" The circuit has {config.circuit_layers} such layers, with angles of their own." if config.circuit_layers > 1 else ""
-    )
+    again = f" A circuit has {config.circuit_layers} such layers, with angles of their own." if config.circuit_layers > 1 else ""
+    n, own = config.circuit_qubits, "its own circuit" if config.blocks == 1 else f"{config.blocks} of its own side by side"
     return (
         f"## Circuit{'' if kind == 'adapter' else ' of the QTHA adapter'}\n\n"
-        f"One layer on {config.rank} qubits: `z` are the {config.rank} numbers of the bottleneck, `theta` the angles, ■ marks a "
-        "gate's control, and the expectation values of Z are read out. Every adapted layer of the model has its own circuit."
-        f"{again}\n\n" + _block("text", _drawing(Ansatz(config.rank, 1, config.gate_order)))
+        f"One layer on {n} qubits: `z` are {n} of the {config.rank} numbers of the bottleneck, `theta` the angles, ■ marks a "
+        f"gate's control, and the expectation values of Z are read out. Every adapted layer of the model has {own}."
+        f"{again}\n\n" + _block("text", _drawing(Ansatz(n, 1, config.gate_order)))
     )
 
 

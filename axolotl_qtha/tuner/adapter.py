@@ -188,7 +188,7 @@ class QTHAAdapter(nn.Module):
     def _branch(self) -> Callable[[Tensor], Tensor]:
         """Return the function from z to q (.., r): <Z_i> of the circuit, or its classical twin."""
         if self.config.quantum == "silu":
-            return partial(_silu_ring, units=self.effective("units"))
+            return partial(_silu_rings, units=self.effective("units"), size=self.config.circuit_qubits)
         scale = self.effective("scale") if self.config.angle_scale == "learned" else None
         bounded = self.config.angle_scale == "tanh"
         return Circuit(self.effective("angles"), ansatz(self.config), self.config.simulation, scale, bounded)
@@ -211,12 +211,13 @@ class QTHAAdapter(nn.Module):
         return super()._apply(*args, **kwargs)
 
 
-def _silu_ring(z: Tensor, units: Tensor) -> Tensor:
-    """A classical network wired as the circuit is: z enters every layer, each unit sees its two ring neighbours."""
+def _silu_rings(z: Tensor, units: Tensor, size: int) -> Tensor:
+    """A classical network wired as the circuits are: z enters every layer, each unit sees its two neighbours in its ring."""
+    z, units = z.unflatten(-1, (-1, size)), units.unflatten(-1, (-1, size))  # (.., rings, size)
     q = z
     for into, after, before, bias in units.unflatten(0, (-1, 4)):
         q = F.silu(into * z + after * q.roll(1, -1) + before * q.roll(-1, -1) + bias)
-    return q
+    return q.flatten(-2)
 
 
 def _precise(value: Tensor) -> Tensor:

@@ -51,9 +51,9 @@ def expectation_values(z: Tensor, angles: Tensor, ansatz: Ansatz, simulation: Si
     """Return <Z_i> of every qubit for every token, differentiable in `z` and `angles`.
 
     Args:
-        z: encoded inputs in radians, shape (..., n).
-        angles: trainable angles in radians, shape (rows, n), see `Ansatz`.
-        ansatz: the circuit.
+        z: encoded inputs in radians, shape (..., n), or (..., B n) for B circuits side by side, which share no qubits.
+        angles: trainable angles in radians, shape (rows, n) or (rows, B n), see `Ansatz`.
+        ansatz: the circuit, on n qubits.
         simulation: what runs it.
 
     Returns:

@@ -80,7 +80,7 @@ def prepared(bottleneck: Bottleneck) -> Callable[[Tensor], Tensor]:
     circuit, dtype = bottleneck.branch, bottleneck.w_c.dtype
     if not isinstance(circuit, Circuit) or circuit.simulation.backend != "torch":
         return bottleneck
-    kernel = torch_engine.fused(circuit.angles)
+    kernel = torch_engine.fused(circuit.angles, circuit.ansatz.qubits)
     if kernel is None:
         return bottleneck
     angles, few = circuit.angles.detach(), None
@@ -98,7 +98,7 @@ def prepared(bottleneck: Bottleneck) -> Callable[[Tensor], Tensor]:
         h = few(precise) if few is not None and precise.numel() <= few.numbers else None
         if h is None:
             with maybe_autocast(z.device.type, enabled=False):
-                encoded = circuit.encode(precise).reshape(-1, circuit.ansatz.qubits).contiguous()
+                encoded = circuit.encode(precise).reshape(-1, z.shape[-1]).contiguous()
                 if on_cpu:
                     torch_engine.check_finite(encoded, angles)
                 h = bottleneck.fuse(precise, kernel.run(encoded, tables).view(z.shape))

@@ -17,6 +17,9 @@ from ..circuit.ansatz import GATE_ORDERS, MAX_QUBITS
 from ..circuit.simulation import Backend, Gradient, Precision, Simulation
 from ..errors import refusal
 from ..ibm.options import IBMOptions
+from . import blocks
+from .adapter_file import check_adapter_file
+from .blocks import LARGEST, ONE_CIRCUIT, SMALLEST, USUAL, usual_qubits
 from .peft_type import QTHA
 
 Quantum = Literal["qtha", "none", "silu", "frozen", "qwthn"]
@@ -47,8 +50,13 @@ class QTHAConfig(PeftConfig):
 
     rank: int = _key(
         8,
-        "Width r of the adapter's bottleneck, the rank of its linear part; also the number of qubits, so at most "
-        f"{MAX_QUBITS} with a circuit.",
+        "Width r of the adapter's bottleneck, the rank of its linear part. Circuits share its r numbers, see qubits.",
+    )
+    qubits: int | None = _key(
+        None,
+        f"Qubits q of each circuit, a divisor of rank, at most {MAX_QUBITS}: the r numbers go through r / q circuits side by "
+        "side, with angles of their own (`silu`: rings of q units). A circuit costs 2**q a token. Default: rank, if that is at "
+        f"most {ONE_CIRCUIT}; above, its divisor from {SMALLEST} to {LARGEST} nearest to {USUAL}.",
     )
     alpha: float = _key(16.0, "The adapter's output is scaled by alpha / rank, as in LoRA.")
     dropout: float = _key(0.0, "Dropout probability on the adapter's input, in [0, 1).")
@@ -90,7 +98,7 @@ class QTHAConfig(PeftConfig):
         "paper's first version (product instead of sum).",
     )
     mpo: TensorNetwork = _key("tt", "`tt`: matrix product operators; `none`: full r-wide matrices, as LoRA.")
-    circuit_layers: int = _key(2, "Layers L of the circuit (4 * rank * L angles). The authors use L = rank.")
+    circuit_layers: int = _key(2, "Layers L of each circuit (4 * rank * L angles in all). The authors use L = rank.")
     angle_scale: AngleScale = _key(
         "tanh",
         "How the bottleneck's z becomes radians: `raw` z itself, as the authors (wraps around), `learned` z times a "
@@ -141,6 +149,8 @@ class QTHAConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if type(self.peft_type) is str and self.qubits is None:
+            self.qubits = self.rank  # read from a file, of a time when a circuit had as many qubits as the rank
         self.peft_type = QTHA
         for key in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, key), (list, tuple)):
@@ -168,6 +178,16 @@ class QTHAConfig(PeftConfig):
         return self.quantum in CIRCUIT_MODES
 
     @property
+    def circuit_qubits(self) -> int:
+        """Qubits of each circuit, units of each ring of `silu`: `qubits`, or what stands for it."""
+        return self.qubits or usual_qubits(self.rank) or self.rank
+
+    @property
+    def blocks(self) -> int:
+        """Circuits side by side: how many each token has in a layer."""
+        return self.rank // self.circuit_qubits
+
+    @property
     def simulation(self) -> Simulation:
         """How the circuit is run."""
         seed = self.seed if self.seed_simulator is None else self.seed_simulator
@@ -192,12 +212,13 @@ class QTHAConfig(PeftConfig):
         self._check_simulation()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings that are saved.
+        """Return the settings that are saved; `qubits` is what it stands for.
 
         The `ibm:` block says who pays and how much: it is left out, and the adapter then loads on the exact simulator.
         """
         result = super().to_dict()
         result.pop("ibm")
+        result["qubits"] = None if self.quantum == "none" else self.circuit_qubits
         if self.quantum_backend == "ibm":
             result["quantum_backend"] = "torch"
         return result
@@ -233,13 +254,7 @@ class QTHAConfig(PeftConfig):
             value = getattr(self, key)
             if (value is not None or key == "seed") and (type(value) is not int or not 0 <= value < 2**32):
                 raise refusal(key, value, "is not a whole number from 0 to 2**32 - 1", f"`{key}: 42`")
-        if self.has_circuit and self.rank > MAX_QUBITS:
-            raise refusal(
-                "rank",
-                self.rank,
-                f"is one qubit per rank, more than the {MAX_QUBITS} that `quantum: {self.quantum}` can simulate",
-                f"`rank: {MAX_QUBITS}` or less, or `quantum: none` or `silu` with any rank",
-            )
+        blocks.check(self.rank, self.qubits, self.quantum, self.has_circuit)
         if not 0 <= self.dropout < 1:
             raise refusal("dropout", self.dropout, "is not a probability below 1", "`dropout: 0.05`")
         if not 0 < self.alpha < math.inf:
@@ -304,31 +319,6 @@ class QTHAConfig(PeftConfig):
         """Read a saved configuration; a damaged adapter file beside it is an error here, before any weight is touched."""
         check_adapter_file(Path(pretrained_model_name_or_path))
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-
-
-def check_adapter_file(folder: Path) -> None:
-    """Refuse a truncated, corrupt or foreign `adapter_model.safetensors` in `folder`; no file at all passes.
-
-    Raises:
-        ValueError: if the file's header cannot be read or it holds no QTHA tensors.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        return
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} is corrupt or truncated ({error}). What works: an adapter folder copied whole, or an earlier "
-            "checkpoint-* folder of the run."
-        ) from error
-    if not any("qtha_adapter" in name for name in names):
-        raise ValueError(
-            f"{path} holds no QTHA adapter: its tensors are {names[:3]}... What works: a folder written by `adapter: qtha`."
-        )
 
 
 def differences(saved: QTHAConfig, wanted: dict[str, Any]) -> list[str]:

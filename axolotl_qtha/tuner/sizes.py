@@ -59,8 +59,8 @@ class AdapterShape:
 
 
 def ansatz(config: QTHAConfig) -> Ansatz:
-    """Return the circuit of a configuration."""
-    return Ansatz(config.rank, config.circuit_layers, config.gate_order)
+    """Return the circuit of a configuration; a token has `config.blocks` of them side by side."""
+    return Ansatz(config.circuit_qubits, config.circuit_layers, config.gate_order)
 
 
 def _branch_rows(config: QTHAConfig) -> int:
@@ -215,12 +215,24 @@ def compared(total: int, lora: int) -> str:
     return f"{abs(1 - total / lora):.1%} {'fewer' if total <= lora else 'more'}"
 
 
+def branch(config: QTHAConfig) -> str:
+    """Return the branch in short.
+
+    >>> branch(QTHAConfig(rank=32)), branch(QTHAConfig(rank=8, quantum="silu")), branch(QTHAConfig(quantum="none"))
+    ('quantum: qtha (8 circuits of 4 qubits)', 'quantum: silu (1 ring of 8 units)', 'quantum: none')
+    """
+    if config.quantum == "none":
+        return "quantum: none"
+    what, of = ("circuit", "qubits") if config.has_circuit else ("ring", "units")
+    return f"quantum: {config.quantum} ({config.blocks} {what}{'s' * (config.blocks > 1)} of {config.circuit_qubits} {of})"
+
+
 def describe(config: QTHAConfig, sizes: list[tuple[int, int]]) -> list[str]:
     """Return lines for the log: what was chosen, the parameters against LoRA's, and which sizes were padded."""
     total, lora = count_parameters(config, sizes), count_lora_parameters(config.rank, sizes)
     network = "full matrices (mpo: none)" if config.mpo == "none" else f"bond_dim {config.bond_dim}, mid_dim {config.mid_dim}"
     lines = [
-        f"QTHA on {len(sizes)} modules: rank {config.rank}, {network}, quantum: {config.quantum}; {total:,} trainable "
+        f"QTHA on {len(sizes)} modules: rank {config.rank}, {network}, {branch(config)}; {total:,} trainable "
         f"parameters, {compared(total, lora)} than LoRA of the same rank ({lora:,})."
     ]
     if config.mpo == "tt":

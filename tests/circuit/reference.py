@@ -14,10 +14,10 @@ TWO_TERMS = (0.5, 0.0)
 FOUR_TERMS = tuple(np.linalg.solve([[2 * math.sin(w * shift) for shift in SHIFTS] for w in (0.5, 1.0)], [0.5, 1.0]))
 
 
-def angles_and_inputs(ansatz, tokens, seed=0):
-    """Return z (tokens, n) and theta (rows, n) in float64, spread over more than a turn."""
-    random = np.random.default_rng(seed)
-    return random.uniform(-4, 4, (tokens, ansatz.qubits)), random.uniform(-4, 4, (ansatz.rows, ansatz.qubits))
+def angles_and_inputs(ansatz, tokens, seed=0, blocks=1):
+    """Return z (tokens, B n) and theta (rows, B n) in float64, spread over more than a turn, for B circuits side by side."""
+    random, width = np.random.default_rng(seed), blocks * ansatz.qubits
+    return random.uniform(-4, 4, (tokens, width)), random.uniform(-4, 4, (ansatz.rows, width))
 
 
 def values(circuit, z, theta):
@@ -35,9 +35,31 @@ def z_expectations(circuit):
 
 
 def expectations(ansatz, z, theta):
-    """Return <Z> (tokens, n)."""
+    """Return <Z> (tokens, B n)."""
     circuit = ansatz.circuit()
-    return np.stack([z_expectations(circuit.assign_parameters(values(circuit, row, theta))) for row in z])
+    return np.concatenate(
+        [
+            np.stack([z_expectations(circuit.assign_parameters(values(circuit, row, theta[:, own]))) for row in z[:, own]])
+            for own in columns(ansatz, z)
+        ],
+        axis=1,
+    )
+
+
+def columns(ansatz, z):
+    """Return the columns of each circuit."""
+    return [slice(first, first + ansatz.qubits) for first in range(0, z.shape[1], ansatz.qubits)]
+
+
+def shift_gradients_side_by_side(ansatz, z, theta, grad):
+    """Return d sum(grad * <Z>) / dz (tokens, B n) and / dtheta (rows, B n)."""
+    by_z, by_theta = np.zeros(z.shape), np.zeros(theta.shape)
+    for own in columns(ansatz, z):
+        for token in range(len(z)):
+            of_z, of_theta = shift_gradients(ansatz, z[token, own], theta[:, own], grad[token, own])
+            by_z[token, own] = of_z
+            by_theta[:, own] += of_theta
+    return by_z, by_theta
 
 
 def shift_gradients(ansatz, z, theta, grad):

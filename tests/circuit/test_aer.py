@@ -306,7 +306,7 @@ def test_not_enough_memory(monkeypatch):
     free = namedtuple("free", "available")(100 * 2**20)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
     prepare(Ansatz(12, 1), Simulation("aer"))
-    with pytest.raises(ValueError, match=r"qtha.rank: 12 needs 0.2 GiB for a density matrix of 12 qubits.*0.1 GiB are free"):
+    with pytest.raises(ValueError, match=r"qtha.qubits: 12 needs 0.2 GiB for a density matrix of 12 qubits.*0.1 GiB are free"):
         prepare(Ansatz(12, 1), Simulation("aer", noise_model="depolarizing"))
     # what the error says works
     prepare(Ansatz(12, 1), Simulation("aer", noise_model="depolarizing", shots=4095))

@@ -131,7 +131,7 @@ def test_an_adjoint_gradient_leaves_the_noise_out():
         ("manila", 2, "'manila' is unknown"),
         ("fake:manilla", 2, "names no device. What works: `fake:manila`"),
         ("fake:", 2, "names no device"),
-        ("fake:manila", 6, "has 5 qubits, the circuit 6 .one per rank.. What works: `rank: 5`, or a larger device"),
+        ("fake:manila", 6, "has 5 qubits, the circuit 6. What works: `qubits:` a divisor of the rank up to 5, or a larger"),
     ],
 )
 def test_bad_names(name, qubits, words):

@@ -225,7 +225,18 @@ def test_compiles_without_a_graph_break():
         assert (a - b).abs().max() <= 1e-5  # compiled code may fuse and so round differently around the circuit
 
 
-@pytest.mark.parametrize(("z", "theta"), [((5, 3), (8, 4)), ((5, 4), (7, 4)), ((5, 4), (4, 8)), ((5, 4), (32,))])
+SHAPES = [
+    ((5, 3), (8, 4)),
+    ((5, 4), (7, 4)),
+    ((5, 4), (4, 8)),
+    ((5, 4), (32,)),
+    ((5, 6), (8, 6)),
+    ((5, 8), (8, 4)),
+    ((5, 0), (8, 0)),
+]
+
+
+@pytest.mark.parametrize(("z", "theta"), SHAPES)
 def test_refuses_shapes_that_do_not_fit(z, theta):
-    with pytest.raises(ValueError, match=r"do not fit.*expected \(\.\.\., 4\) and \(8, 4\)"):
+    with pytest.raises(ValueError, match=r"do not fit.*expected \(\.\.\., n\) and \(8, n\), n being 4 or a multiple of it"):
         expectation_values(torch.zeros(z), torch.zeros(theta), Ansatz(4, 2))

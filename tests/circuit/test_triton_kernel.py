@@ -19,14 +19,15 @@ from axolotl_qtha.circuit.ansatz import GATE_ORDERS, Ansatz
 from axolotl_qtha.circuit.program import program
 from axolotl_qtha.circuit.torch_engine import expectation_values
 
-from .reference import angles_and_inputs, expectations, shift_gradients
+from .reference import angles_and_inputs, expectations, shift_gradients, shift_gradients_side_by_side
 
 # Rounding of up to 90 gates, as in test_torch_engine.py. Angle gradients are sums over up to 65 tokens, each of size 1.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 DTYPES = list(TOLERANCE)
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
-# (ansatz, tokens, dtype). The interpreter needs up to 2 s for a block of 8 qubits: so one token, and each depth in one dtype.
+# (ansatz, tokens, dtype), and how many circuits side by side, if not one.
+# The interpreter needs up to 2 s for a block of 8 qubits: so one token, and each depth in one dtype.
 CIRCUITS = [
     (Ansatz(qubits, layers, gate_order), 1 if qubits > 6 else 3, dtype)
     for qubits in range(1, 9)
@@ -36,7 +37,13 @@ CIRCUITS = [
 COUNTS = [(Ansatz(qubits, 1), tokens, dtype) for qubits in (1, 4) for tokens in (0, 1, 17, 32, 65) for dtype in DTYPES]
 LARGE = [(Ansatz(qubits, 1), tokens, torch.float32) for qubits, tokens in ((6, 9), (7, 5), (8, 3))]
 SHIFTED = [(Ansatz(*sizes, order), 2, torch.float64) for sizes in ((1, 2), (2, 2), (3, 3), (5, 1)) for order in GATE_ORDERS]
-CASES = CIRCUITS + COUNTS + LARGE + SHIFTED
+SIDE_BY_SIDE = [
+    (Ansatz(4, 2), 3, torch.float64, 4),
+    (Ansatz(4, 1), 33, torch.float32, 8),
+    (Ansatz(3, 1, "2025-05"), 2, torch.float64, 3),
+]
+SIDE_BY_SIDE += [(Ansatz(8, 1), 1, torch.float64, 2), (Ansatz(1, 2), 40, torch.float64, 3)]
+CASES = CIRCUITS + COUNTS + LARGE + SHIFTED + SIDE_BY_SIDE
 
 INTERPRETED = """
 import sys, torch
@@ -53,8 +60,9 @@ assert "axolotl_qtha.circuit.circuit_triton" in sys.modules
 
 def inputs(case, device="cpu"):
     """Return z, angles and the weights of the <Z_i> in the scalar that is differentiated."""
-    ansatz, tokens, dtype = case
-    arrays = *angles_and_inputs(ansatz, tokens, seed=tokens), np.random.default_rng(1).normal(size=(tokens, ansatz.qubits))
+    ansatz, tokens, dtype, *blocks = case
+    z, angles = angles_and_inputs(ansatz, tokens, tokens, *blocks)
+    arrays = z, angles, np.random.default_rng(1).normal(size=z.shape)
     return [torch.tensor(array, dtype=dtype, device=device) for array in arrays]
 
 
@@ -67,8 +75,8 @@ def value_and_gradients(case, device, z_angles_weights=None):
 
 
 def name(case):
-    ansatz, tokens, dtype = case
-    return f"{ansatz.qubits}-{ansatz.layers}-{ansatz.gate_order}-{tokens}tokens-{str(dtype).removeprefix('torch.')}"
+    ansatz, tokens, dtype, *blocks = case
+    return "-".join(map(str, (ansatz.qubits, ansatz.layers, ansatz.gate_order, f"{tokens}tokens", dtype, *blocks)))
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +100,12 @@ def numbers(request):
     return lambda case: value_and_gradients(case, "cuda")
 
 
-@pytest.mark.parametrize("case", CIRCUITS, ids=name)
+@pytest.mark.parametrize("case", CIRCUITS + SIDE_BY_SIDE, ids=name)
 def test_matches_the_state_vector(case, numbers):
-    ansatz, _, dtype = case
+    ansatz, _, dtype, *blocks = case
     result = numbers(case)[0]
     assert result.dtype == dtype
-    z, angles, _ = inputs((*case[:2], torch.float64))
+    z, angles, _ = inputs((*case[:2], torch.float64, *blocks))
     assert np.abs(result.numpy() - expectations(ansatz, z.numpy(), angles.numpy())).max() <= TOLERANCE[dtype]
 
 
@@ -111,10 +119,17 @@ def test_gradients_match_parameter_shift(case, numbers):
     assert np.abs(grad_angles.numpy() - sum(by_angles for _, by_angles in shifted)).max() <= 1e-10
 
 
-@pytest.mark.parametrize("case", CIRCUITS + COUNTS + LARGE, ids=name)
+@pytest.mark.parametrize("case", [case for case in SIDE_BY_SIDE if case[2] == torch.float64], ids=name)
+def test_gradients_side_by_side_match_parameter_shift(case, numbers):
+    z, angles, weights = (t.numpy() for t in inputs(case))
+    for mine, expected in zip(numbers(case)[1:], shift_gradients_side_by_side(case[0], z, angles, weights), strict=True):
+        assert np.abs(mine.numpy() - expected).max() <= 1e-10
+
+
+@pytest.mark.parametrize("case", CIRCUITS + COUNTS + LARGE + SIDE_BY_SIDE, ids=name)
 def test_gradients_match_the_cpu(case, numbers):
-    ansatz, tokens, dtype = case
-    expected = value_and_gradients((ansatz, tokens, torch.float64), "cpu")
+    ansatz, tokens, dtype, *blocks = case
+    expected = value_and_gradients((ansatz, tokens, torch.float64, *blocks), "cpu")
     for mine, other in zip(numbers(case), expected, strict=True):
         assert mine.shape == other.shape
         assert mine.numel() == 0 or (mine - other).abs().max() <= TOLERANCE[dtype]
