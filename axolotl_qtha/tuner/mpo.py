@@ -66,12 +66,19 @@ def _splits(size: int, cores: int, largest: int) -> Iterator[tuple[int, ...]]:
         if size <= largest:
             yield (size,)
         return
-    for factor in range(min(size, largest), 0, -1):
+    for factor in _divisors(size):
         if factor**cores < size:  # the rest could not be that small
             return
-        if size % factor == 0:
+        if factor <= largest:
             for rest in _splits(size // factor, cores - 1, factor):
                 yield (factor, *rest)
+
+
+@lru_cache(maxsize=4096)
+def _divisors(size: int) -> list[int]:
+    """Return all divisors, the largest first."""
+    small = [factor for factor in range(1, math.isqrt(size) + 1) if size % factor == 0]
+    return sorted({size // factor for factor in small} | set(small), reverse=True)
 
 
 @dataclass(frozen=True)

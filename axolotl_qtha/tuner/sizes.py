@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from ..circuit.ansatz import Ansatz
@@ -72,13 +72,17 @@ def _branch_rows(config: QTHAConfig) -> int:
 
 def adapter_shape(config: QTHAConfig, in_features: int, out_features: int) -> AdapterShape:
     """Return the sizes of the adapter on a (out_features, in_features) layer; bond_dim and mid_dim must be set."""
+    return _shape(config, in_features, out_features, config.mid_dim, config.bond_dim)
+
+
+def _shape(config: QTHAConfig, in_features: int, out_features: int, mid_dim: int | None, bond_dim: int | None) -> AdapterShape:
     mpo_a = mpo_b = None
     if config.mpo == "tt":
-        assert config.bond_dim is not None
-        assert config.mid_dim is not None
-        mid = factorize(config.mid_dim, config.num_cores)
-        mpo_a = MPOShape(mid, _factors(config.in_factors, in_features, config.num_cores), config.bond_dim)
-        mpo_b = MPOShape(_factors(config.out_factors, out_features, config.num_cores), mid, config.bond_dim)
+        assert bond_dim is not None
+        assert mid_dim is not None
+        mid = factorize(mid_dim, config.num_cores)
+        mpo_a = MPOShape(mid, _factors(config.in_factors, in_features, config.num_cores), bond_dim)
+        mpo_b = MPOShape(_factors(config.out_factors, out_features, config.num_cores), mid, bond_dim)
     return AdapterShape(
         in_features,
         out_features,
@@ -143,23 +147,21 @@ def resolve(config: QTHAConfig, sizes: list[tuple[int, int]]) -> QTHAConfig:
         return config
     budget = DEFAULT_BUDGET if config.param_budget is None else config.param_budget
     mids = list(_mid_dims(config)) if config.mid_dim is None else [config.mid_dim]
-    bonds = [1] if config.bond_dim is None else [config.bond_dim]
-    smallest = min(
-        (replace(config, mid_dim=mid, bond_dim=bond, param_budget=None) for mid in mids for bond in bonds),
-        key=lambda candidate: count_parameters(candidate, sizes),
-    )
-    if (total := count_parameters(smallest, sizes)) > budget * lora:
+    counted = Counter(sizes)
+
+    def total_of(mid: int, bond: int) -> int:
+        return sum(count * _shape(config, *size, mid, bond).num_parameters for size, count in counted.items())
+
+    best = _widest(total_of, mids, config.bond_dim, max(max(size) for size in sizes), budget * lora)
+    if best is None:
+        total = min(total_of(mid, config.bond_dim or 1) for mid in mids)
         raise refusal(
             "param_budget",
             budget,
             f"cannot be met at rank {config.rank} on these {len(sizes)} modules (LoRA: {lora:,} parameters)",
             _advice(total, lora, f"a larger rank, wider target_modules or another num_cores (the least here: {total:,})"),
         )
-    best = max(
-        (candidate for mid in mids if (candidate := _largest(config, mid, sizes, budget * lora)) is not None),
-        key=_preference,
-    )
-    return replace(config, bond_dim=best.bond_dim, mid_dim=best.mid_dim)
+    return replace(config, mid_dim=best[0], bond_dim=best[1])
 
 
 def _mid_dims(config: QTHAConfig) -> Iterator[int]:
@@ -170,34 +172,31 @@ def _mid_dims(config: QTHAConfig) -> Iterator[int]:
             yield mid
 
 
-def _largest(config: QTHAConfig, mid: int, sizes: list[tuple[int, int]], limit: float) -> QTHAConfig | None:
-    """Return the configuration of this mid_dim with the largest bond_dim within the limit, or None."""
+def _widest(
+    total_of: Callable[[int, int], int], mids: list[int], bond: int | None, widest_layer: int, limit: float
+) -> tuple[int, int] | None:
+    """Return the mid_dim and bond_dim within the limit with the widest bond, then the widest middle; None if there are none.
 
-    def candidate(bond: int) -> QTHAConfig:
-        return replace(config, mid_dim=mid, bond_dim=bond, param_budget=None)
-
-    def fits(bond: int) -> bool:
-        return count_parameters(candidate(bond), sizes) <= limit
-
-    if config.bond_dim is not None:
-        return candidate(config.bond_dim) if fits(config.bond_dim) else None
-    if not fits(1):
-        return None
-    low, high = 1, 2
-    most = max(max(size) for size in sizes) * mid  # no bond can fill more
-    while high <= most and fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return candidate(low)
-
-
-def _preference(config: QTHAConfig) -> tuple[int, int]:
-    """Order candidates of one budget: the widest bond first, then the widest middle."""
-    assert config.bond_dim is not None
-    assert config.mid_dim is not None
-    return config.bond_dim, config.mid_dim
+    Args:
+        total_of: parameters, of a mid_dim and a bond_dim.
+        mids: to choose from, ascending.
+        bond: the bond_dim, if it is not free.
+        widest_layer: the largest in_features or out_features.
+        limit: the most parameters.
+    """
+    best, low = None, bond or 1
+    for mid in mids:  # most take one count: that at the widest bond so far
+        if total_of(mid, low) > limit:
+            continue
+        if bond is None:
+            high, most = 2 * low, widest_layer * mid  # no bond can fill more
+            while high <= most and total_of(mid, high) <= limit:
+                low, high = high, 2 * high
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (middle, high) if total_of(mid, middle) <= limit else (low, middle)
+        best = mid, low
+    return best
 
 
 def _advice(total: int, lora: int, otherwise: str) -> str:
