@@ -28,7 +28,7 @@ from ..trained.passes import Pass, adapters_of
 from ..tuner.config import QTHAConfig
 from ..tuner.sizes import ansatz
 from .evaluate import circuits_of, evaluate, facts, ways
-from .report import JSON, Evaluation, model_table, qubit_table
+from .report import JSON, Evaluation, model_table, packing, qubit_table
 
 STARTED = "hardware_eval.started.json"
 
@@ -87,6 +87,8 @@ def hardware_eval(options: EvaluationOptions, out: Console) -> Evaluation:
     result.write(folder)
     (folder / STARTED).unlink()
     out.print(qubit_table(result), model_table(result))
+    if (text := packing(result)) is not None:
+        out.print(text, markup=False, highlight=False)
     out.print(f"{folder / JSON} and the picture beside it written.", markup=False, highlight=False)
     return result
 
@@ -134,8 +136,10 @@ def _check_cost(options: EvaluationOptions, device: Runner, counts: list[int], l
     cost = sum((device.cost(count) for count in counts), Cost(0, 0, 0, 0.0)) * layers
     used = _used_before(options, device, folder)
     cap = device.options.max_qpu_seconds
+    packed = f" of {device.isa.pack} blocks" if device.isa.pack > 1 else ""
     text = (
-        f"ESTIMATED cost on {device.service.name}: {cost.circuits:,} circuits in {cost.jobs:,} jobs ({layers} layers, "
+        f"ESTIMATED cost on {device.service.name}: {cost.circuits:,} circuits{packed} in "
+        f"{cost.jobs:,} jobs ({layers} layers, "
         f"{len(counts)} batches), {cost.executions:,} executions, {cost.qpu_seconds:,.1f} QPU seconds by IBM's formula; "
     )
     if cap is None:

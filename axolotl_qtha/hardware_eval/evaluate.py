@@ -59,6 +59,7 @@ class Way:
     deviation: Deviation | None = None  # None: exact
     seconds: float = 0.0  # wall clock
     points: list[tuple[float, float]] = field(default_factory=list)  # some exact <Z> and what was found
+    by_place: list[float] = field(default_factory=list)  # root mean square of <Z> less the exact one in each place of a circuit
 
 
 @dataclass
@@ -71,6 +72,7 @@ class _Seen:
     exact: list[np.ndarray] = field(default_factory=list)
     found: list[np.ndarray] = field(default_factory=list)
     errors: list[np.ndarray] = field(default_factory=list)
+    places: list[np.ndarray] = field(default_factory=list)  # of the device's circuit, that each circuit was run in
 
 
 def ways(runner: Runner, simulation: Simulation) -> dict[str, Measurement | None]:
@@ -125,6 +127,8 @@ def evaluate(run: Pass, runner: Runner, how: dict[str, Measurement | None], limi
     for done in result:
         if how[done.name] is not None:
             done.deviation, done.points = _deviation(seen[done.name])
+            if done.name == DEVICE and runner.isa.pack > 1:
+                done.by_place = _by_place(seen[done.name], runner.isa.pack)
     return result
 
 
@@ -168,13 +172,20 @@ def _branch(runner: Runner, seen: _Seen | None, circuit: Circuit, z: Tensor) -> 
     # an expert's tokens come without their places: then all of them are run
     mask = seen.mask if seen.mask.shape == z.shape[:-1] else torch.ones(z.shape[:-1], dtype=torch.bool)
     mask = mask.to(z.device)
-    values, errors = seen.run(runner.isa.gates.points(to_numpy(encoded[mask]), to_numpy(circuit.angles)))
-    seen.exact.append(to_numpy(exact[mask]))
+    points = runner.isa.gates.points(to_numpy(encoded[mask]), to_numpy(circuit.angles))
+    values, errors = seen.run(points)
+    seen.exact.append(to_numpy(exact[mask]).reshape(values.shape))
     seen.found.append(values)
     seen.errors.append(errors)
+    seen.places.append(runner.places(points))
     result = exact.clone()
-    result[mask] = torch.from_numpy(values).to(exact)
+    result[mask] = torch.from_numpy(values).to(exact).reshape(-1, z.shape[-1])
     return result
+
+
+def _by_place(seen: _Seen, pack: int) -> list[float]:
+    off, places = np.concatenate(seen.found) - np.concatenate(seen.exact), np.concatenate(seen.places)
+    return [float(np.sqrt((off[places == place] ** 2).mean())) if (places == place).any() else 0.0 for place in range(pack)]
 
 
 def _deviation(seen: _Seen) -> tuple[Deviation, list[tuple[float, float]]]:
@@ -234,7 +245,8 @@ def ratio_error(sums: np.ndarray, counts: np.ndarray) -> float | None:
 
 def circuits_of(run: Pass, limit: int | None) -> list[int]:
     """Return how many circuits each batch has in one layer."""
-    return [int(chosen(batch.mask, limit).sum()) for batch in run.batches()]
+    blocks = next(iter(run.adapters.values())).config.blocks
+    return [blocks * int(chosen(batch.mask, limit).sum()) for batch in run.batches()]
 
 
 def facts(runner: Runner) -> dict[str, Any]:
@@ -244,7 +256,8 @@ def facts(runner: Runner) -> dict[str, Any]:
         "device": service.name,
         "simulated_here": service.local,
         "calibration": service.calibration,
-        "qubits": isa.qubits,
+        "qubits": isa.qubits,  # place by place
+        "pack": isa.pack,
         "gates": dict(isa.circuit.count_ops()),
         "depth": isa.circuit.depth(),
         "two_qubit_gates": isa.circuit.num_nonlocal_gates(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,9 +81,32 @@ def qubit_table(found: Evaluation) -> Table:
         columns = dataclasses.astuple(way.deviation)
         for i, (bias, std, worst, error) in enumerate(zip(*columns, strict=True)):
             name = _label(way, found) if i == 0 else ""
-            where = f"{i}" if way.name not in (DEVICE, NOISE) else f"{i} (on {found.facts['qubits'][i]})"
+            where = f"{i}{_places(way, found, i)}"
             table.add_row(name, where, f"{bias:+.4f}", f"{std:.4f}", f"{error:.4f}", f"{worst:.4f}")
     return table
+
+
+def _places(way: Way, found: Evaluation, qubit: int) -> str:
+    """Return where on the device a qubit is; the noise model has one block, on the qubits Qiskit takes for it."""
+    used, pack = found.facts["qubits"], found.facts["pack"]
+    if way.name == DEVICE:
+        return f" (on {', '.join(str(where) for where in used[qubit :: len(used) // pack])})"
+    return f" (on {used[qubit]})" if way.name == NOISE and pack == 1 else ""
+
+
+def packing(found: Evaluation) -> str | None:
+    """Return what packing does to <Z>, in a sentence; None where a circuit of the device holds one of ours."""
+    device = next(way for way in found.ways if way.name == DEVICE)
+    if not device.by_place:
+        return None
+    alone = next(way for way in found.ways if way.name == NOISE).deviation
+    assert alone is not None
+    each = ", ".join(f"{off:.3f}" for off in device.by_place)
+    one = math.sqrt(sum(b**2 + s**2 for b, s in zip(alone.bias, alone.std, strict=True)) / len(alone.bias))
+    return (
+        f"{found.facts['pack']} blocks a circuit: <Z> is off by {each} (root mean square, shots included) in its places; by the "
+        f"noise model of one block alone, on the qubits Qiskit takes for it, by {one:.3f}."
+    )
 
 
 def verdict(found: Evaluation) -> str:
@@ -140,7 +164,7 @@ def _draw_deviations(axes: Axes, ways: list[Way], found: Evaluation) -> None:
         places = [qubit + (i - (len(ways) - 1) / 2) * 0.2 for qubit in range(len(way.deviation.bias))]
         axes.errorbar(places, way.deviation.bias, yerr=way.deviation.std, fmt="o", capsize=4, label=_label(way, found))
     axes.axhline(0, color="grey", linewidth=1)
-    axes.set_xticks(range(len(found.facts["qubits"])))
+    axes.set_xticks(range(len(found.facts["qubits"]) // found.facts["pack"]))
     axes.set(xlabel="qubit", ylabel="<Z> less the exact <Z>: mean, ± std")
     axes.grid(alpha=0.3, axis="y")
     axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(ways))

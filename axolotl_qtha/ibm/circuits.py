@@ -1,7 +1,8 @@
 """The circuit in a device's gates (ISA), and the PUBs it runs in.
 
 Every gate has an angle of its own, so a device gets one circuit and, for the tokens and their shifts, rows of angles. The <Z_i>
-of all qubits come from the same measurements: they commute.
+of all qubits come from the same measurements: they commute. With `pack` one circuit of the device holds several of ours side by
+side on qubits of their own (blocks), and a row the angles of as many.
 """
 
 from __future__ import annotations
@@ -10,28 +11,55 @@ import hashlib
 from typing import Any
 
 import numpy as np
-from qiskit import ClassicalRegister, QuantumCircuit, transpile
+from qiskit import ClassicalRegister, QuantumCircuit
+from qiskit.circuit import ParameterVector
 from qiskit.exceptions import QiskitError
 from qiskit.providers import BackendV2
 from qiskit.quantum_info import SparsePauliOp
 
 from ..circuit.ansatz import Ansatz
 from ..circuit.shifts import GateAngles
-from .options import IBMOptions
+from ..errors import refusal
+from .options import IBMOptions, refuse_too_wide
+from .placement import Place, best, places
+
+WORSE = 1.5  # `pack: auto` takes groups of qubits whose expected error is at most this many times the best one's
+SIMULATED_QUBITS = 12  # in a circuit of a simulated device, at most, with `pack: auto`
 
 
 class ISACircuit:
     """The circuit of an ansatz, transpiled for a device, with the observables where its qubits ended up."""
 
-    def __init__(self, ansatz: Ansatz, backend: BackendV2) -> None:
+    def __init__(self, ansatz: Ansatz, backend: BackendV2, options: IBMOptions | None = None) -> None:
+        """Place the circuit.
+
+        Args:
+            ansatz: the circuit.
+            backend: the device.
+            options: how many of it a circuit of the device holds; None: one.
+
+        Raises:
+            ValueError: naming `ibm.pack`, if the device has no room for so many.
+        """
         self.gates = GateAngles(ansatz)
-        self.circuit: QuantumCircuit = transpile(self.gates.circuit, backend, optimization_level=3, seed_transpiler=0)
-        n, layout = ansatz.qubits, self.circuit.layout
-        self.qubits: list[int] = list(range(n)) if layout is None else layout.final_index_layout()
-        z = (SparsePauliOp.from_sparse_list([("Z", [i], 1.0)], n) for i in range(n))
-        self.observables = [[operator.apply_layout(layout, self.circuit.num_qubits) for operator in z]]  # (1, n)
+        self.places = _places(self.gates, backend, options)
+        self.pack = len(self.places)
+        self.circuit = self.places[0].circuit if self.pack == 1 else _side_by_side(self.places, self.gates)
+        self.qubits = [qubit for place in self.places for qubit in place.qubits]  # place by place
+        width = self.circuit.num_qubits
+        z = (SparsePauliOp.from_sparse_list([("Z", [qubit], 1.0)], width) for qubit in self.qubits)
+        self.observables = [list(z)]  # (1, pack n)
         # The device takes the angles in the order of its circuit's parameters, which need not be all.
         self._order = [parameter.index for parameter in self.circuit.parameters]
+
+    @property
+    def width(self) -> int:
+        """How many qubits of the device gates act on."""
+        return len({qubit for gate in self.circuit.data for qubit in gate.qubits})
+
+    def rows(self, blocks: int) -> int:
+        """Return how many rows of angles, runs of the device's circuit, so many of our circuits take."""
+        return -(-blocks // self.pack)
 
     @property
     def digest(self) -> str:
@@ -44,8 +72,13 @@ class ISACircuit:
         return hashlib.blake2b("\n".join([*lines, str(self.qubits)]).encode(), digest_size=16).hexdigest()
 
     def pub(self, points: np.ndarray) -> tuple[QuantumCircuit, list[list[SparsePauliOp]], np.ndarray]:
-        """Return the PUB of circuits with these gate angles, (circuits, gates) in radians: its results are (circuits, n)."""
-        return self.circuit, self.observables, points[:, None, self._order]
+        """Return the PUB of circuits with these gate angles, (circuits, gates) in radians.
+
+        Its results are (rows, pack n): those of `pack` circuits, one after the other, in each row; the last row may have more.
+        """
+        rows = self.rows(len(points))
+        filled = np.concatenate([points, np.repeat(points[-1:], rows * self.pack - len(points), axis=0)])
+        return self.circuit, self.observables, filled.reshape(rows, 1, -1)[:, :, self._order]
 
     def seconds(self, backend: BackendV2) -> float | None:
         """Return how long one run takes from reset to read-out, None where the device does not say."""
@@ -57,6 +90,34 @@ class ISACircuit:
             return length + max(backend.target["reset"][(qubit,)].duration for qubit in self.qubits)
         except (QiskitError, KeyError, TypeError, AttributeError):
             return None
+
+
+def _places(gates: GateAngles, backend: BackendV2, options: IBMOptions | None) -> list[Place]:
+    """Return where the blocks of a circuit go."""
+    asked = 1 if options is None else options.pack
+    if asked == 1:
+        return [best(gates.circuit, backend)]
+    n = gates.circuit.num_qubits
+    refuse_too_wide(asked, n, backend.name, backend.num_qubits)
+    found = places(gates.circuit, backend)
+    if asked == "auto":
+        good = [place for place in found if place.error <= WORSE * found[0].error]
+        return good[: max(1, SIMULATED_QUBITS // n)] if options and options.is_fake else good
+    if asked > len(found):
+        why = f"blocks of {n} qubits: {backend.name} has {len(found)} groups of as many that are connected"
+        raise refusal("ibm.pack", asked, why, f"`pack: auto`, or at most {len(found)}")
+    return found[:asked]
+
+
+def _side_by_side(places: list[Place], gates: GateAngles) -> QuantumCircuit:
+    """Return one circuit that holds the blocks of all places; parameter p G + k is that of gate k, of G, in place p."""
+    angles = ParameterVector("angle", len(places) * len(gates.angles))
+    result = QuantumCircuit(places[0].circuit.num_qubits)
+    for p, place in enumerate(places):
+        own = {angle: angles[p * len(gates.angles) + k] for k, angle in enumerate(gates.angles)}
+        used = {parameter: own[parameter] for parameter in place.circuit.parameters}
+        result.compose(place.circuit.assign_parameters(used), inplace=True)
+    return result
 
 
 def estimator_options(options: IBMOptions, tag: str, seconds: int | None) -> dict[str, Any]:

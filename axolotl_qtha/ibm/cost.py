@@ -9,6 +9,7 @@ lower bound.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ from ..circuit.shifts import GateAngles, shift_circuits
 from .options import IBMOptions
 
 if TYPE_CHECKING:
+    from qiskit import QuantumCircuit
+    from qiskit.circuit import Qubit
     from qiskit.providers import BackendV2
 
     from .circuits import ISACircuit
@@ -57,7 +60,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Rate:
-    """What one circuit costs on a device."""
+    """What a circuit of the device costs, which holds `pack` of ours (blocks)."""
 
     gates: dict[str, int]
     depth: int
@@ -66,21 +69,22 @@ class Rate:
     learning: int  # further executions of each job, to calibrate the read-out
     seconds: float  # of one execution
     assumed: bool  # the device does not say how long its gates take
-    circuits_per_job: int
+    circuits_per_job: int  # rows of angles
+    pack: int = 1
 
     def job(self, circuits: int) -> Cost:
-        """Return the cost of one job."""
+        """Return the cost of one job of so many of the device's circuits."""
         executions = circuits * self.executions + self.learning
         return Cost(circuits, 1, executions, SUB_JOB_SECONDS + executions * self.seconds)
 
-    def cost(self, circuits: int) -> Cost:
-        """Return the cost of circuits that are asked for together, in as few jobs as the limits allow."""
-        full, rest = divmod(circuits, self.circuits_per_job)
+    def cost(self, blocks: int) -> Cost:
+        """Return the cost of blocks that are asked for together, in as few jobs as the limits allow."""
+        full, rest = divmod(-(-blocks // self.pack), self.circuits_per_job)
         return self.job(self.circuits_per_job) * full + (self.job(rest) if rest else Cost(0, 0, 0, 0.0))
 
 
 def rate(isa: ISACircuit, options: IBMOptions, backend: BackendV2) -> Rate:
-    """Return what one circuit costs on a device."""
+    """Return what a circuit of a device costs."""
     shots, learning = options.executions, 0
     per_randomization = max(LEAST_SHOTS, math.ceil(shots / RANDOMIZATIONS))
     if options.resilience_level > 0 or options.twirling:
@@ -94,7 +98,7 @@ def rate(isa: ISACircuit, options: IBMOptions, backend: BackendV2) -> Rate:
     delay = getattr(backend, "default_rep_delay", None) or REP_DELAY
     executions = math.ceil(shots)
     circuit = isa.circuit
-    instructions = PREPARATION + longer * sum(INSTRUCTIONS.get(name, 5) * count for name, count in circuit.count_ops().items())
+    instructions = PREPARATION + longer * _instructions(circuit)
     most = min((MAX_EXECUTIONS - learning) // executions, int(MAX_INSTRUCTIONS // instructions))
     return Rate(
         gates=dict(circuit.count_ops()),
@@ -105,11 +109,21 @@ def rate(isa: ISACircuit, options: IBMOptions, backend: BackendV2) -> Rate:
         seconds=delay + longer * (CIRCUIT_SECONDS if length is None else length),
         assumed=length is None,
         circuits_per_job=max(1, most),
+        pack=isa.pack,
     )
 
 
+def _instructions(circuit: QuantumCircuit) -> int:
+    """Return the instructions on the qubit that has the most."""
+    counts: Counter[Qubit] = Counter()
+    for gate in circuit.data:
+        for qubit in gate.qubits:
+            counts[qubit] += INSTRUCTIONS.get(gate.operation.name, 5)
+    return max(counts.values(), default=0)
+
+
 def gradient_circuits(gates: GateAngles, options: IBMOptions, wants: tuple[bool, bool] = (True, True)) -> int:
-    """Return how many circuits the gradient of one token takes."""
+    """Return how many circuits the gradient of one takes, on one token."""
     if options.gradient == "none" or not any(wants):
         return 0
     if options.gradient == "spsa":

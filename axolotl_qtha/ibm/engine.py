@@ -110,8 +110,24 @@ def runner(ansatz: Ansatz, options: IBMOptions) -> Runner:
     journal = open_journal(Path(options.journal))
     service = connect(options, ansatz.qubits, journal.last_backend())
     result = Runner(ansatz, options, service, journal)
+    if service.local:
+        refuse_unsimulated(result.isa.width, result.isa.pack)
     atexit.register(result.close)
     return result
+
+
+def refuse_unsimulated(width: int, pack: int) -> None:
+    """Refuse circuits of a simulated device whose state does not fit this machine's memory.
+
+    Raises:
+        ValueError: naming `ibm.pack`.
+    """
+    import psutil
+
+    needed, free = 16 * 2**width, psutil.virtual_memory().available
+    if needed > free:
+        why = f"is {width} qubits in one circuit: its state takes {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free"
+        raise refusal("ibm.pack", pack, why, "`pack: auto`, which keeps to what can be simulated")
 
 
 def gradients(

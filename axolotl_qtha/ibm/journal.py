@@ -5,6 +5,8 @@ folder/lock                       held by the one process that uses the journal
 folder/events.jsonl               one event a line, appended and synced: intent -> submitted -> done | failed | cancelled | lost
 folder/circuits/TAG.safetensors   what a job was asked: angles (circuits, gates) in radians, and their hashes
 folder/results/TAG.safetensors    what it answered: <Z> and standard errors, (circuits, n)
+
+Circuits that one circuit of the device held side by side (`pack`) are answered one by one.
 ```
 
 An intent is on disk before its job is submitted, with the unique tag that the job carries: whenever the process dies, the job can
@@ -53,6 +55,7 @@ class Entry:
     reserved: float  # QPU seconds after which IBM stops it
     options: dict[str, Any]
     session: str | None = None
+    pack: int = 1  # of our circuits in each of the device's; `circuits` counts the device's
     job_id: str | None = None
     qpu_seconds: float | None = None  # None: not known
     reason: str | None = None
@@ -155,7 +158,7 @@ class Journal(Ledger):
             why = "is in use by another process, which may be submitting the same circuits"
             raise refusal("ibm.journal", str(folder), why, "wait for it to end, or another folder") from None
         self.jobs: dict[str, Any] = {}  # those of this process, by tag
-        self._results: dict[tuple[str, bytes], tuple[np.ndarray, np.ndarray]] = {}
+        self._results: dict[tuple[str, bytes], tuple[np.ndarray, np.ndarray, int]] = {}  # <Z>, errors, place
         lines, rest = _lines(folder)
         if rest:
             LOG.warning(f"{self._events}: its last line is not complete and is left out.")
@@ -202,7 +205,13 @@ class Journal(Ledger):
 
     def result(self, calibration: str, key: bytes) -> tuple[np.ndarray, np.ndarray] | None:
         """Return <Z> (n) and standard errors (n) of a circuit by its hash, None if it has not been run."""
-        return self._results.get((calibration, key))
+        found = self._results.get((calibration, key))
+        return None if found is None else found[:2]
+
+    def place(self, calibration: str, key: bytes) -> int:
+        """Return which of the places of the device's circuit a circuit was run in; 0 where there is one, or it was not run."""
+        found = self._results.get((calibration, key))
+        return 0 if found is None else found[2]
 
     def adopt(self, tag: str, calibration: str) -> None:
         """Let a job's results answer for another calibration too: the device was calibrated while the job was under way."""
@@ -217,8 +226,8 @@ class Journal(Ledger):
         except (OSError, SafetensorError):
             return False
         where = entry.calibration if calibration is None else calibration
-        for key, values, errors in zip(hashes, result["values"], result["errors"], strict=True):
-            self._results[where, key.tobytes()] = values, errors
+        for i, (key, values, errors) in enumerate(zip(hashes, result["values"], result["errors"], strict=True)):
+            self._results[where, key.tobytes()] = values, errors, i % entry.pack
         return True
 
 

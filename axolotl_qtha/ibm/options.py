@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
@@ -71,7 +71,13 @@ class IBMOptions(BaseModel):
     gradient: Literal["parameter_shift", "spsa", "none"] = Field(
         default="parameter_shift",
         description="Gradient of these tokens: `parameter_shift`, exact in expectation; `spsa`, all angles perturbed at once, "
-        "2 * spsa_draws circuits a token; `none`, inference only.",
+        "2 * spsa_draws circuits for each; `none`, inference only.",
+    )
+    pack: Literal["auto"] | Annotated[int, Field(strict=True)] = Field(
+        default=1,
+        description="Circuits (blocks) that one circuit of the device holds side by side, on qubits of their own: QPU seconds "
+        "fall by about as much, and the further ones have worse qubits. `auto`: on all groups of connected qubits whose expected "
+        "error is at most 1.5 times the best group's.",
     )
     spsa_draws: int = Field(default=1, strict=True, ge=1, description="Random directions that `gradient: spsa` averages over.")
     timeout_seconds: float = Field(
@@ -100,6 +106,8 @@ class IBMOptions(BaseModel):
         if not self.is_fake and self.max_qpu_seconds is None:
             works = "`max_qpu_seconds: 60` (`axolotl qtha-estimate` says how many are needed), or `backend: fake:manila`"
             raise refusal("ibm.max_qpu_seconds", None, f"sets no limit to what {self.backend!r} may cost", works)
+        if self.pack != "auto" and self.pack < 1:
+            raise refusal("ibm.pack", self.pack, "is not a positive whole number", "`pack: 1`, 2, ... or `pack: auto`")
         if self.spsa_draws != 1 and self.gradient != "spsa":
             raise refusal(
                 "ibm.spsa_draws", self.spsa_draws, f"has no effect with `gradient: {self.gradient}`", "`gradient: spsa`"
@@ -123,6 +131,17 @@ class IBMOptions(BaseModel):
         return self.model_dump(include={"shots", "precision", "resilience_level", "dynamical_decoupling", "twirling"}) | {
             "executions": self.executions
         }
+
+
+def refuse_too_wide(pack: int | str, qubits: int, device: str, width: int) -> None:
+    """Refuse more blocks in a circuit than a device of `width` qubits has room for; `auto` passes.
+
+    Raises:
+        ValueError: naming `ibm.pack`.
+    """
+    if isinstance(pack, int) and pack * qubits > width >= qubits:
+        why = f"blocks of {qubits} qubits need {pack * qubits}, {device} has {width}"
+        raise refusal("ibm.pack", pack, why, f"`pack: auto`, or at most {width // qubits}")
 
 
 def refuse_secrets(data: Any, path: str) -> None:

@@ -51,10 +51,12 @@ class Runner:
             journal: where jobs and results are kept.
         """
         self.ansatz, self.options, self.service, self.journal = ansatz, options, service, journal
-        self.isa = ISACircuit(ansatz, service.backend)
+        self.isa = ISACircuit(ansatz, service.backend, options)
         self.rate = rate(self.isa, options, service.backend)
         # What makes a result, besides the angles. Not the transpiled circuit: it changes with the calibration.
         context = {"circuit": repr(ansatz), "backend": service.name, "local": service.local, **options.measurement()}
+        if self.isa.pack > 1:  # on other qubits, with neighbours: another measurement
+            context["pack"] = self.isa.pack
         self._key = hashlib.blake2b(json.dumps(context, sort_keys=True).encode(), digest_size=32).digest()
         self._recover()
         self._settle()
@@ -69,7 +71,7 @@ class Runner:
             JobFailed: if a job failed, with IBM's reason.
         """
         points = np.ascontiguousarray(points, dtype=np.float64)
-        keys = [hashlib.blake2b(row.tobytes(), digest_size=16, key=self._key).digest() for row in points]
+        keys = self._keys(points)
         calibration = self.service.calibration
         new = {key: row for key, row in zip(keys, points, strict=True) if self.journal.result(calibration, key) is None}
         with self._interruptible():
@@ -92,9 +94,16 @@ class Runner:
         errors = np.array([result[1] for result in results if result is not None]).reshape(values.shape)
         return values, errors
 
-    def cost(self, circuits: int) -> Cost:
-        """Return what this many circuits cost."""
-        return self.rate.cost(circuits)
+    def places(self, points: np.ndarray) -> np.ndarray:
+        """Return which of `isa.places` each of these circuits was run in, (circuits)."""
+        return np.array([self.journal.place(self.service.calibration, key) for key in self._keys(points)], dtype=int)
+
+    def _keys(self, points: np.ndarray) -> list[bytes]:
+        return [hashlib.blake2b(row.tobytes(), digest_size=16, key=self._key).digest() for row in points]
+
+    def cost(self, blocks: int) -> Cost:
+        """Return what this many circuits cost, `pack` of them in one of the device's."""
+        return self.rate.cost(blocks)
 
     def remaining(self) -> float:
         """Return the QPU seconds that are left: the cap, less what ended jobs used, less the estimates of those under way."""
@@ -118,9 +127,9 @@ class Runner:
 
     def _submit_all(self, keys: list[bytes], rows: list[np.ndarray]) -> list[str]:
         """Submit circuits in as few jobs as the limits allow, and return their tags."""
-        size = self.rate.circuits_per_job
+        size = self.rate.circuits_per_job * self.isa.pack
         parts = [slice(start, start + size) for start in range(0, len(rows), size)]
-        costs = [self.rate.job(len(rows[part])) for part in parts]
+        costs = [self.rate.job(self.isa.rows(len(rows[part]))) for part in parts]
         shares = self._check_cap(costs) if parts else []
         if len(parts) > 1 or (parts and self.options.mode == "session"):
             self._open(sum(share or 0 for share in shares))
@@ -164,7 +173,8 @@ class Runner:
             calibration=service.calibration,
             circuit=self.isa.digest,
             angles=hashlib.blake2b(points.tobytes(), digest_size=16).hexdigest(),
-            circuits=len(points),
+            circuits=cost.circuits,
+            pack=self.isa.pack,
             estimate=cost.qpu_seconds,
             reserved=cost.qpu_seconds if share is None else share,
             options=self.options.measurement(),
@@ -188,7 +198,7 @@ class Runner:
                     break
         else:
             raise JobFailed(
-                f"{service.name} does not answer: a job of {len(points)} circuits may be submitted or not. Start again."
+                f"{service.name} does not answer: a job of {cost.circuits:,} circuits may be submitted or not. Start again."
             )
         self._adopt_job(tag, job)
         if not service.local:
@@ -297,8 +307,8 @@ class Runner:
         return [] if event == "done" else [f"job {entry.job_id} {'failed' if event == 'failed' else 'was cancelled'} ({reason})"]
 
     def _keep(self, entry: Entry, data: Any) -> None:
-        shape = (entry.circuits, np.shape(data.evs)[-1])
-        values, errors = (np.asarray(array, dtype=np.float64).reshape(shape) for array in (data.evs, data.stds))
+        asked, shape = len(self.journal.asked(entry.tag)["hashes"]), (entry.circuits * entry.pack, -1)
+        values, errors = (np.asarray(array, dtype=np.float64).reshape(shape)[:asked] for array in (data.evs, data.stds))
         if not np.isfinite(values).all():
             raise ValueError("<Z> is not finite")
         self.journal.answer(entry.tag, values, errors)

@@ -31,11 +31,12 @@ class Estimate:
     backend: str
     calibration: str
     options: IBMOptions
-    qubits: int
-    layers: int  # adapted ones: each has a circuit per token
+    qubits: int  # of one of our circuits
+    blocks: int  # of our circuits, for each token and layer
+    layers: int  # adapted ones
     micro_batches: int  # of a training step
     tokens: int  # of each micro-batch that go to the device
-    gradient_circuits: int  # of one token
+    gradient_circuits: int  # of one of our circuits
     rate: Rate
     step: Cost
     steps: int | None  # of the run; None: not known
@@ -44,6 +45,7 @@ class Estimate:
     asked: int  # tokens of the rows on reading and writing
     reading: Cost  # that many in one pass
     writing: Cost  # one after the other
+    packed: tuple[int, float] | None = None  # how many of ours `pack: auto` would have in one, and the QPU seconds of a step then
 
     @property
     def run(self) -> Cost | None:
@@ -76,6 +78,7 @@ def estimate(
     used: float,
     evaluated: int,
     asked: int,
+    wide: ISACircuit | None = None,
 ) -> Estimate:
     """Return what training, evaluation and inference will cost.
 
@@ -91,17 +94,26 @@ def estimate(
         used: QPU seconds of the journal's jobs, those under way included.
         evaluated: tokens of a batch of `axolotl evaluate`.
         asked: tokens of the table's rows on reading and writing.
+        wide: its circuit as `pack: auto` would have it, to say what that saves.
     """
     options = config.ibm
     assert options is not None
     price, some = rate(isa, options, backend), min(tokens, options.tokens_per_step)
     backward = gradient_circuits(isa.gates, options, (True, config.quantum != "frozen"))
-    step = (price.cost(some) + price.cost(some * backward)) * (layers * micro_batches)
+    blocks, read = config.blocks, min(asked, options.tokens_per_step)
+
+    def step_of(price: Rate) -> Cost:
+        return (price.cost(some * blocks) + price.cost(some * blocks * backward)) * (layers * micro_batches)
+
+    step, packed = step_of(price), None
+    if wide is not None and wide.pack > isa.pack:
+        packed = wide.pack, step_of(rate(wide, options, backend)).qpu_seconds
     return Estimate(
         backend=str(backend.name),
         calibration=calibration,
         options=options,
-        qubits=config.rank,
+        qubits=config.circuit_qubits,
+        blocks=blocks,
         layers=layers,
         micro_batches=micro_batches,
         tokens=some,
@@ -110,10 +122,11 @@ def estimate(
         step=step,
         steps=steps,
         used=used,
-        evaluating=price.cost(min(evaluated, options.tokens_per_step)) * layers,
+        evaluating=price.cost(min(evaluated, options.tokens_per_step) * blocks) * layers,
         asked=asked,
-        reading=price.cost(min(asked, options.tokens_per_step)) * layers,
-        writing=price.cost(1) * (layers * asked),
+        reading=price.cost(read * blocks) * layers,
+        writing=price.cost(blocks) * (layers * asked),
+        packed=packed,
     )
 
 
@@ -136,10 +149,12 @@ def estimate_run(run: TrainingRun, steps: int | None, asked: int) -> Estimate:
     layers = len(select_targets(config, run.base()))
     ledger = Ledger.read(Path(options.journal))
     service = connect(options, config.circuit_qubits, ledger.last_backend())
+    circuit = ansatz(config)
+    wide = None if options.pack != 1 else ISACircuit(circuit, service.backend, options.model_copy(update={"pack": "auto"}))
     return estimate(
         config,
         layers,
-        ISACircuit(ansatz(config), service.backend),
+        ISACircuit(circuit, service.backend, options),
         service.backend,
         service.calibration,
         tokens=run.tokens,
@@ -148,6 +163,7 @@ def estimate_run(run: TrainingRun, steps: int | None, asked: int) -> Estimate:
         used=ledger.used(service.local) + ledger.under_way(service.local),
         evaluated=run.evaluated,
         asked=asked,
+        wide=wide,
     )
 
 
@@ -175,12 +191,13 @@ def explain(result: Estimate) -> str:
     price, options = result.rate, result.options
     gates = ", ".join(f"{count} {gate}" for gate, count in sorted(price.gates.items()))
     lines = [
-        f"One circuit: {result.qubits} qubits, {gates}; depth {price.depth}, {price.two_qubit_gates} two-qubit gates; "
+        f"One circuit: {_width(result)}, {gates}; depth {price.depth}, {price.two_qubit_gates} two-qubit gates; "
         f"{options.executions:,} shots, {price.executions:,} executions of {price.seconds * 1e6:,.1f} us "
         f"({'typical, the device does not say' if price.assumed else 'from the device'}); calibration {result.calibration}.",
-        f"A step: {result.layers} adapted layers x {result.micro_batches} micro-batches x {result.tokens} tokens on the device, "
-        f"each 1 circuit and at most {result.gradient_circuits} for its gradient ({options.gradient}; none where nothing depends "
-        f"on the token); a job has at most {price.circuits_per_job:,} circuits.",
+        f"A step: {result.layers} adapted layers x {result.micro_batches} micro-batches x {result.tokens} tokens on the device x "
+        f"{result.blocks} blocks of {result.qubits} qubits, each run once and at most {result.gradient_circuits} times for its "
+        f"gradient ({options.gradient}; not where nothing depends on the token); {_packed(result)}a job has at most "
+        f"{price.circuits_per_job:,} circuits.",
         f"By IBM's formula ({USAGE}): {SUB_JOB_SECONDS:g} s a job, and repetition delay and circuit length an execution. A base "
         "line of unknown error: IBM may split jobs, error mitigation adds circuits of IBM's choosing"
         + (", and a session is billed while it waits: a lower bound." if options.mode == "session" else "."),
@@ -189,6 +206,18 @@ def explain(result: Estimate) -> str:
         verdict(result),
     ]
     return "\n".join(lines)
+
+
+def _width(result: Estimate) -> str:
+    pack = result.rate.pack
+    return f"{result.qubits} qubits" if pack == 1 else f"{pack} blocks of {result.qubits} qubits side by side"
+
+
+def _packed(result: Estimate) -> str:
+    if result.packed is None:
+        return f"{result.rate.pack} of them in a circuit; "
+    blocks, seconds = result.packed
+    return f"1 of them in a circuit (with `ibm: {{pack: auto}}` {blocks}: {seconds:,.1f} QPU seconds a step); "
 
 
 def verdict(result: Estimate) -> str:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from ..circuit import noise
 from ..errors import refusal, unknown_keys
-from ..ibm.options import refuse_secrets
+from ..ibm.options import refuse_secrets, refuse_too_wide
 from ..tuner.config import QTHAConfig
 from . import parallel, quantization
 
@@ -93,9 +93,9 @@ class _Block(BaseModel):
         if config.has_circuit and config.noise_model != "none":
             noise.check(config.noise_model, config.circuit_qubits)
         if config.ibm is not None and config.ibm.is_fake:
-            noise.device(
-                config.ibm.backend, config.circuit_qubits, "ibm.backend", "`least_busy`, a device's name, or `fake:manila`"
-            )
+            choices = "`least_busy`, a device's name, or `fake:manila`"
+            found = noise.device(config.ibm.backend, config.circuit_qubits, "ibm.backend", choices)
+            refuse_too_wide(config.ibm.pack, config.circuit_qubits, config.ibm.backend, found.num_qubits)
         return self
 
     def adapter_settings(self) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def test_accounts_that_do_not_work(runtime, error, changes, words):
     [
         ({"backend": "ibm_olso"}, 2, ["qtha.ibm.backend: 'ibm_olso'", "`ibm_oslo`"]),
         ({"backend": "zzz"}, 2, ["`ibm_down`, `ibm_osaka`, `ibm_oslo`, `ibm_small`"]),
-        ({"backend": "ibm_small"}, 4, ["has 2 qubits, the circuit 4", "`rank: 2`", "least_busy"]),
+        ({"backend": "ibm_small"}, 4, ["has 2 qubits, the circuit 4", "`qubits:`", "least_busy"]),
         ({"backend": "ibm_down"}, 4, ["not in operation", "least_busy"]),
         ({"backend": "least_busy"}, 200, ["no device of 200 qubits", "fake:torino"]),
         ({"backend": "ibm_oslo", "shots": 100_001}, 2, ["qtha.ibm.shots: 100001", "100,000 at most", "`shots: 100000`"]),
