@@ -195,9 +195,9 @@ def explain(result: Estimate) -> str:
         f"{options.executions:,} shots, {price.executions:,} executions of {price.seconds * 1e6:,.1f} us "
         f"({'typical, the device does not say' if price.assumed else 'from the device'}); calibration {result.calibration}.",
         f"A step: {result.layers} adapted layers x {result.micro_batches} micro-batches x {result.tokens} tokens on the device x "
-        f"{result.blocks} blocks of {result.qubits} qubits, each run once and at most {result.gradient_circuits} times for its "
-        f"gradient ({options.gradient}; not where nothing depends on the token); {_packed(result)}a job has at most "
-        f"{price.circuits_per_job:,} circuits.",
+        f"{result.blocks} block{'s' * (result.blocks > 1)} of {result.qubits} qubits, each run once and at most "
+        f"{result.gradient_circuits} times for its gradient ({options.gradient}; not where nothing depends on the token). A "
+        f"circuit of the device holds {price.pack} of them, a job at most {price.circuits_per_job:,} circuits.{_packed(result)}",
         f"By IBM's formula ({USAGE}): {SUB_JOB_SECONDS:g} s a job, and repetition delay and circuit length an execution. A base "
         "line of unknown error: IBM may split jobs, error mitigation adds circuits of IBM's choosing"
         + (", and a session is billed while it waits: a lower bound." if options.mode == "session" else "."),
@@ -215,9 +215,9 @@ def _width(result: Estimate) -> str:
 
 def _packed(result: Estimate) -> str:
     if result.packed is None:
-        return f"{result.rate.pack} of them in a circuit; "
+        return ""
     blocks, seconds = result.packed
-    return f"1 of them in a circuit (with `ibm: {{pack: auto}}` {blocks}: {seconds:,.1f} QPU seconds a step); "
+    return f" With `ibm: {{pack: auto}}` a circuit would hold {blocks}, and a step take {seconds:,.1f} QPU seconds."
 
 
 def verdict(result: Estimate) -> str:

@@ -20,7 +20,7 @@ from axolotl_qtha.hardware_eval.evaluate import (
     ratio_error,
     ways,
 )
-from axolotl_qtha.hardware_eval.report import Evaluation, model_table, qubit_table, verdict
+from axolotl_qtha.hardware_eval.report import Evaluation, model_table, packing, qubit_table, verdict
 from axolotl_qtha.ibm.journal import Journal
 from axolotl_qtha.ibm.options import IBMOptions
 from axolotl_qtha.ibm.runner import Runner
@@ -209,3 +209,38 @@ def test_the_verdict(found, device, difference, error, words):
     way.difference, way.standard_error = difference, error
     assert words in verdict(report)
     way.difference, way.standard_error = before
+
+
+PACKED = IBMOptions(backend="fake:torino", shots=256, resilience_level=0, pack=3)
+
+
+@pytest.mark.slow
+def test_packing_and_what_it_does_to_the_error(text, tmp_path):
+    """Rank 4 as two circuits of two qubits, three to a circuit of the device: figures by definition, from what was seen."""
+    trained = train(adapted(llama(), rank=4, qubits=2, circuit_layers=1, target_modules=["o_proj"]))
+    journal = Journal(tmp_path / "journal")
+    runner = Runner(ansatz(trained.peft_config["default"]), PACKED, connect(PACKED, QUBITS), journal)
+    asked, of = [], runner.expectations
+    runner.expectations = lambda points: asked.append((points, of(points))) or asked[-1][1]
+    run = text_pass(trained, text)
+    result = {way.name: way for way in evaluate(run, runner, ways(runner, Simulation()), 4)}
+    circuits = sum(len(points) for points, _ in asked)
+    assert circuits == 2 * sum(circuits_of(run, 4)) == 2 * 2 * sum(min(4, len(row.ids)) for row in text)
+    exact = Engine(runner.ansatz, Simulation("aer"), None)
+    off = np.concatenate([found[0] - exact.expectations(points) for points, found in asked])
+    places = np.concatenate([runner.places(points) for points, _ in asked])
+    expected = [np.sqrt((off[places == place] ** 2).mean()) for place in range(3)]
+    assert result[DEVICE].by_place == pytest.approx(expected, abs=1e-5)  # <Z> in float32
+    assert result[NOISE].by_place == []
+    evaluation = Evaluation(len(text), 1, circuits, 2, "text", 4, 0.0, facts(runner), list(result.values()))
+    said = packing(evaluation)
+    assert said.startswith(f"3 blocks a circuit: <Z> is off by {', '.join(f'{one:.3f}' for one in expected)}")
+    shown = console(200)
+    with shown.capture() as capture:
+        shown.print(qubit_table(evaluation))
+    for qubit in range(QUBITS):
+        where = ", ".join(str(place.qubits[qubit]) for place in runner.isa.places)
+        assert f"{qubit} (on {where})" in capture.get()
+    evaluation.write(tmp_path)
+    assert json.loads((tmp_path / "hardware_eval.json").read_text())["facts"]["pack"] == 3
+    journal.close()

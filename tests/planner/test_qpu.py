@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from click.testing import CliRunner
+from qiskit.providers.fake_provider import GenericBackendV2
 
 from axolotl_qtha import QTHAConfig
 from axolotl_qtha.circuit.ansatz import Ansatz
@@ -19,7 +20,6 @@ from axolotl_qtha.ibm.runner import Runner
 from axolotl_qtha.ibm.service import LocalService
 from axolotl_qtha.planner.qpu import estimate
 
-from ..ibm.boundary import NOISELESS
 from ..ibm.test_cost import MANILA, independent, options
 from ..ibm.test_journal import JOB
 from .bases import CONFIGS, write_run
@@ -27,22 +27,37 @@ from .bases import CONFIGS, write_run
 pytestmark = pytest.mark.filterwarnings("ignore:.*no QubitProperties")
 
 
+LINE = GenericBackendV2(7, coupling_map=[(i, i + 1) for i in range(6)], noise_info=False, seed=0)
+
+
 @pytest.mark.parametrize("quantum", ["qtha", "frozen"])
-@pytest.mark.parametrize("changes", [{}, {"gradient": "spsa"}, {"gradient": "none"}, {"tokens_per_step": 100}], ids=str)
-def test_a_step_submits_what_was_estimated(tmp_path, monkeypatch, changes, quantum):
-    block = {"backend": "fake:manila", "shots": 10, "tokens_per_step": 3, "journal": str(tmp_path), **changes}
-    config = QTHAConfig(rank=2, circuit_layers=1, quantum=quantum, quantum_backend="ibm", ibm=block)
+@pytest.mark.parametrize(
+    ("changes", "rank"),
+    [
+        ({}, 2),
+        ({"gradient": "spsa"}, 2),
+        ({"gradient": "none"}, 2),
+        ({"tokens_per_step": 100}, 2),
+        ({}, 6),
+        ({"pack": 3}, 2),
+        ({"pack": 3, "gradient": "spsa"}, 8),
+    ],
+    ids=str,
+)
+def test_a_step_submits_what_was_estimated(tmp_path, monkeypatch, changes, rank, quantum):
+    block = {"backend": "fake:torino", "shots": 10, "tokens_per_step": 3, "journal": str(tmp_path), **changes}
+    config = QTHAConfig(rank=rank, qubits=2, circuit_layers=1, quantum=quantum, quantum_backend="ibm", ibm=block)
     ansatz = Ansatz(2, 1)
-    runner = Runner(ansatz, config.ibm, LocalService(NOISELESS, config.ibm), Journal(tmp_path))
+    runner = Runner(ansatz, config.ibm, LocalService(LINE, config.ibm), Journal(tmp_path))
     runner.rate = dataclasses.replace(runner.rate, circuits_per_job=25)  # a gradient takes several jobs
     monkeypatch.setattr(engine, "runner", lambda *_: runner)
     sizes = {"tokens": 5, "micro_batches": 1, "steps": 10, "used": 0.0, "evaluated": 5, "asked": 4}
-    expected = estimate(config, 1, runner.isa, NOISELESS, "none", **sizes)
+    expected = estimate(config, 1, runner.isa, LINE, "none", **sizes)
     expected = dataclasses.replace(expected, rate=runner.rate)
-    some = min(5, config.ibm.tokens_per_step)
+    some = min(5, config.ibm.tokens_per_step) * rank // 2
     step = runner.rate.cost(some) + runner.rate.cost(some * expected.gradient_circuits)
-    z = torch.randn(5, 2, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    angles = torch.randn(ansatz.rows, 2, requires_grad=quantum != "frozen")
+    z = torch.randn(5, rank, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    angles = torch.randn(ansatz.rows, rank, requires_grad=quantum != "frozen")
     result = engine.expectation_values(z, angles, ansatz, config.simulation)
     if config.ibm.gradient == "none":
         with pytest.raises(ValueError, match=r"ibm.gradient: 'none' trains nothing"):
@@ -87,6 +102,16 @@ def test_the_command_counts_and_submits_nothing(tmp_path):
     for name, count in independent(Ansatz(2, 1), MANILA).count_ops().items():
         assert f"{count} {name}" in text
     assert not (tmp_path / "journal").exists()
+
+
+def test_the_command_says_what_packing_saves(tmp_path):
+    torino = {"backend": "fake:torino"}
+    text = " ".join(run(tmp_path, ibm=torino).output.split())
+    found = re.search(r"With `ibm: \{pack: auto\}` a circuit would hold 6, and a step take ([\d,.]+) QPU seconds", text)
+    packed = run(tmp_path, ibm={**torino, "pack": "auto"})
+    assert f"│ {found[1]} │" in " ".join(packed.output.split())
+    assert "One circuit: 6 blocks of 2 qubits side by side" in " ".join(packed.output.split())
+    assert "pack: auto" not in packed.output
 
 
 def test_the_command_says_by_how_much_the_cap_is_exceeded(tmp_path):
