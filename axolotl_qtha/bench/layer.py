@@ -29,6 +29,7 @@ from axolotl_qtha.training.diagnostics import active_adapters, gradient_norms, m
 SHAPES = ((3584, 3584), (3584, 18944))
 RANKS = (4, 8)
 TOKENS = (512, 2048)
+CUTS = ((8, 8), (16, 4), (32, 4), (32, 8), (64, 4))  # rank and qubits of each circuit
 
 
 class _Model(nn.Module):
@@ -121,6 +122,32 @@ def layer_rows(
     ]
 
 
+def rank_rows(device: torch.device, tokens: int, repeats: int) -> list[dict[str, float | int]]:
+    """Measure the circuits of ranks alone, cut in several ways, beside rank 8 as one circuit; in turns, forward + backward."""
+    runs = {}
+    for rank, qubits in CUTS:
+        ansatz = Ansatz(qubits, 2)
+        z = torch.randn(tokens, rank, device=device, requires_grad=True)
+        angles = torch.randn(ansatz.rows, rank, device=device, requires_grad=True)
+
+        def run(z: Tensor = z, angles: Tensor = angles, ansatz: Ansatz = ansatz) -> object:
+            return torch.autograd.grad(expectation_values(z, angles, ansatz).sum(), (z, angles))
+
+        run()
+        runs[rank, qubits] = run
+    turns = [{cut: seconds(run, device) for cut, run in runs.items()} for _ in range(repeats)]
+    return [
+        {
+            "rank": cut[0],
+            "qubits": cut[1],
+            "circuits": cut[0] // cut[1],
+            "milliseconds": 1e3 * statistics.median(turn[cut] for turn in turns),
+            "to_first": statistics.median(turn[cut] / turn[CUTS[0]] for turn in turns),
+        }
+        for cut in CUTS
+    ]
+
+
 def circuit_rows(device: torch.device, tokens: int = 2048, qubits: int = 8) -> list[dict[str, int]]:
     """Return what the circuit keeps for backward, by its number of layers."""
     rows = []
@@ -169,6 +196,14 @@ def main() -> None:
             )
         table.add_section()
     out.print(table)
+    cuts = rank_rows(device, max(args.tokens), max(args.repeats, 9))
+    circuits = Table(title=f"circuits alone, 2 layers, {max(args.tokens)} tokens")
+    for column in ("rank", "circuits x qubits", "ms (median)", "x rank 8 as 1 x 8"):
+        circuits.add_column(column, justify="right")
+    for cut in cuts:
+        shape = f"{cut['circuits']} x {cut['qubits']}"
+        circuits.add_row(str(cut["rank"]), shape, f"{cut['milliseconds']:.1f}", f"{cut['to_first']:.2f}")
+    out.print(circuits)
     kept = circuit_rows(device)
     memory = Table(title=f"kept for backward by the circuit, {kept[0]['qubits']} qubits, {kept[0]['tokens']} tokens")
     for column in ("layers", "KiB"):
@@ -176,7 +211,7 @@ def main() -> None:
     for entry in kept:
         memory.add_row(str(entry["layers"]), f"{entry['kept_bytes'] / 1024:.1f}")
     out.print(memory)
-    arguments.write_json(args, {"layers": rows, "circuit": kept})
+    arguments.write_json(args, {"layers": rows, "circuits": cuts, "circuit": kept})
 
 
 if __name__ == "__main__":
