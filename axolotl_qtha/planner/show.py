@@ -47,6 +47,12 @@ def show_plan(plan: Plan, out: Console) -> None:
         )
 
 
+def show_in_short(plan: Plan, out: Console) -> None:
+    """Print two lines of the plan: parameters beside LoRA's, and memory."""
+    out.print(_verdict(plan), highlight=False)
+    out.print(_fit(plan) if plan.memory else f"Memory is not known: {plan.memory_unknown}.", highlight=False, markup=False)
+
+
 def show_before_training(run: TrainingRun) -> None:
     """Print the plan of a training that begins; wrong `qtha:` settings stop here, before the weights are downloaded."""
     try:

@@ -40,6 +40,11 @@ def read_yaml(path: Path) -> DictDefault:
     if not isinstance(raw, dict) or raw.get("adapter") != "qtha":
         found = raw.get("adapter") if isinstance(raw, dict) else type(raw).__name__
         raise ValueError(f"adapter: {found!r} in {path} is none of ours. What works: an Axolotl YAML with `adapter: qtha`.")
+    return validated(raw)
+
+
+def validated(raw: dict[str, Any]) -> DictDefault:
+    """Return a configuration as Axolotl validates it, with the plugins it names."""
     cfg = DictDefault(raw)
     prepare_plugins(cfg)
     return validate_config(cfg)
@@ -51,7 +56,15 @@ def read_config(path: Path) -> DictDefault:
     Raises:
         ValueError: if the file is not a configuration with `adapter: qtha`, or the base's configuration cannot be read.
     """
-    cfg = read_yaml(path)
+    return completed(read_yaml(path))
+
+
+def completed(cfg: DictDefault) -> DictDefault:
+    """Return a validated configuration completed from the base's own.
+
+    Raises:
+        UnknownBase: if the base's configuration cannot be read.
+    """
     cfg.torch_dtype = _dtype(cfg)
     cfg.model_config_type = base_config(cfg).model_type
     complete(cfg)
