@@ -41,7 +41,7 @@ REFUSED = {
     "loraplus_lr_ratio": "LoRA+ knows LoRA's two matrices only; leave it out, and see `qtha: {circuit_lr: ...}`",
     "peft_use_dora": "DoRA is another method; leave it out, or use `adapter: lora`",
     "peft_use_rslora": "scale by `qtha: {alpha: ...}`; leave it out",
-    "peft_layer_replication": "leave it out",
+    "peft_layer_replication": "it repeats layers under LoRA's matrices; leave it out",
     "peft_init_lora_weights": "write `qtha: {init: kaiming}` or `tt_svd` instead",
     "peft_trainable_token_indices": "train new tokens with `qtha: {modules_to_save: [embed_tokens, lm_head]}`",
     "peft_ensure_weight_tying": "leave it out",

@@ -110,7 +110,7 @@ def _stops(values: dict[str, Any]) -> dict[str, str]:
     for key, prefix in companions.items():
         if key in found:
             found |= {other: f"goes with {key}" for other in values if other.startswith(prefix) and other != key}
-    return found
+    return {key: why.partition("; leave it out")[0] for key, why in found.items()}
 
 
 def _own(document: YamlLines, key: str) -> Entry:
@@ -130,6 +130,10 @@ def _adapter(document: YamlLines, made: Translation) -> None:
             document.set_value(document.entries["load_in_4bit"], "true")
         else:
             document.put_below(adapter, ["load_in_4bit: true"])
+    elif values["adapter"] == "lora" and values.get("load_in_4bit"):
+        made.notes.append(
+            "load_in_4bit: stays, and the base is now quantised; with `adapter: lora` Axolotl loads it in full precision"
+        )
     if PLUGIN in (values.get("plugins") or []):
         return
     if "plugins" in values:
@@ -165,7 +169,7 @@ def _block(document: YamlLines, made: Translation) -> set[str]:
         made.renamed.append(f"{entry.key} -> {name}")
     if "target_modules" not in kept.values():
         lines.append("  target_modules: all-linear\n")
-        made.notes.append("target_modules: all-linear, since no modules are named, with which LoRA would stop")
+        made.notes.append("target_modules: all-linear, since no modules are named")
     document.put_above(entries[0], ["qtha:", *lines])
     return done
 

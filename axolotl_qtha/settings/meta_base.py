@@ -14,6 +14,7 @@ from axolotl.loaders.utils import load_model_config
 from axolotl.utils.config import prepare_plugins, validate_config
 from axolotl.utils.dict import DictDefault
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import set_zero3_state
 from transformers.quantizers import AutoHfQuantizer, AutoQuantizationConfig
@@ -119,6 +120,8 @@ def meta_base(cfg: DictDefault) -> PreTrainedModel:
         if settings:
             _quantise(model, settings)
             model.config.quantization_config = settings
+        if cfg.quantize_moe_experts:
+            _quantise_experts(model, settings)
     except Exception as error:
         raise UnknownBase(
             f"base_model: {cfg.base_model!r} cannot be built from its config.json ({error}). What works: a causal language model "
@@ -186,6 +189,24 @@ def _quantise(model: PreTrainedModel, settings: dict[str, Any]) -> None:
         parent, _, leaf = name.rpartition(".")
         layer = QuantisedLinear(module, _stored_bytes(module.in_features, module.out_features, settings), dtype)
         setattr(model.get_submodule(parent), leaf, layer)
+
+
+class _DequantisedExperts(nn.Module):
+    """Gives a layer's experts, stored in few bits, in full precision: all of them, each time they are used."""
+
+    @torch.no_grad()
+    def forward(self, weight: Tensor) -> Tensor:
+        return torch.empty_like(weight)
+
+
+def _quantise_experts(model: PreTrainedModel, settings: dict[str, Any]) -> None:
+    """Have the fused experts stored in few bits, as Axolotl does while it loads them."""
+    for name, weight in list(model.named_parameters()):
+        if weight.ndim >= 3 and "expert" in name.lower():
+            owner, _, leaf = name.rpartition(".")
+            stored = _stored_bytes(weight.shape[-1], weight.numel() // weight.shape[-1], settings)
+            register_parametrization(model.get_submodule(owner), leaf, _DequantisedExperts(), unsafe=True)
+            cast(Any, weight).stored_bytes = stored
 
 
 def _stored_bytes(inputs: int, outputs: int, settings: dict[str, Any]) -> int:

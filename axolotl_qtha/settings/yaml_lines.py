@@ -55,8 +55,9 @@ class YamlLines:
         return self.lines[entry.first : entry.last + 1]
 
     def remove(self, entry: Entry) -> None:
-        """Take out a key and its value; lines that are comments stay, above it and inside."""
-        self.replace(entry, [line for line in self.source(entry)[1:] if line.lstrip().startswith("#")])
+        """Take out a key and its value. Comment lines stay: those above, and those inside below the key, itself a comment now."""
+        inside = [line for line in self.source(entry)[1:] if line.lstrip().startswith("#")]
+        self.replace(entry, [f"# {self.lines[entry.first].lstrip()}", *inside] if inside else [])
 
     def replace(self, entry: Entry, lines: list[str]) -> None:
         """Put lines in the place of a key and its value."""
