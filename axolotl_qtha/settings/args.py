@@ -34,6 +34,8 @@ REFUSED = {
     "lora_qkv_kernel": "these kernels are LoRA's own; leave it out",
     "lora_o_kernel": "these kernels are LoRA's own; leave it out",
     "lora_embedding_kernel": "these kernels are LoRA's own; leave it out",
+    "dsv4_shared_mlp_lora_kernel": "these kernels are LoRA's own; leave it out",
+    "dsv4_fp8_lora_kernel": "these kernels are LoRA's own; leave it out",
     "lora_rank_pattern": "all modules share `qtha: {rank: ...}`; leave it out",
     "lora_alpha_pattern": "all modules share `qtha: {alpha: ...}`; leave it out",
     "lora_target_parameters": "only modules can be adapted, with `qtha: {target_modules: ...}`; leave it out",

@@ -24,12 +24,14 @@ FALLS_AWAY = {
     "lora_qkv_kernel": KERNEL,
     "lora_o_kernel": KERNEL,
     "lora_embedding_kernel": KERNEL,
+    "dsv4_shared_mlp_lora_kernel": KERNEL,
+    "dsv4_fp8_lora_kernel": KERNEL,
     "lora_fan_in_fan_out": "transposed layers are recognised by themselves",
     "loraplus_lr_ratio": "LoRA+ gives LoRA's two matrices rates of their own; all of QTHA learns at learning_rate",
     "loraplus_lr_embedding": "part of LoRA+",
     "peft_ensure_weight_tying": "what it ties are LoRA's weights",
     "qlora_sharded_model_loading": "a way to load the base of `adapter: qlora`",
-    "unfrozen_parameters": "the base stays frozen whole; with LoRA, Axolotl freezes the adapter by it, and nothing trains",
+    "unfrozen_parameters": "the base stays frozen; `exclude_modules` keeps adapters off a part of it",
 }
 # Initial values of LoRA's that are as good as QTHA's own; any other names a method.
 PLAIN_INIT = (True, False, "gaussian")
