@@ -17,8 +17,15 @@ if TYPE_CHECKING:
 @click.command("qtha-from-lora")
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Write to FILE.  [default: NAME-qtha.yml beside CONFIG]")
+@click.option(
+    "--param-budget",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.24,
+    show_default=True,
+    help="Trainable parameters, as a share of LoRA's of the same rank.",
+)
 @click.option("--force", is_flag=True, help="Write it even so: what has no counterpart stays as a comment.")
-def from_lora(config: Path, out: Path | None, force: bool) -> None:
+def from_lora(config: Path, out: Path | None, param_budget: float, force: bool) -> None:
     """Write CONFIG, a LoRA or QLoRA YAML, again with `adapter: qtha`. Comments and order stay.
 
     It says what became of each of LoRA's keys, and ends with parameters and memory of the training.
@@ -34,7 +41,7 @@ def from_lora(config: Path, out: Path | None, force: bool) -> None:
         _check_out(out)
         try:
             text = config.read_text(encoding="utf-8-sig")
-            made = translate(text, force)
+            made = translate(text, force, param_budget)
         except ValueError as error:
             raise ValueError(f"{config}: {error}") from error
         plan, warning = _tried(yaml.safe_load(text), yaml.safe_load(made.text), force)
@@ -77,5 +84,5 @@ def _tried(old: dict[str, Any], new: dict[str, Any], force: bool) -> tuple[Plan 
         return None, f"No plan: {error}"
     except ValueError as error:
         if not force:
-            raise ValueError(f"{error}\nTo write it even so, use --force.") from error
+            raise ValueError(f"{error}\nFor another param_budget, use --param-budget; to write it even so, --force.") from error
         return None, f"As it is, it is refused: {error}"

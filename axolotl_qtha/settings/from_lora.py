@@ -17,7 +17,8 @@ from .parallel import DATA_PARALLEL, SPLIT_MODEL
 from .yaml_lines import Entry, YamlLines
 
 PLUGIN = "axolotl_qtha.QTHAPlugin"
-BUDGET = "param_budget: 0.24  # trainable parameters, as a share of LoRA's of this rank"
+BUDGET = 0.24
+WHAT_BUDGET_IS = "trainable parameters, as a share of LoRA's of this rank"
 KERNEL = "LoRA's own kernels"
 FALLS_AWAY = {
     "lora_mlp_kernel": KERNEL,
@@ -48,12 +49,13 @@ class Translation:
     notes: list[str] = field(default_factory=list)  # what else changed and why, a sentence each
 
 
-def translate(text: str, force: bool = False) -> Translation:
+def translate(text: str, force: bool = False, budget: float = BUDGET) -> Translation:
     """Return a LoRA YAML with `adapter: qtha`: comments and order stay, and all lines that have nothing to do with it.
 
     Args:
         text: the YAML.
         force: whether what has no counterpart becomes a comment, instead of an error.
+        budget: the new `param_budget`.
 
     Raises:
         ValueError: if it is no LoRA YAML, or a key of it has no counterpart.
@@ -74,7 +76,7 @@ def translate(text: str, force: bool = False) -> Translation:
         made.notes.append(f"{key}: now a comment; {why}")
         values[key] = None
     _adapter(document, made)
-    done = _block(document, made) | set(stops)
+    done = _block(document, made, budget) | set(stops)
     _drop(document, made, done)
     made.notes += fsdp2.translate(document)
     made.text = document.text()
@@ -144,7 +146,7 @@ def _adapter(document: YamlLines, made: Translation) -> None:
         document.put_below(adapter, ["plugins:", f"  - {PLUGIN}"])
 
 
-def _block(document: YamlLines, made: Translation) -> set[str]:
+def _block(document: YamlLines, made: Translation, budget: float) -> set[str]:
     """Put the `qtha:` block where the first of LoRA's keys stood that it takes over; return the keys that are done with."""
     values, lines = document.values, list[str]()
     kept = {key: name for key, name in LORA_KEYS.items() if values.get(key) not in (None, [], "")}
@@ -167,7 +169,7 @@ def _block(document: YamlLines, made: Translation) -> set[str]:
             made.notes.append("peft_use_rslora: divides alpha by the root of the rank, QTHA by the rank; alpha made up for it")
             done.add("peft_use_rslora")
             document.remove(_own(document, "peft_use_rslora"))
-        lines += [*taken, *([f"  {BUDGET}\n"] if entry.key == "lora_r" else [])]
+        lines += [*taken, *([f"  param_budget: {budget:g}  # {WHAT_BUDGET_IS}\n"] if entry.key == "lora_r" else [])]
         made.renamed.append(f"{entry.key} -> {name}")
     if "target_modules" not in kept.values():
         lines.append("  target_modules: all-linear\n")

@@ -46,9 +46,10 @@ class YamlLines:
             ValueError: if it is no block with one key a line.
         """
         entry = self.entries[key]
-        if not isinstance(entry.node, yaml.MappingNode) or entry.node.flow_style or entry.node.start_mark.line <= entry.first:
+        node = entry.node
+        if not isinstance(node, yaml.MappingNode) or node.flow_style or node.value[0][0].start_mark.line <= entry.first:
             raise ValueError(f"{key}: its keys are not written one a line below it. What works: a block of `key: value` lines.")
-        return self._entries(entry.node, entry.last + 1)
+        return self._entries(node, entry.last + 1)
 
     def source(self, entry: Entry) -> list[str]:
         """Return the lines of an entry."""
@@ -94,8 +95,14 @@ class YamlLines:
         self.replace(entry, [first[: entry.column] + key + first[entry.key_end :], *rest])
 
     def append(self, entry: Entry, item: str) -> None:
-        """Add an item to a list."""
+        """Add an item to a list.
+
+        Raises:
+            ValueError: if the list stands elsewhere, under an anchor.
+        """
         node, lines = entry.node, self.source(entry)
+        if not entry.first <= node.start_mark.line <= entry.last:
+            raise ValueError(f"{entry.key}: is an alias of a list elsewhere. What works: the list written out.")
         if not isinstance(node, yaml.SequenceNode) or not node.value:
             self.replace(entry, [f"{' ' * entry.column}{entry.key}:", f"{' ' * entry.column}  - {item}"])
         elif node.flow_style:
@@ -106,7 +113,8 @@ class YamlLines:
             lines[end] = f"{kept}{comma} {item}{lines[end][column:]}"
             self.replace(entry, lines)
         else:
-            self.replace(entry, [*lines, f"{' ' * node.start_mark.column}- {item}"])
+            (indent, *_), *_ = (line.split("-", 1) for line in lines[1:] if line.lstrip().startswith("-"))
+            self.replace(entry, [*lines, f"{indent}- {item}"])
 
     def put_above(self, entry: Entry, lines: list[str]) -> None:
         """Put lines above a key."""

@@ -107,6 +107,16 @@ def test_a_yaml_that_is_refused_with_qtha_alone_is_not_written(tmp_path):
     assert new(path).exists()
 
 
+def test_a_budget_that_cannot_be_met_on_a_small_base(tmp_path):
+    path = write_config(tmp_path, "lora.yml", lora_r=16)
+    done = run(path)
+    assert done.exit_code == 1
+    assert "qtha.param_budget: 0.24 cannot be met at rank 16" in done.output
+    assert "--param-budget" in done.output
+    assert run(path, "--param-budget", 0.5).exit_code == 0
+    assert yaml.safe_load(new(path).read_text())["qtha"]["param_budget"] == 0.5
+
+
 def test_modules_that_the_base_has_none_of(tmp_path):
     path = write_config(tmp_path, "lora.yml", lora_target_modules=["c_attn"])
     done = run(path)

@@ -21,7 +21,7 @@ from axolotl_qtha.settings.training_run import refused
 
 from ..e2e.commands import QUICKSTART
 
-CHECKOUT = os.environ.get("AXOLOTL_CHECKOUT", "")
+CHECKOUT = os.environ.get("AXOLOTL_CHECKOUT", "") and str(Path(os.environ["AXOLOTL_CHECKOUT"]).expanduser().resolve())
 HERE = {"base_model": str(QUICKSTART / "base"), "bf16": False, "tf32": False, "attn_implementation": "sdpa"}
 ATTENTION = ("flash_attention", "sdp_attention", "flex_attention", "xformers_attention", "eager_attention")
 TAKEN = "takes it"

@@ -150,7 +150,16 @@ def test_qlora_stands_for_four_bits():
 
 
 @pytest.mark.parametrize(
-    "before", ["", "plugins:\n", "plugins: []\n", "plugins: [a.B]\n", "plugins:\n  - a.B  # why\n", f"plugins: [{PLUGIN}]\n"]
+    "before",
+    [
+        "",
+        "plugins:\n",
+        "plugins: []\n",
+        "plugins: [a.B]\n",
+        "plugins:\n  - a.B  # why\n",
+        "plugins: &p\n- a.B\nothers: *p\n",
+        f"plugins: [{PLUGIN}]\n",
+    ],
 )
 def test_the_plugin_is_there_once(before):
     plugins = values(before + SMALL)["plugins"]
@@ -215,6 +224,7 @@ def test_fsdp1_becomes_fsdp2():
             "fsdp: [offload]\nfsdp_config:\n  fsdp_use_orig_params: false\n",
             {"reshard_after_forward": True, "offload_params": True},
         ),
+        ("fsdp_config: &f\n  fsdp_offload_params: true\n", {"offload_params": True}),
         ("fsdp_config:\n  version: 1\n  fsdp_offload_params: true\n", {"version": 2, "offload_params": True}),
         ("fsdp_version: 1\nfsdp_config:\n  sharding_strategy: SHARD_GRAD_OP\n", {"reshard_after_forward": False}),
         ("fsdp_config:\n  cpu_ram_efficient_loading: true\n", {"cpu_ram_efficient_loading": True}),  # not in 4 bits
@@ -247,6 +257,7 @@ def test_fsdp2_stays_as_it_is():
         ("x: &l\n  lora_r: 8\n<<: *l\nadapter: lora\nlora_alpha: 16\n", ["lora_r: comes through a merge key"]),
         (f"x: &l\n  lora_mlp_kernel: true\n<<: *l\n{SMALL}", ["lora_mlp_kernel: come through a merge key"]),
         ("adapter: lora\nlora_r: &r 8\nlora_alpha: 16\nlora_mlp_kernel: &k true\nstrict: *k\n", ["anchors", "write the values"]),
+        (f"x: &p [a.B]\nplugins: *p\n{SMALL}", ["plugins: is an alias"]),
         (SMALL + "fsdp_config: {fsdp_offload_params: true}\n", ["fsdp_config: its keys are not written one a line"]),
         (SMALL + "fsdp_config:\n  sharding_strategy: HYBRID_SHARD\n", ["sharding_strategy: HYBRID_SHARD", "FULL_SHARD"]),
     ],
