@@ -157,7 +157,7 @@ def test_qlora_stands_for_four_bits():
         "plugins: []\n",
         "plugins: [a.B]\n",
         "plugins:\n  - a.B  # why\n",
-        "plugins: &p\n- a.B\nothers: *p\n",
+        "plugins: &p\n- a.B\n",
         f"plugins: [{PLUGIN}]\n",
     ],
 )
