@@ -60,10 +60,11 @@ class QTHAPlugin(BasePlugin):
 
     def pre_model_load(self, cfg: DictDefault) -> None:
         """Complete the base's quantisation, now that its type and dtype are known; before a training choose the checkpoint it
-        continues from, and show what it will need; refuse to merge an adapter that is not linear.
+        continues from, and show what it will need; refuse to merge an adapter that is not linear, and experts on a CPU.
         """
         if cfg.adapter != "qtha":
             return
+        quantization.check_experts_device(cfg)
         quantization.complete(cfg)
         settings, training, self._training = self._settings(cfg), self._training, False  # DPO may load a second model
         if cfg.merge_lora and not training:  # here rather than after loading the base

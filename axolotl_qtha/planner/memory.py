@@ -165,6 +165,7 @@ def weight_bytes(model: PreTrainedModel) -> int:
     """Return the bytes of the frozen weights and buffers as they are stored; tied ones count once."""
     quantised = {id(module.weight): module.stored_bytes for module in model.modules() if isinstance(module, QuantisedLinear)}
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    quantised |= {key: tensor.stored_bytes for key, tensor in tensors.items() if hasattr(tensor, "stored_bytes")}  # experts
     return sum(quantised.get(key, tensor.numel() * tensor.element_size()) for key, tensor in tensors.items())
 
 

@@ -47,6 +47,13 @@ def show_plan(plan: Plan, out: Console) -> None:
         )
 
 
+def show_in_short(plan: Plan, out: Console) -> None:
+    """Print two lines of the plan: parameters beside LoRA's, and memory."""
+    memory = _fit(plan) if plan.memory else f"Memory is not known: the model cannot run without weights ({plan.memory_unknown})."
+    for line in (_verdict(plan), memory):
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 def show_before_training(run: TrainingRun) -> None:
     """Print the plan of a training that begins; wrong `qtha:` settings stop here, before the weights are downloaded."""
     try:

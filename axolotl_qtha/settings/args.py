@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, create_model, model_validator
 
 from ..circuit import noise
 from ..errors import refusal, unknown_keys
@@ -34,6 +34,8 @@ REFUSED = {
     "lora_qkv_kernel": "these kernels are LoRA's own; leave it out",
     "lora_o_kernel": "these kernels are LoRA's own; leave it out",
     "lora_embedding_kernel": "these kernels are LoRA's own; leave it out",
+    "dsv4_shared_mlp_lora_kernel": "these kernels are LoRA's own; leave it out",
+    "dsv4_fp8_lora_kernel": "these kernels are LoRA's own; leave it out",
     "lora_rank_pattern": "all modules share `qtha: {rank: ...}`; leave it out",
     "lora_alpha_pattern": "all modules share `qtha: {alpha: ...}`; leave it out",
     "lora_target_parameters": "only modules can be adapted, with `qtha: {target_modules: ...}`; leave it out",
@@ -41,7 +43,7 @@ REFUSED = {
     "loraplus_lr_ratio": "LoRA+ knows LoRA's two matrices only; leave it out, and see `qtha: {circuit_lr: ...}`",
     "peft_use_dora": "DoRA is another method; leave it out, or use `adapter: lora`",
     "peft_use_rslora": "scale by `qtha: {alpha: ...}`; leave it out",
-    "peft_layer_replication": "leave it out",
+    "peft_layer_replication": "it repeats layers under LoRA's matrices; leave it out",
     "peft_init_lora_weights": "write `qtha: {init: kaiming}` or `tt_svd` instead",
     "peft_trainable_token_indices": "train new tokens with `qtha: {modules_to_save: [embed_tokens, lm_head]}`",
     "peft_ensure_weight_tying": "leave it out",
@@ -52,7 +54,8 @@ REFUSED = {
     "flash_attn_fuse_mlp": "it replaces the layers that carry adapters; leave it out",
     "use_onebitllms": "it replaces the layers that carry adapters; leave it out",
     "qat": "it replaces the layers that carry adapters; leave it out",
-    "quantize_moe_experts": "Axolotl has it for `adapter: lora` and `qlora` only; leave it out, experts then stay as they are",
+    "nvfp4_merge_aware": "it rounds LoRA's own change to the base's 4-bit grid; leave it out, or use `adapter: lora`",
+    "ple_cpu_offload": "Axolotl has it for `adapter: lora` and `qlora` only; leave it out",
 }
 DIAGNOSTICS_STEPS = 10
 # The angles (or their classical twin's weights), by the names the trainer sees.
@@ -128,10 +131,28 @@ class QTHAArgs(BaseModel):
         default=None, description="Quantum Tensor Hybrid Adaptation, read with `adapter: qtha`."
     )
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def qtha_speak_first(cls, data: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
+        """Refuse what cannot work before Axolotl's own checks do, which would advise `adapter: lora`.
+
+        Axolotl's checks are "before" validators of its own classes, which run ahead of such ones of ours; a "wrap" validator
+        runs around all of them. `quantize_moe_experts` is kept from them and put back: they want LoRA, its loader does not.
+        """
+        if not isinstance(data, dict) or data.get("adapter") != "qtha":
+            return handler(data)
+        _refuse(data, block if isinstance(block := data.get("qtha"), dict) else {})
+        if not data.get("quantize_moe_experts"):
+            return handler(data)
+        quantization.check_experts_asked(data)
+        result = handler({key: value for key, value in data.items() if key != "quantize_moe_experts"})
+        result.quantize_moe_experts = True
+        return result
+
     @model_validator(mode="before")
     @classmethod
     def qtha_check_and_connect(cls, data: Any) -> Any:
-        """Refuse what cannot work with `adapter: qtha`, and connect the block to Axolotl's own keys."""
+        """Connect the `qtha:` block to Axolotl's own keys, and refuse ways to share the run that cannot work."""
         if not isinstance(data, dict):
             return data
         refuse_secrets(data.get("qtha"), "qtha")
@@ -144,7 +165,6 @@ class QTHAArgs(BaseModel):
             return data
         block = data.get("qtha")
         block = block if isinstance(block, dict) else {}
-        _refuse(data, block)
         parallel.connect(data)
         quantization.connect(data)
         data["merge_method"] = "legacy"  # the other method reads the adapter as LoRA and may write an unmerged base
@@ -164,6 +184,8 @@ def _refuse(data: dict[str, Any], block: dict[str, Any]) -> None:
     for key, advice in REFUSED.items():
         if value := data.get(key):
             raise ValueError(f"{key}: {value!r} does not work with `adapter: qtha`: {advice}.")
+    if data.get("optimizer") == "polora":
+        raise ValueError("optimizer: 'polora' trains LoRA's two matrices only. What works: `optimizer: adamw_torch`.")
     _refuse_reentrant(data)
 
 

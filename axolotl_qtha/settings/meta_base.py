@@ -14,6 +14,7 @@ from axolotl.loaders.utils import load_model_config
 from axolotl.utils.config import prepare_plugins, validate_config
 from axolotl.utils.dict import DictDefault
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import set_zero3_state
 from transformers.quantizers import AutoHfQuantizer, AutoQuantizationConfig
@@ -40,6 +41,11 @@ def read_yaml(path: Path) -> DictDefault:
     if not isinstance(raw, dict) or raw.get("adapter") != "qtha":
         found = raw.get("adapter") if isinstance(raw, dict) else type(raw).__name__
         raise ValueError(f"adapter: {found!r} in {path} is none of ours. What works: an Axolotl YAML with `adapter: qtha`.")
+    return validated(raw)
+
+
+def validated(raw: dict[str, Any]) -> DictDefault:
+    """Return a configuration as Axolotl validates it, with the plugins it names."""
     cfg = DictDefault(raw)
     prepare_plugins(cfg)
     return validate_config(cfg)
@@ -51,7 +57,15 @@ def read_config(path: Path) -> DictDefault:
     Raises:
         ValueError: if the file is not a configuration with `adapter: qtha`, or the base's configuration cannot be read.
     """
-    cfg = read_yaml(path)
+    return completed(read_yaml(path))
+
+
+def completed(cfg: DictDefault) -> DictDefault:
+    """Return a validated configuration completed from the base's own.
+
+    Raises:
+        UnknownBase: if the base's configuration cannot be read.
+    """
     cfg.torch_dtype = _dtype(cfg)
     cfg.model_config_type = base_config(cfg).model_type
     complete(cfg)
@@ -106,6 +120,8 @@ def meta_base(cfg: DictDefault) -> PreTrainedModel:
         if settings:
             _quantise(model, settings)
             model.config.quantization_config = settings
+        if cfg.quantize_moe_experts:
+            _quantise_experts(model, settings)
     except Exception as error:
         raise UnknownBase(
             f"base_model: {cfg.base_model!r} cannot be built from its config.json ({error}). What works: a causal language model "
@@ -173,6 +189,24 @@ def _quantise(model: PreTrainedModel, settings: dict[str, Any]) -> None:
         parent, _, leaf = name.rpartition(".")
         layer = QuantisedLinear(module, _stored_bytes(module.in_features, module.out_features, settings), dtype)
         setattr(model.get_submodule(parent), leaf, layer)
+
+
+class _DequantisedExperts(nn.Module):
+    """Gives a layer's experts, stored in few bits, in full precision: all of them, each time they are used."""
+
+    @torch.no_grad()
+    def forward(self, weight: Tensor) -> Tensor:
+        return torch.empty_like(weight)
+
+
+def _quantise_experts(model: PreTrainedModel, settings: dict[str, Any]) -> None:
+    """Have the fused experts stored in few bits, as Axolotl does while it loads them."""
+    for name, weight in list(model.named_parameters()):
+        if weight.ndim >= 3 and "expert" in name.lower():
+            owner, _, leaf = name.rpartition(".")
+            stored = _stored_bytes(weight.shape[-1], weight.numel() // weight.shape[-1], settings)
+            register_parametrization(model.get_submodule(owner), leaf, _DequantisedExperts(), unsafe=True)
+            cast(Any, weight).stored_bytes = stored
 
 
 def _stored_bytes(inputs: int, outputs: int, settings: dict[str, Any]) -> int:

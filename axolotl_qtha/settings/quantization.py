@@ -11,6 +11,7 @@ import inspect
 from importlib import metadata
 from typing import Any
 
+import torch
 from packaging.requirements import Requirement
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -85,12 +86,43 @@ def complete(cfg: Any) -> None:
         settings.setdefault("llm_int8_skip_modules", skipped)
 
 
+def check_experts_asked(data: dict[str, Any]) -> None:
+    """Refuse `quantize_moe_experts` without a quantised base, as Axolotl does for LoRA.
+
+    Raises:
+        ValueError: naming what works.
+    """
+    if not any(data.get(key) for key in LOAD_KEYS):
+        raise ValueError(
+            "quantize_moe_experts: true needs a quantised base. What works: `load_in_4bit: true` or `load_in_8bit: true`."
+        )
+
+
+def check_experts_device(cfg: Any) -> None:
+    """Refuse `quantize_moe_experts` where Axolotl would leave the experts as they are: it quantises them on NVIDIA GPUs alone.
+
+    Raises:
+        ValueError: if there is no such GPU here.
+    """
+    if cfg.quantize_moe_experts and not (torch.cuda.is_available() and torch.version.cuda):
+        raise ValueError(
+            "quantize_moe_experts: true needs an NVIDIA GPU, and there is none here: the experts would stay in full precision. "
+            "What works: a machine with one, or leave it out."
+        )
+
+
 def check_base(cfg: Any, model: PreTrainedModel) -> int:
     """Return the number of quantised layers of the base just loaded.
 
     Raises:
-        ValueError: if `load_in_4bit` or `load_in_8bit` was asked for and no layer is of that kind, or the head cannot be.
+        ValueError: if `load_in_4bit` or `load_in_8bit` was asked for and no layer is of that kind, or the head cannot be; or
+            `quantize_moe_experts`, and no expert is.
     """
+    if cfg.quantize_moe_experts and not getattr(model, "_moe_experts_quantized", False):  # Axolotl's mark
+        raise ValueError(
+            "quantize_moe_experts: true, but no expert of the base that was loaded is quantised: Axolotl quantises fused ones, "
+            "weights of three dimensions whose name contains `expert`. What works: a base with such experts, or leave it out."
+        )
     key = asked(cfg)
     if key is None:
         return sum(is_quantised(module, model) for module in model.modules())

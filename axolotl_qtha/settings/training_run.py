@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from axolotl.utils.dict import DictDefault
+from pydantic import ValidationError
 
 from ..tuner.config import QTHAConfig
 from . import quantization
@@ -161,3 +162,33 @@ def read_run(path: Path) -> TrainingRun:
     from .meta_base import read_config
 
     return TrainingRun.of(read_config(path))
+
+
+def refused(values: dict[str, Any]) -> str | None:
+    """Return why Axolotl refuses a configuration, None where it takes it."""
+    from .meta_base import validated
+
+    try:
+        validated(copy.deepcopy(values))
+    except ValidationError as error:
+        return "; ".join(_fault(fault) for fault in error.errors())
+    except (ValueError, DeprecationWarning) as error:  # Axolotl raises the warning for keys it has given up
+        return str(error)
+    return None
+
+
+def _fault(fault: Any) -> str:
+    where = ".".join(map(str, fault["loc"]))
+    return (f"{where}: " if where else "") + str(fault["msg"]).removeprefix("Value error, ")
+
+
+def run_of(values: dict[str, Any]) -> TrainingRun:
+    """Return the training that the values of a YAML describe.
+
+    Raises:
+        ValueError: if Axolotl refuses them.
+        UnknownBase: if the base's configuration cannot be read.
+    """
+    from .meta_base import completed, validated
+
+    return TrainingRun.of(completed(validated(copy.deepcopy(values))))

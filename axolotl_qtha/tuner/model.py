@@ -152,9 +152,16 @@ def select_targets(config: QTHAConfig, model: nn.Module) -> dict[str, tuple[int,
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules an adapter may be placed on: all but the insides of layers that have one already."""
+    """Return the modules an adapter may be placed on: all but the insides of layers that have one already.
+
+    What dequantises experts is a module too, with a parameter's name, below `parametrizations`.
+    """
     inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-    return {name: module for name, module in model.named_modules() if name and not name.startswith(inside or ("\0",))}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name and not name.startswith(inside or ("\0",)) and ".parametrizations" not in name
+    }
 
 
 def _expand_all_linear(config: QTHAConfig, model: nn.Module) -> None:

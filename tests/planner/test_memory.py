@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
+from bitsandbytes.nn.parametrize import replace_parameter_4bit
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from axolotl_qtha.circuit import native
 from axolotl_qtha.circuit.ansatz import Ansatz
@@ -15,7 +16,7 @@ from axolotl_qtha.planner.memory import weight_bytes, workspace_bytes
 from axolotl_qtha.settings.meta_base import QuantisedLinear
 from axolotl_qtha.timing import peak_bytes
 
-from .bases import CONFIGS, run_on
+from .bases import CONFIGS, SIZES, run_on
 
 CPU = torch.device("cpu")
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "float32"}
@@ -127,3 +128,24 @@ def test_circuit_workspace(qubits, tokens, monkeypatch):
     run()  # fills the tables, which are kept
     # inputs, outputs and gradients, (tokens, qubits) each, come on top: up to 12 % for few qubits
     assert workspace_bytes(qubits, tokens, chunk_tokens(qubits)) == pytest.approx(peak_bytes(run, CPU), rel=0.15)
+
+
+def test_quantised_experts_are_counted_as_stored(tmp_path):
+    """Against the tensors that bitsandbytes holds for them; in full precision they are counted as any weight."""
+    sizes = {"num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "num_experts_per_tok": 2}
+    config = Qwen2MoeConfig(**SIZES, **sizes)
+    runs = (run_on(tmp_path, config, bf16=True, load_in_4bit=True, quantize_moe_experts=experts) for experts in (None, True))
+    plain, quantised = (weight_bytes(run.base()) for run in runs)
+    whole = stored = 0
+    model = Qwen2MoeForCausalLM(config).to(torch.bfloat16)
+    for name, weight in list(model.named_parameters()):
+        if ".experts." in name:
+            owner, _, leaf = name.rpartition(".")
+            whole += weight.nbytes
+            replace_parameter_4bit(model.get_submodule(owner), leaf, compress_statistics=True, quant_type="nf4")
+            kept = model.get_submodule(owner).parametrizations[leaf]
+            state = kept[0].quant_state
+            tensors = (kept.original, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+            stored += sum(tensor.nbytes for tensor in tensors)
+    assert whole > 3.5 * stored
+    assert plain - quantised == whole - stored

@@ -242,3 +242,34 @@ def test_import_starts_neither_qiskit_nor_axolotl_nor_cuda():
         "assert not loaded, loaded; assert not torch.cuda.is_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"quantize_moe_experts": True}, ["quantize_moe_experts: true", "`load_in_4bit: true`"]),
+        ({"nvfp4_merge_aware": True}, ["nvfp4_merge_aware: True", "4-bit grid"]),
+        ({"ple_cpu_offload": True}, ["ple_cpu_offload: True", "leave it out"]),
+        ({"optimizer": "polora"}, ["optimizer: 'polora'", "`optimizer: adamw_torch`"]),
+        ({"relora": True, "jagged_restart_steps": 10}, ["relora: True", "LoRA's matrices"]),
+        ({"qat": {"weight_dtype": "int4"}, "optimizer": "q_galore_adamw8bit"}, ["qat:"]),
+    ],
+)
+def test_our_refusals_speak_before_axolotls(changes, words):
+    """Axolotl's own checks would advise `adapter: lora`, or speak of ReLoRA's restarts."""
+    with pytest.raises(ValueError, match=r"adapter|What works") as error:
+        validated(**changes)
+    for word in words:
+        assert word in str(error.value)
+    for word in ("requires adapter: lora", "must support ReLoRA", "requires qlora"):
+        assert word not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["load_in_4bit", "load_in_8bit"])
+@pytest.mark.parametrize("gpus", [None, 2])
+def test_experts_may_be_quantised(key, gpus):
+    """Axolotl's check wants `adapter: lora`; its loader quantises the experts of any base whose configuration has the key."""
+    config = validated(gpus=gpus, quantize_moe_experts=True, **{key: True})
+    assert config.quantize_moe_experts is True
+    assert validated(adapter="lora", qtha=None, quantize_moe_experts=True, **{key: True}).quantize_moe_experts is True
+    assert not validated(**{key: True}).quantize_moe_experts
