@@ -24,7 +24,7 @@ from .options import IBMOptions, refuse_too_wide
 from .placement import Place, best, places
 
 WORSE = 1.5  # `pack: auto` takes groups of qubits whose expected error is at most this many times the best one's
-SIMULATED_QUBITS = 12  # in a circuit of a simulated device, at most, with `pack: auto`
+SIMULATED_QUBITS = 8  # in a circuit of a simulated device, at most, with `pack: auto`: 12 take half a minute each, with noise
 
 
 class ISACircuit:

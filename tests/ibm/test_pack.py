@@ -81,7 +81,7 @@ def test_auto_takes_the_good_ones():
     on_real = IBMOptions(backend="torino", max_qpu_seconds=60, pack="auto")
     chosen = ISACircuit(Ansatz(4, 2), TORINO, on_real)
     assert 1 < chosen.pack == sum(place.error <= WORSE * every[0].error for place in every) < len(every)
-    assert ISACircuit(Ansatz(4, 2), TORINO, options(pack="auto")).pack == 3  # simulated: 12 qubits
+    assert ISACircuit(Ansatz(4, 2), TORINO, options(pack="auto")).pack == 2  # simulated: 8 qubits
     assert ISACircuit(Ansatz(8, 1), TORINO, options(pack="auto")).pack == 1
 
 
@@ -230,12 +230,12 @@ def test_what_cannot_be_simulated_is_refused_before_it_is_run():
 
 
 @pytest.mark.slow
-def test_three_circuits_of_four_qubits_are_simulated_with_noise(tmp_path):
+def test_two_circuits_of_four_qubits_are_simulated_with_noise(tmp_path):
     ansatz, block = Ansatz(4, 1), options(shots=500, pack="auto")
     runner = Runner(ansatz, block, LocalService(TORINO, block), Journal(tmp_path))
     z, theta = angles_and_inputs(ansatz, tokens=3)
     values, _ = runner.expectations(runner.isa.gates.points(z, theta))
-    assert runner.isa.pack == 3
+    assert runner.isa.pack == 2
     exact = expectations(ansatz, z, theta)
     noisy = Engine(ansatz, Simulation("aer"), None, TORINO)
     alone = noisy.expectations(noisy.gates.points(z, theta))

@@ -107,10 +107,10 @@ def test_the_command_counts_and_submits_nothing(tmp_path):
 def test_the_command_says_what_packing_saves(tmp_path):
     torino = {"backend": "fake:torino"}
     text = " ".join(run(tmp_path, ibm=torino).output.split())
-    found = re.search(r"With `ibm: \{pack: auto\}` a circuit would hold 6, and a step take ([\d,.]+) QPU seconds", text)
+    found = re.search(r"With `ibm: \{pack: auto\}` a circuit would hold 4, and a step take ([\d,.]+) QPU seconds", text)
     packed = run(tmp_path, ibm={**torino, "pack": "auto"})
     assert f"│ {found[1]} │" in " ".join(packed.output.split())
-    assert "One circuit: 6 blocks of 2 qubits side by side" in " ".join(packed.output.split())
+    assert "One circuit: 4 blocks of 2 qubits side by side" in " ".join(packed.output.split())
     assert "pack: auto" not in packed.output
 
 
