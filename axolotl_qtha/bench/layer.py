@@ -201,8 +201,8 @@ def main() -> None:
     for column in ("rank", "circuits x qubits", "ms (median)", "x rank 8 as 1 x 8"):
         circuits.add_column(column, justify="right")
     for cut in cuts:
-        shape = f"{cut['circuits']} x {cut['qubits']}"
-        circuits.add_row(str(cut["rank"]), shape, f"{cut['milliseconds']:.1f}", f"{cut['to_first']:.2f}")
+        cut_as = f"{cut['circuits']} x {cut['qubits']}"
+        circuits.add_row(str(cut["rank"]), cut_as, f"{cut['milliseconds']:.1f}", f"{cut['to_first']:.2f}")
     out.print(circuits)
     kept = circuit_rows(device)
     memory = Table(title=f"kept for backward by the circuit, {kept[0]['qubits']} qubits, {kept[0]['tokens']} tokens")

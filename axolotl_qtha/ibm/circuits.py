@@ -93,20 +93,17 @@ class ISACircuit:
 
 
 def _places(gates: GateAngles, backend: BackendV2, options: IBMOptions | None) -> list[Place]:
-    """Return where the blocks of a circuit go."""
-    asked = 1 if options is None else options.pack
-    if asked == 1:
-        return [best(gates.circuit, backend)]
-    n = gates.circuit.num_qubits
+    """Return where the blocks of a circuit go; one alone goes where Qiskit places it on the whole device."""
+    asked, n = 1 if options is None else options.pack, gates.circuit.num_qubits
     refuse_too_wide(asked, n, backend.name, backend.num_qubits)
-    found = places(gates.circuit, backend)
+    found = [] if asked == 1 else places(gates.circuit, backend)
     if asked == "auto":
         good = [place for place in found if place.error <= WORSE * found[0].error]
-        return good[: max(1, SIMULATED_QUBITS // n)] if options and options.is_fake else good
-    if asked > len(found):
+        count = min(len(good), SIMULATED_QUBITS // n) if options and options.is_fake else len(good)
+    elif (count := asked) > max(1, len(found)):
         why = f"blocks of {n} qubits: {backend.name} has {len(found)} groups of as many that are connected"
-        raise refusal("ibm.pack", asked, why, f"`pack: auto`, or at most {len(found)}")
-    return found[:asked]
+        raise refusal("ibm.pack", asked, why, f"`pack: auto`, or at most {max(1, len(found))}")
+    return found[:count] if count > 1 else [best(gates.circuit, backend)]
 
 
 def _side_by_side(places: list[Place], gates: GateAngles) -> QuantumCircuit:
