@@ -31,6 +31,13 @@ def test_every_engine_of_this_machine_passes():
         assert row.gradients is None or row.gradients <= limit
 
 
+@pytest.mark.parametrize("simulation", [Simulation(), Simulation("aer", shots=300)], ids=["exact", "shots"])
+def test_circuits_side_by_side(simulation):
+    for row in compare(Ansatz(2, 1), simulation, tokens=2, tolerance=1e-5, seed=0, blocks=3):
+        assert row.passed
+        assert row.gradients is None or row.gradients <= 1e-5
+
+
 @pytest.mark.parametrize("noise_model", ["none", "depolarizing", "fake:manila"])
 def test_shots_and_noise_are_compared_in_standard_errors(noise_model):
     simulation = Simulation("aer", shots=500, noise_model=noise_model)
@@ -82,6 +89,9 @@ def test_command(tmp_path, monkeypatch):
     done = CliRunner().invoke(verify, [config, "--tolerance", "1e-18"])
     assert done.exit_code == 1
     assert "Off by more than 1e-18: torch, cpu, float32, " in done.output
+    done = CliRunner().invoke(verify, [str(write_config(tmp_path, qtha={"rank": 16})), "--tokens", "1"])
+    assert done.exit_code == 0, done.output
+    assert "4 qubits, 2 layers, 4 side by side" in done.output
     done = CliRunner().invoke(verify, [str(write_config(tmp_path, qtha={"quantum": "silu"}))])
     assert done.exit_code == 1
     assert "runs no circuit" in done.output

@@ -51,6 +51,13 @@ def test_command(tmp_path):
         assert len(image.convert("L").getcolors()) > 2  # something is drawn
 
 
+def test_one_of_several_is_drawn(tmp_path):
+    output = invoke(write_config(tmp_path, qtha={"rank": 32})).output
+    assert "Rank 32: each token has 8 of these circuits side by side in every adapted layer" in " ".join(output.split())
+    assert "theta[31]" in output
+    assert "theta[32]" not in output
+
+
 def test_the_backend_of_the_configuration(tmp_path):
     config = write_config(tmp_path, qtha={"quantum_backend": "aer", "noise_model": "fake:manila", "rank": 2})
     assert "on fake:manila" in invoke(config).output

@@ -18,7 +18,13 @@ pytestmark = pytest.mark.e2e
 
 IDS = torch.tensor([[1, 45, 300, 7, 12, 99, 4, 8]])
 # The quickstart's layers are 48 to 128 wide: a quarter of a LoRA of rank 32 has no room there for its 32 x 32 matrices.
-WIDE = {"rank": 32, "alpha": 32, "param_budget": 0.9, "target_modules": ["gate_proj", "up_proj", "down_proj"]}
+WIDE = {
+    "diagnostics_steps": 3,
+    "rank": 32,
+    "alpha": 32,
+    "param_budget": 0.9,
+    "target_modules": ["gate_proj", "up_proj", "down_proj"],
+}
 FEW = {"load_in_4bit": True, "micro_batch_size": 2, "max_steps": 6, "save_steps": 3, "eval_steps": None, "test_datasets": None}
 FEW |= {"lr_scheduler": "constant", "warmup_steps": 0}
 # Not resumed: with packing Axolotl goes on with other sequences than the run would have, with LoRA too.
@@ -42,6 +48,9 @@ def test_rank_32_trains_in_4_bits(trained):
     model, trainer, folder = trained
     steps = losses(trainer)
     assert steps[6] < steps[1] - 0.3
+    measured = next(row for row in trainer.state.log_history if "qtha/quantum_share" in row)
+    assert measured["qtha/quantum_share"] > 0
+    assert 1 <= measured["qtha/effective_rank"] <= 32
     assert {(layer.qtha_adapter["default"].config.blocks) for layer in adapted_layers(model).values()} == {8}
     saved = json.loads((folder / "out/adapter_config.json").read_text())
     assert (saved["rank"], saved["qubits"]) == (32, 4)

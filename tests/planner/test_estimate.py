@@ -59,6 +59,24 @@ def test_circuits_are_counted_as_qiskit_counts_them(tmp_path):
 
 
 @pytest.mark.slow
+def test_circuits_side_by_side(tmp_path, capsys):
+    block = {"rank": 16, "mpo": "none"}
+    four, eight = (make_plan(run_on(tmp_path, CONFIGS["llama"], qtha=block | {"qubits": n}), []) for n in (4, 8))
+    assert (four.qubits, four.circuits_per_token, four.gates) == (4, 4, dict(Ansatz(4, 2).circuit().count_ops()))
+    assert four.circuits_per_step == 2 * eight.circuits_per_step == 3 * 7 * 4 * 128 * 2 * 4
+    assert four.parameters == eight.parameters
+    assert 4 * four.memory.circuit <= eight.memory.circuit  # the state of one circuit at a time, for a chunk of tokens
+    # 16 times the amplitudes, twice the gates a circuit, half the circuits
+    share = four.circuits_share
+    assert eight.circuits_share == pytest.approx(16 * share / (1 - share + 16 * share))
+    show_plan(four, console())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "(4 per adapted layer and token, 1,024 tokens) of 4 qubits and 24 RY, 16 CRZ" in said
+    assert f"They are {share:.1%} of a step's arithmetic." in said
+    assert "quantum: qtha (4 circuits of 4 qubits)" in said
+
+
+@pytest.mark.slow
 def test_parameter_shift_takes_further_circuits(tmp_path, capsys):
     aer = {"rank": 4, "quantum_backend": "aer"}
     plan = make_plan(run_on(tmp_path, CONFIGS["llama"], qtha=aer), [])
@@ -186,7 +204,7 @@ def test_pairs_of_answers_double_the_batch(tmp_path):
 @pytest.mark.parametrize("budget", [0.24, 1.0])
 def test_settings_that_meet_a_budget(tmp_path, budget):
     settings = find_settings(big(tmp_path), budget)
-    assert {row.rank for row in settings} >= {4, 8}
+    assert {row.rank for row in settings} >= {4, 8, 16, 32}
     assert all(row.share <= budget for row in settings)
     for row in settings[:: len(settings) // 2]:
         used = {"rank": row.rank, "num_cores": row.num_cores, "bond_dim": row.bond_dim, "mid_dim": row.mid_dim}
