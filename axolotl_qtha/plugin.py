@@ -150,6 +150,7 @@ class QTHAPlugin(BasePlugin):
             from .training.device_callback import refuse_untrainable
 
             refuse_untrainable(settings.parsed, getattr(cfg.rl, "value", cfg.rl))
+        checkpoints.refuse_others(cfg.output_dir)
         if cfg.auto_resume_from_checkpoints and cfg.resume_from_checkpoint is None:
             checkpoints.set_aside_once(cfg.output_dir)
         if chosen := determine_last_checkpoint(cfg):

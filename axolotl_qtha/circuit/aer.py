@@ -232,6 +232,6 @@ def expectation_values(z: Tensor, angles: Tensor, ansatz: Ansatz, simulation: Si
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     flat, angles = z.reshape(-1, z.shape[-1]).to(dtype), angles.to(dtype)
     if z.device.type != "meta":
-        torch_engine.check_finite(flat, angles)
+        torch_engine.check_finite(flat, angles, ansatz.qubits)
     result: Tensor = _Circuits.apply(flat, angles, ansatz, simulation)
     return result.reshape(z.shape)

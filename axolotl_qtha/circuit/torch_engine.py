@@ -106,7 +106,7 @@ def check_shapes(z: Tensor, angles: Tensor, ansatz: Ansatz) -> None:
         )
 
 
-def check_finite(z: Tensor, angles: Tensor) -> None:
+def check_finite(z: Tensor, angles: Tensor, qubits: int) -> None:
     """Refuse angles that are NaN or infinite; `z` is (tokens, width)."""
     if math.isfinite((z.sum() + angles.sum()).item()):
         return
@@ -114,8 +114,9 @@ def check_finite(z: Tensor, angles: Tensor) -> None:
         if not bool(torch.isfinite(values).all()):
             row, qubit = (~torch.isfinite(values)).nonzero()[0].tolist()
             where = f"row {row}" if values is angles else f"token {row}"
+            where += f", circuit {qubit // qubits}" if z.shape[1] > qubits else ""
             raise NonFiniteAngle(
-                f"the circuit's {what} of qubit {qubit} ({where}) is {values[row, qubit].item()}. What works: a smaller "
+                f"the circuit's {what} of qubit {qubit % qubits} ({where}) is {values[row, qubit].item()}. What works: a smaller "
                 "learning_rate or max_grad_norm, from the last good checkpoint; a base in bfloat16 rather than float16."
             )
 
@@ -240,7 +241,7 @@ def _circuit_forward(z: Tensor, angles: Tensor, qubits: int, layers: int, gate_o
     ansatz = Ansatz(qubits, layers, gate_order)
     result = torch.empty_like(z)
     if z.device.type == "cpu":  # on a GPU the answer would have to be waited for
-        check_finite(z, angles)
+        check_finite(z, angles, qubits)
     with exactly(z.device.type):
         if (kernel := fused(z, qubits)) is not None:
             return kernel.forward(z, angles, ansatz)

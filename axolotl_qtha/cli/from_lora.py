@@ -40,12 +40,18 @@ def from_lora(config: Path, out: Path | None, param_budget: float, force: bool) 
         out = out or config.with_name(f"{config.stem}-qtha{config.suffix}")
         _check_out(out)
         try:
-            text = config.read_text(encoding="utf-8-sig")
+            with config.open(encoding="utf-8-sig", newline="") as file:  # line ends as they are
+                text = file.read()
             made = translate(text, force, param_budget)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{config}: is not text in UTF-8 ({error.reason}). What works: an Axolotl YAML.") from error
         except ValueError as error:
             raise ValueError(f"{config}: {error}") from error
         plan, warning = _tried(yaml.safe_load(text), yaml.safe_load(made.text), force)
-        out.write_text(made.text, encoding="utf-8")
+        try:
+            out.write_text(made.text, encoding="utf-8", newline="")
+        except OSError as error:
+            raise refusal("--out", str(out), f"cannot be written ({error.strerror})", "a folder you may write to") from error
     click.echo(f"{out}: {config.name} with `adapter: qtha`.")
     for line in (", ".join(made.renamed), *made.notes):
         click.echo(f"  - {line}")
@@ -73,8 +79,9 @@ def _tried(old: dict[str, Any], new: dict[str, Any], force: bool) -> tuple[Plan 
     from ..settings.training_run import refused, run_of
 
     if why := refused(new):
-        if refused(old):
-            return None, f"Axolotl refuses it here, and the YAML with LoRA as well: {why}"
+        if also := refused(old):
+            both = why if why == also else f"{why}\nThe one with LoRA: {also}"
+            return None, f"Written, but `axolotl train` refuses it here, as it does the YAML with LoRA: {both}"
         if not force:
             raise ValueError(f"with `adapter: qtha` it would be refused: {why}\nTo write it even so, use --force.")
         return None, f"As it is, it is refused: {why}"

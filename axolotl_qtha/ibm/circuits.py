@@ -23,7 +23,7 @@ from ..errors import refusal
 from .options import IBMOptions, refuse_too_wide
 from .placement import Place, best, places
 
-WORSE = 1.5  # `pack: auto` takes groups of qubits whose expected error is at most this many times the best one's
+WORSE = 1.5  # `pack: auto` takes groups of qubits on which at most this many times as much fails as on the best
 SIMULATED_QUBITS = 8  # in a circuit of a simulated device, at most, with `pack: auto`: 12 take half a minute each, with noise
 
 
@@ -74,7 +74,8 @@ class ISACircuit:
     def pub(self, points: np.ndarray) -> tuple[QuantumCircuit, list[list[SparsePauliOp]], np.ndarray]:
         """Return the PUB of circuits with these gate angles, (circuits, gates) in radians.
 
-        Its results are (rows, pack n): those of `pack` circuits, one after the other, in each row; the last row may have more.
+        Its results are (rows, pack n): those of `pack` circuits, one after the other, in each row. The last row is filled up with
+        the last circuit, whose further results are dropped.
         """
         rows = self.rows(len(points))
         filled = np.concatenate([points, np.repeat(points[-1:], rows * self.pack - len(points), axis=0)])
@@ -98,10 +99,10 @@ def _places(gates: GateAngles, backend: BackendV2, options: IBMOptions | None) -
     refuse_too_wide(asked, n, backend.name, backend.num_qubits)
     found = [] if asked == 1 else places(gates.circuit, backend)
     if asked == "auto":
-        good = [place for place in found if place.error <= WORSE * found[0].error]
+        good = [place for place in found if place.faults <= WORSE * found[0].faults]
         count = min(len(good), SIMULATED_QUBITS // n) if options and options.is_fake else len(good)
     elif (count := asked) > max(1, len(found)):
-        why = f"blocks of {n} qubits: {backend.name} has {len(found)} groups of as many that are connected"
+        why = f"blocks of {n} qubits: {backend.name} has {len(found)} groups of as many that are connected and work"
         raise refusal("ibm.pack", asked, why, f"`pack: auto`, or at most {max(1, len(found))}")
     return found[:count] if count > 1 else [best(gates.circuit, backend)]
 

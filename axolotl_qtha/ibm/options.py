@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from ..errors import PrivateSettings, refusal, unknown_keys
 
@@ -73,11 +73,11 @@ class IBMOptions(BaseModel):
         description="Gradient of these tokens: `parameter_shift`, exact in expectation; `spsa`, all angles perturbed at once, "
         "2 * spsa_draws circuits for each; `none`, inference only.",
     )
-    pack: Literal["auto"] | Annotated[int, Field(strict=True)] = Field(
+    pack: Literal["auto"] | int = Field(
         default=1,
-        description="Circuits (blocks) that one circuit of the device holds side by side, on qubits of their own: QPU seconds "
-        "fall by about as much, and the further ones have worse qubits. `auto`: on all groups of connected qubits whose expected "
-        "error is at most 1.5 times the best group's.",
+        description="Circuits (blocks) that one circuit of the device holds side by side on qubits of their own: QPU seconds "
+        "fall by about as much, and the further ones have worse qubits. `auto`: on all groups of connected qubits on which at "
+        "most 1.5 times as many gates fail as on the best; on a simulated device on at most 8 qubits in all.",
     )
     spsa_draws: int = Field(default=1, strict=True, ge=1, description="Random directions that `gradient: spsa` averages over.")
     timeout_seconds: float = Field(
@@ -99,6 +99,13 @@ class IBMOptions(BaseModel):
             raise PrivateSettings(f"qtha.ibm.{key} (value not shown) is not a key of the `ibm:` block. What works: {works}.")
         return data
 
+    @field_validator("pack", mode="before")
+    @classmethod
+    def _pack_counts(cls, value: Any) -> Any:
+        if value != "auto" and (type(value) is not int or value < 1):
+            raise refusal("ibm.pack", value, "is not a positive whole number", "`pack: 1`, 2, ... or `pack: auto`")
+        return value
+
     @model_validator(mode="after")
     def _values_work(self) -> IBMOptions:
         if self.shots is not None and self.precision is not None:
@@ -106,8 +113,6 @@ class IBMOptions(BaseModel):
         if not self.is_fake and self.max_qpu_seconds is None:
             works = "`max_qpu_seconds: 60` (`axolotl qtha-estimate` says how many are needed), or `backend: fake:manila`"
             raise refusal("ibm.max_qpu_seconds", None, f"sets no limit to what {self.backend!r} may cost", works)
-        if self.pack != "auto" and self.pack < 1:
-            raise refusal("ibm.pack", self.pack, "is not a positive whole number", "`pack: 1`, 2, ... or `pack: auto`")
         if self.spsa_draws != 1 and self.gradient != "spsa":
             raise refusal(
                 "ibm.spsa_draws", self.spsa_draws, f"has no effect with `gradient: {self.gradient}`", "`gradient: spsa`"
@@ -141,7 +146,7 @@ def refuse_too_wide(pack: int | str, qubits: int, device: str, width: int) -> No
     """
     if isinstance(pack, int) and pack * qubits > width >= qubits:
         why = f"blocks of {qubits} qubits need {pack * qubits}, {device} has {width}"
-        raise refusal("ibm.pack", pack, why, f"`pack: auto`, or at most {width // qubits}")
+        raise refusal("ibm.pack", pack, why, "`pack: auto`, or fewer")
 
 
 def refuse_secrets(data: Any, path: str) -> None:

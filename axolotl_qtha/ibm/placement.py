@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import rustworkx
@@ -18,6 +19,11 @@ class Place:
     qubits: list[int]  # where the circuit's own are read out
     error: float  # probability that a gate or the read-out fails, by the calibration; 0 where the device does not say
 
+    @property
+    def faults(self) -> float:
+        """How many gates and read-outs fail on average; infinite where one always does."""
+        return -math.log1p(-self.error) if self.error < 1 else math.inf
+
 
 def best(circuit: QuantumCircuit, backend: BackendV2) -> Place:
     """Return where Qiskit places a circuit on a whole device."""
@@ -26,7 +32,7 @@ def best(circuit: QuantumCircuit, backend: BackendV2) -> Place:
 
 
 def places(circuit: QuantumCircuit, backend: BackendV2) -> list[Place]:
-    """Return as many groups as are found, by their expected error, the least first.
+    """Return as many groups as are found, by their expected error, the least first; without those that never work.
 
     Qiskit places the circuit on a connected part of what the groups before have left, until no part is large enough.
     """
@@ -39,7 +45,7 @@ def places(circuit: QuantumCircuit, backend: BackendV2) -> list[Place]:
         place = _placed(whole, [part[qubit] for qubit in _read_out(compiled)], backend.target)
         found.append(place)
         free -= {whole.find_bit(qubit).index for gate in whole.data for qubit in gate.qubits} | set(place.qubits)
-    return sorted(found, key=lambda place: place.error)
+    return sorted((place for place in found if place.error < 1), key=lambda place: place.error)
 
 
 def _read_out(compiled: QuantumCircuit) -> list[int]:

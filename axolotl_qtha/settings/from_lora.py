@@ -18,6 +18,7 @@ from .yaml_lines import Entry, YamlLines
 
 PLUGIN = "axolotl_qtha.QTHAPlugin"
 BUDGET = 0.24
+SUFFIX = "-qtha"
 WHAT_BUDGET_IS = "trainable parameters, as a share of LoRA's of this rank"
 KERNEL = "LoRA's own kernels"
 FALLS_AWAY = {
@@ -75,9 +76,14 @@ def translate(text: str, force: bool = False, budget: float = BUDGET) -> Transla
         document.comment_out(document.entries[key], f"no counterpart with `adapter: qtha`: {why}")
         made.notes.append(f"{key}: now a comment; {why}")
         values[key] = None
+    if values.get("qtha") is not None:
+        raise ValueError(
+            "qtha: a block is there already, beside LoRA's keys. What works: take it out, or `adapter: qtha` with it."
+        )
     _adapter(document, made)
     done = _block(document, made, budget) | set(stops)
     _drop(document, made, done)
+    _own_places(document, made)
     made.notes += fsdp2.translate(document)
     made.text = document.text()
     _check_edits(text, made.text)
@@ -128,12 +134,13 @@ def _adapter(document: YamlLines, made: Translation) -> None:
     """Write `adapter: qtha`, the plugin and, for QLoRA, the 4 bits it stands for."""
     adapter, values = _own(document, "adapter"), document.values
     document.set_value(adapter, "qtha")
-    if values["adapter"] == "qlora" and not values.get("load_in_4bit"):
+    if values["adapter"] == "qlora" and not values.get("load_in_4bit") and not values.get("load_in_8bit"):
         made.notes.append("load_in_4bit: true, which qlora stands for")
         if "load_in_4bit" in document.entries:
             document.set_value(document.entries["load_in_4bit"], "true")
         else:
             document.put_below(adapter, ["load_in_4bit: true"])
+        values["load_in_4bit"] = True  # which FSDP2's keys depend on
     elif values["adapter"] == "lora" and values.get("load_in_4bit"):
         made.notes.append(
             "load_in_4bit: stays, and the base is now quantised; with `adapter: lora` Axolotl loads it in full precision"
@@ -160,22 +167,36 @@ def _block(document: YamlLines, made: Translation, budget: float) -> set[str]:
     entries = sorted((_own(document, key) for key in kept), key=lambda entry: entry.first)
     for i, entry in enumerate(entries):
         name = kept[entry.key]
-        taken = document.take(entry, name, 2, comments=i > 0)
+        value = None
         if entry.key == "lora_target_linear":
-            taken[-1] = "  target_modules: all-linear\n"
-        if entry.key == "lora_alpha" and values.get("peft_use_rslora"):
+            value = "all-linear"
+        elif entry.key == "lora_r" and isinstance(values["lora_r"], str) and values["lora_r"].strip().isdigit():
+            value = values["lora_r"].strip()  # Axolotl takes a number in quotes for LoRA's rank
+        elif entry.key == "lora_alpha" and values.get("peft_use_rslora"):
             alpha = float(values["lora_alpha"]) * math.sqrt(int(values["lora_r"]))
-            taken[-1] = f"  alpha: {alpha:.6g}  # {values['lora_alpha']} times the root of the rank (peft_use_rslora)\n"
+            value = f"{alpha:.6g}  # {values['lora_alpha']} times the root of the rank (peft_use_rslora)"
             made.notes.append("peft_use_rslora: divides alpha by the root of the rank, QTHA by the rank; alpha made up for it")
             done.add("peft_use_rslora")
             document.remove(_own(document, "peft_use_rslora"))
-        lines += [*taken, *([f"  param_budget: {budget:g}  # {WHAT_BUDGET_IS}\n"] if entry.key == "lora_r" else [])]
+        lines += [
+            *document.take(entry, name, 2, comments=i > 0, value=value),
+            *([f"  param_budget: {budget:g}  # {WHAT_BUDGET_IS}\n"] if entry.key == "lora_r" else []),
+        ]
         made.renamed.append(f"{entry.key} -> {name}")
     if "target_modules" not in kept.values():
         lines.append("  target_modules: all-linear\n")
         made.notes.append("target_modules: all-linear, since no modules are named")
     document.put_above(entries[0], ["qtha:", *lines])
     return done
+
+
+def _own_places(document: YamlLines, made: Translation) -> None:
+    """Have the training write beside LoRA's and not over it."""
+    for key in ("output_dir", "hub_model_id"):
+        value, entry = document.values.get(key), document.entries.get(key)
+        if isinstance(value, str) and value and entry is not None:
+            document.set_value(entry, f"{value.rstrip('/')}{SUFFIX}")
+            made.notes.append(f"{key}: {value.rstrip('/')}{SUFFIX}, so that nothing of the training with LoRA is overwritten")
 
 
 def _drop(document: YamlLines, made: Translation, done: set[str]) -> None:
@@ -194,14 +215,16 @@ def _check_edits(before: str, after: str) -> None:
     """Make sure that the new text is YAML, and that keys which have nothing to do with this kept their values.
 
     Raises:
-        ValueError: if an anchor was taken out that another key needs, or LoRA's keys come through a merge.
+        ValueError: if an anchor was taken out that another key needs, or LoRA's keys come through a merge; and for whatever else
+            was not foreseen.
     """
     works = "What works: write the values of LoRA's keys out."
     try:
         old, new = yaml.safe_load(before), yaml.safe_load(after)
-    except yaml.YAMLError as error:
-        raise ValueError(f"its keys hang together through anchors ({' '.join(str(error).split())}). {works}") from error
-    changing = {"adapter", "plugins", "load_in_4bit", *fsdp2.KEYS}
+        YamlLines(after)  # no key twice
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"its lines hang together, as through anchors ({' '.join(str(error).split())}). {works}") from error
+    changing = {"adapter", "plugins", "load_in_4bit", "output_dir", "hub_model_id", *fsdp2.KEYS}
     if wrong := sorted(key for key in {*old} & {*new} - changing if old[key] != new[key]):
         raise ValueError(f"{', '.join(wrong)}: would get another value, through anchors. {works}")
     if left := sorted(key for key in new if key.startswith(LORAS_OWN) and key not in READ_BY_US and new[key] is not None):

@@ -32,6 +32,7 @@ class YamlLines:
     """
 
     def __init__(self, text: str) -> None:
+        self.newline = "\r\n" if "\r\n" in text else "\n"
         self.lines = text.splitlines(keepends=True)
         root, self.values = _parsed(text)
         self.entries = self._entries(root, len(self.lines))
@@ -64,30 +65,36 @@ class YamlLines:
         """Put lines in the place of a key and its value."""
         for number in range(entry.first, entry.last + 1):
             self._changed[number] = []
-        self._changed[entry.first] = [_ended(line) for line in lines]
+        self._changed[entry.first] = [self._ended(line) for line in lines]
 
     def comment_out(self, entry: Entry, why: str) -> None:
         """Turn a key and its value into a comment, below a line that says why."""
         self.replace(entry, [f"# {why}", *(f"# {line}" for line in self.source(entry))])
 
-    def take(self, entry: Entry, key: str, indent: int, comments: bool = True) -> list[str]:
-        """Take out a key with its value, and the comment lines right above it; return them under another key, moved right."""
+    def take(self, entry: Entry, key: str, indent: int, comments: bool = True, value: str | None = None) -> list[str]:
+        """Take out a key with its value, and the comment lines right above it; return them under another key, moved right.
+
+        A `value` takes the place of one that is written on a single line.
+        """
         above = entry.first
         while comments and above and self.lines[above - 1].lstrip().startswith("#") and above - 1 not in self._inside:
             above -= 1
         first, *rest = self.source(entry)
+        if value is not None and entry.node.start_mark.line == entry.node.end_mark.line == entry.first:
+            first = first[: entry.node.start_mark.column] + value + first[entry.node.end_mark.column :]
         lines = [*self.lines[above : entry.first], first[: entry.column] + key + first[entry.key_end :], *rest]
         for number in range(above, entry.last + 1):
             self._changed[number] = []
-        return [" " * indent + _ended(line) if line.strip() else line for line in lines]
+        return [" " * indent + self._ended(line) if line.strip() else line for line in lines]
 
     def set_value(self, entry: Entry, value: str, key: str | None = None) -> None:
         """Write another value, of one line, and if given another key; a comment behind the value stays."""
         line, start, end = self.lines[entry.first], entry.node.start_mark, entry.node.end_mark
-        between, behind = ": ", ""
-        if entry.first == entry.last == start.line == end.line and end.column > start.column:
+        between, behind, below = ": ", "", list[str]()
+        if entry.first == start.line == end.line and end.column > start.column:
             between, behind = line[entry.key_end : start.column], line[end.column :]
-        self.replace(entry, [line[: entry.column] + (key or entry.key) + between + value + behind])
+            below = self.source(entry)[1:]  # comments
+        self.replace(entry, [line[: entry.column] + (key or entry.key) + between + value + behind, *below])
 
     def set_key(self, entry: Entry, key: str) -> None:
         """Write another key; the value stays."""
@@ -103,27 +110,30 @@ class YamlLines:
         node, lines = entry.node, self.source(entry)
         if not entry.first <= node.start_mark.line <= entry.last:
             raise ValueError(f"{entry.key}: is an alias of a list elsewhere. What works: the list written out.")
-        if not isinstance(node, yaml.SequenceNode) or not node.value:
-            self.replace(entry, [f"{' ' * entry.column}{entry.key}:", f"{' ' * entry.column}  - {item}"])
-        elif node.flow_style:
-            end = node.end_mark.line - entry.first
-            column = node.end_mark.column - 1  # of the bracket
-            kept = lines[end][:column].rstrip()
-            comma = "" if kept.endswith(",") else "," if kept else ", "
-            lines[end] = f"{kept}{comma} {item}{lines[end][column:]}"
+        empty = isinstance(node, yaml.ScalarNode) and node.value in ("", "~", "null")
+        if empty or (isinstance(node, yaml.SequenceNode) and not node.value):
+            behind = lines[0].partition("#")[2].strip()
+            comment = f"  # {behind}" if behind else ""
+            self.replace(entry, [f"{' ' * entry.column}{entry.key}:{comment}", f"{' ' * entry.column}  - {item}"])
+        elif not isinstance(node, yaml.SequenceNode):
+            raise ValueError(f"{entry.key}: {node.value!r} is no list. What works: `{entry.key}: [{node.value}]`.")
+        elif node.flow_style:  # right behind the last item: a comma or a comment may follow it
+            end = node.value[-1].end_mark
+            line = lines[end.line - entry.first]
+            lines[end.line - entry.first] = f"{line[: end.column]}, {item}{line[end.column :]}"
             self.replace(entry, lines)
         else:
-            (indent, *_), *_ = (line.split("-", 1) for line in lines[1:] if line.lstrip().startswith("-"))
-            self.replace(entry, [*lines, f"{indent}- {item}"])
+            first = next(line for line in lines[1:] if line.lstrip().startswith("-"))
+            self.replace(entry, [*lines, f"{first[: first.index('-')]}- {item}"])
 
     def put_above(self, entry: Entry, lines: list[str]) -> None:
         """Put lines above a key."""
-        self._above.setdefault(entry.first, []).extend(_ended(line) for line in lines)
+        self._above.setdefault(entry.first, []).extend(self._ended(line) for line in lines)
 
     def put_below(self, entry: Entry, lines: list[str]) -> None:
         """Put lines below an entry, once it has been changed."""
         kept = self._changed.get(entry.last, [self.lines[entry.last]])
-        self._changed[entry.last] = [*map(_ended, kept), *map(_ended, lines)]
+        self._changed[entry.last] = [self._ended(line) for line in (*kept, *lines)]
 
     def text(self) -> str:
         """Return the changed file; of the empty lines around what was taken out, those above stay."""
@@ -135,9 +145,12 @@ class YamlLines:
                 new = new[1:]
             gap = not new or (gap and not any(item.strip() for item in new))
             if new and result:
-                result[-1] = _ended(result[-1])
+                result[-1] = self._ended(result[-1])
             result += new
         return "".join(result)
+
+    def _ended(self, line: str) -> str:
+        return line if line.endswith("\r\n") else line.rstrip("\r\n") + self.newline
 
     def _entries(self, node: yaml.MappingNode, end: int) -> dict[str, Entry]:
         starts = [key.start_mark.line for key, _ in node.value] + [end]
@@ -159,10 +172,6 @@ def _is_outside(line: str, column: int) -> bool:
     """Return whether a line below a value is none of it: empty, a comment no deeper than its key, or the document's end."""
     content = line.strip()
     return not content or content in ("...", "---") or (content[0] == "#" and len(line) - len(line.lstrip()) <= column)
-
-
-def _ended(line: str) -> str:
-    return line if line.endswith(("\n", "\r")) else line + "\n"
 
 
 def _parsed(text: str) -> tuple[yaml.MappingNode, dict[str, Any]]:

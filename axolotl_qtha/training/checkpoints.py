@@ -15,6 +15,7 @@ from axolotl.utils.logging import get_logger
 
 from ..settings.parallel import deepspeed_settings, zero_stage
 from ..tuner.adapter_file import check_adapter_file
+from ..tuner.peft_type import QTHA
 from ..tuner.saving import SCRATCH
 
 UNIVERSAL = "_universal"  # how the folder of converted states ends
@@ -50,6 +51,24 @@ def prepare(folder: Path, output_dir: str | Path, deepspeed: Any, fsdp: bool) ->
         convert(folder)
     barrier()
     return for_another_number_of_ranks(settings)
+
+
+def refuse_others(output_dir: str | Path) -> None:
+    """Refuse to write over an adapter of another method, or to take its checkpoints for broken ones of ours.
+
+    Raises:
+        ValueError: naming the folder and the method.
+    """
+    for folder in (Path(output_dir), *of_run(output_dir)):
+        try:
+            method = json.loads((folder / "adapter_config.json").read_text())["peft_type"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if method != QTHA.value:
+            raise ValueError(
+                f"output_dir: {str(output_dir)!r} holds the adapter of a {method} training ({folder / 'adapter_config.json'}), "
+                f"which would be overwritten. What works: another folder, `output_dir: {str(output_dir).rstrip('/')}-qtha`."
+            )
 
 
 def set_aside_once(output_dir: str | Path) -> None:

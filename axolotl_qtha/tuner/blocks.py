@@ -44,7 +44,9 @@ def check(rank: int, qubits: int | None, quantum: str, has_circuit: bool) -> Non
                 f"is neither a multiple of {SMALLEST} to {LARGEST} qubits, to cut it into circuits, nor at most the {MAX_QUBITS} "
                 f"that `quantum: {quantum}` can simulate as one"
             )
-            raise refusal("rank", rank, why, f"`rank: {below}` or `rank: {above}`, or `quantum: none` with any rank")
+            own = next((n for n in range(MAX_QUBITS, 1, -1) if rank % n == 0), None)
+            asked = f", `qubits: {own}` with this rank" if own else ""
+            raise refusal("rank", rank, why, f"`rank: {below}` or `rank: {above}`{asked}, or `quantum: none` with any rank")
         return
     if not isinstance(qubits, int) or isinstance(qubits, bool) or qubits < 1:
         raise refusal("qubits", qubits, "is not a positive whole number", f"`qubits: {usual_qubits(rank) or rank}`")

@@ -85,7 +85,7 @@ def prepared(bottleneck: Bottleneck) -> Callable[[Tensor], Tensor]:
         return bottleneck
     angles, few = circuit.angles.detach(), None
     if on_cpu := angles.device.type == "cpu":
-        torch_engine.check_finite(torch.zeros_like(angles), angles)
+        torch_engine.check_finite(torch.zeros_like(angles), angles, circuit.ansatz.qubits)
     with torch_engine.exactly(angles.device.type):
         tables = kernel.Tables(angles, circuit.ansatz)
     if kernel is native:
@@ -100,7 +100,7 @@ def prepared(bottleneck: Bottleneck) -> Callable[[Tensor], Tensor]:
             with maybe_autocast(z.device.type, enabled=False):
                 encoded = circuit.encode(precise).reshape(-1, z.shape[-1]).contiguous()
                 if on_cpu:
-                    torch_engine.check_finite(encoded, angles)
+                    torch_engine.check_finite(encoded, angles, circuit.ansatz.qubits)
                 h = bottleneck.fuse(precise, kernel.run(encoded, tables).view(z.shape))
         return h if h.dtype == z.dtype else h.to(z.dtype)
 

@@ -8,7 +8,7 @@ from axolotl_qtha.circuit import aer, native
 from axolotl_qtha.circuit.ansatz import GATE_ORDERS, Ansatz
 from axolotl_qtha.circuit.shifts import GateAngles, Slopes
 from axolotl_qtha.circuit.simulation import Simulation
-from axolotl_qtha.circuit.torch_engine import in_pytorch
+from axolotl_qtha.circuit.torch_engine import NonFiniteAngle, in_pytorch
 from axolotl_qtha.tuner.backends import expectation_values
 
 from .reference import angles_and_inputs, columns, expectations, shift_gradients_side_by_side
@@ -119,3 +119,10 @@ def test_any_number_of_threads_gives_the_same_bits(tokens):
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_an_angle_that_is_not_finite_is_found_in_its_circuit():
+    ansatz, z, theta, weights = case(16, 4)
+    z[1, 9] = np.nan
+    with pytest.raises(NonFiniteAngle, match=r"encoded input of qubit 1 \(token 1, circuit 2\) is nan"):
+        value_and_gradients(ansatz, z, theta, weights)

@@ -68,7 +68,7 @@ def test_a_base_that_is_not_at_hand_gives_no_plan_and_no_error(tmp_path):
         ("base_model: x\n", ["bad.yml: adapter: None"]),
         ("adapter: lora\n---\nadapter: lora\n", ["bad.yml: it holds 2 documents"]),
         ("adapter: lora\nlora_target_modules:\n\t- q_proj\n", ["bad.yml: line 3", "spaces"]),
-        (b"\xff\xfe\x00", ["bad.yml", "utf-8"]),
+        (b"\xff\xfe\x00", ["bad.yml", "is not text in UTF-8", "What works"]),
     ],
 )
 def test_bad_input_is_one_message_and_nothing_written(tmp_path, text, words):
@@ -129,7 +129,21 @@ def test_a_yaml_that_lora_could_not_train_either_is_written_and_said(tmp_path):
     path = write_config(tmp_path, "lora.yml", early_stopping_patience=3, save_steps=None)
     done = run(path)
     assert done.exit_code == 0, done.output
-    assert "and the YAML with LoRA as well: `early_stopping_patience`" in done.output
+    assert "Written, but `axolotl train` refuses it here, as it does the YAML with LoRA: `early_stopping_patience`" in done.output
+
+
+def test_line_ends_stay(tmp_path):
+    path = tmp_path / "windows.yml"
+    path.write_bytes(b"base_model: nobody/nothing\r\nadapter: lora\r\nlora_r: 8\r\nlora_alpha: 16\r\noutput_dir: out\r\n")
+    assert run(path).exit_code == 0
+    made = new(path).read_bytes()
+    assert made.count(b"\r\n") == made.count(b"\n") >= 8
+
+
+def test_a_place_that_cannot_be_written_to(path):
+    done = run(path, "--out", "/proc/new.yml")
+    assert done.exit_code == 1
+    assert "--out: '/proc/new.yml' cannot be written" in done.output
 
 
 def test_the_quickstarts_lora_keeps_its_comments():

@@ -64,7 +64,7 @@ BAD_BLOCKS = [
     ({"rank": -3}, ["qtha.rank", "-3", "rank: 8"]),
     ({"rank": 13}, ["qtha.rank", "13", "`rank: 12` or `rank: 14`", "quantum: none"]),
     ({"rank": 17, "quantum": "frozen"}, ["qtha.rank", "17", "frozen", "`rank: 16` or `rank: 18`"]),
-    ({"rank": 22}, ["qtha.rank", "22", "`rank: 21` or `rank: 24`"]),
+    ({"rank": 22}, ["qtha.rank", "22", "`rank: 21` or `rank: 24`", "`qubits: 11` with this rank"]),
     ({"rank": 32, "qubits": 5}, ["qtha.qubits", "5", "does not divide rank 32", "`qubits: 4`, `qubits: 8`"]),
     ({"rank": 32, "qubits": 0}, ["qtha.qubits", "0", "positive", "`qubits: 4`"]),
     ({"rank": 32, "qubits": 16}, ["qtha.qubits", "16", "more than the 12", "`qubits: 8`"]),

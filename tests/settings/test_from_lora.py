@@ -269,6 +269,60 @@ def test_bad_input(text, words):
         assert word in str(error.value)
 
 
+def test_what_is_there_already_is_not_written_twice():
+    with pytest.raises(ValueError, match=r"qtha: a block is there already.*What works"):
+        translate(f"{SMALL}qtha:\n  circuit_layers: 1\n")
+
+
+DEEP = """\
+adapter: lora  # c0
+  # or qlora, c1
+lora_r: 16
+lora_alpha: 16  # c2
+  # deeper note, c3
+peft_use_rslora: true
+lora_target_linear: true  # c4
+  # all layers, c5
+plugins:  # c6
+output_dir: ./out/  # c7
+"""
+
+
+def test_comments_deeper_than_their_key_stay():
+    made = translate(DEEP)
+    found = yaml.safe_load(made.text)
+    assert found["qtha"] == {"rank": 16, "param_budget": 0.24, "alpha": 64, "target_modules": "all-linear"}
+    for number in range(8):
+        assert made.text.count(f"c{number}\n") == 1, made.text
+    assert found["plugins"] == [PLUGIN]
+
+
+def test_nothing_of_the_training_with_lora_is_overwritten():
+    made = translate(f"{SMALL}output_dir: ./outputs/mine\nhub_model_id: me/mine\n")
+    found = yaml.safe_load(made.text)
+    assert (found["output_dir"], found["hub_model_id"]) == ("./outputs/mine-qtha", "me/mine-qtha")
+    assert any("output_dir: ./outputs/mine-qtha" in note for note in made.notes)
+    assert "output_dir" not in values(SMALL)
+
+
+def test_a_rank_in_quotes():
+    assert values(SMALL.replace("lora_r: 8", "lora_r: '8'  # x"))["qtha"]["rank"] == 8
+
+
+def test_qlora_that_is_written_in_other_ways():
+    fsdp = "fsdp_config:\n  cpu_ram_efficient_loading: true\n"
+    made = values(SMALL.replace("adapter: lora", "adapter: qlora") + fsdp)  # load_in_4bit is ours
+    assert made["load_in_4bit"] is True
+    assert made["fsdp_config"]["cpu_ram_efficient_loading"] is False
+    made = values(SMALL.replace("adapter: lora", "adapter: qlora") + "load_in_8bit: true\n")
+    assert "load_in_4bit" not in made
+
+
+def test_plugins_that_are_no_list():
+    with pytest.raises(ValueError, match=r"plugins: 'a.B' is no list. What works: `plugins: \[a.B\]`"):
+        translate(f"plugins: a.B\n{SMALL}")
+
+
 def test_anchors_that_are_not_in_the_way_stay():
     data = "datasets:\n  - <<: *s\n    type: alpaca\nnames: *t\n"
     text = f"shared: &s\n  path: data.jsonl\n{SMALL}lora_target_modules: &t [q_proj]\n{data}"

@@ -65,7 +65,17 @@ def test_one_change(change, old, new):
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [("[a]", "[a, c]"), ("[a,]", "[a, c]"), ("[]", "\n  - c"), ("", "\n  - c"), ("\n- a", "\n- a\n- c")]
+    ("before", "after"),
+    [
+        ("[a]", "[a, c]"),
+        ("[a,]", "[a, c,]"),
+        ("[\n  a,  # x\n]", "[\n  a, c,  # x\n]"),
+        ("[\n  a  # x\n]", "[\n  a, c  # x\n]"),
+        ("[]  # y", " # y\n  - c"),
+        ("[]", "\n  - c"),
+        ("", "\n  - c"),
+        ("\n- a", "\n- a\n- c"),
+    ],
 )
 def test_lists_of_all_kinds_get_an_item(before, after):
     assert changed(f"x: {before}\n", lambda d, e: d.append(e["x"], "c")).replace(": \n", ":\n") == f"x: {after}\n".replace(

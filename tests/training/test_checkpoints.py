@@ -8,7 +8,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from axolotl_qtha.training import checkpoints
-from axolotl_qtha.training.checkpoints import check, fault, kind, of_run, ranks_of, set_aside_incomplete
+from axolotl_qtha.training.checkpoints import check, fault, kind, of_run, ranks_of, refuse_others, set_aside_incomplete
 from axolotl_qtha.tuner.saving import guard
 
 from ..models import FILE, adapted, llama, tokens
@@ -55,6 +55,18 @@ def zero3(folder):
     for rank in range(2):
         torch.save({}, states / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
     return folder
+
+
+@pytest.mark.parametrize("where", [".", "checkpoint-1"])
+def test_another_methods_training_is_not_written_over(where, plain):
+    refuse_others(plain)
+    refuse_others(plain / "nothing")
+    settings = plain / where / "adapter_config.json"
+    settings.parent.mkdir(exist_ok=True)
+    settings.write_text(json.dumps({"peft_type": "LORA"}))
+    with pytest.raises(ValueError, match=r"output_dir: .* holds the adapter of a LORA training.*What works: another folder"):
+        refuse_others(plain)
+    assert (plain / "checkpoint-1").is_dir()
 
 
 def test_complete_checkpoints_have_no_fault(run, deepspeed):
