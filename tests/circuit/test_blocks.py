@@ -45,9 +45,12 @@ def test_values_are_qiskits(rank, qubits, dtype):
 
 
 @compiled
-@pytest.mark.parametrize(("rank", "qubits"), [(16, 4), (32, 4), (16, 8), (12, 3), (6, 1)])
-def test_gradients_are_the_parameter_shifts(rank, qubits):
-    ansatz, z, theta, weights = case(rank, qubits, layers=1)
+@pytest.mark.parametrize(
+    ("rank", "qubits", "tokens"),
+    [(16, 4, 2), (12, 3, 2), (6, 1, 2), *(pytest.param(*cut, 1, marks=pytest.mark.slow) for cut in RANKS[1:])],
+)
+def test_gradients_are_the_parameter_shifts(rank, qubits, tokens):
+    ansatz, z, theta, weights = case(rank, qubits, tokens, layers=1)
     expected = shift_gradients_side_by_side(ansatz, z, theta, weights)
     with in_pytorch():
         plain = value_and_gradients(ansatz, z, theta, weights)
