@@ -193,6 +193,7 @@ def find_settings(run: TrainingRun, budget: float) -> list[Setting]:
     free: dict[str, Any] = {"bond_dim": None, "mid_dim": None, "param_budget": budget}
     settings = []
     for rank in sorted({config.rank, *RANKS}):
+        free["qubits"] = config.qubits if config.qubits and rank % config.qubits == 0 else None
         for cores in sorted({config.num_cores, *CORES}):
             factors: dict[str, Any] = {} if cores == config.num_cores else {"in_factors": None, "out_factors": None}
             try:

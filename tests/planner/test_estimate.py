@@ -213,6 +213,11 @@ def test_settings_that_meet_a_budget(tmp_path, budget):
         assert plan.parameters / plan.lora_parameters == row.share
 
 
+def test_every_rank_is_looked_at_whatever_qubits_says(tmp_path):
+    named = big(tmp_path, qtha={"rank": 32, "qubits": 8, "param_budget": None})
+    assert {row.rank for row in find_settings(named, 1.0)} >= {4, 12, 32}
+
+
 def test_budgets_that_cannot_be_met(tmp_path):
     with pytest.raises(ValueError, match=r"qtha.param_budget: 0.0001 cannot be met.*What works"):
         find_settings(big(tmp_path), 0.0001)
