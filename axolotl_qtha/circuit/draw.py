@@ -9,7 +9,7 @@ from qiskit import QuantumCircuit, transpile
 from rich.table import Table
 
 from .ansatz import Ansatz
-from .noise import BASIS, device
+from .noise import BASIS, device, used
 
 SIMULATOR = "simulator"
 CHOICES = "`simulator`, or `fake:` with the name of a device, e.g. `fake:torino`"
@@ -35,7 +35,7 @@ def cost(name: str, circuit: QuantumCircuit) -> Cost:
         circuit.depth(),
         circuit.num_nonlocal_gates(),
         circuit.depth(lambda gate: gate.operation.num_qubits == 2),
-        len({qubit for gate in circuit.data for qubit in gate.qubits}),
+        len(used(circuit)),
     )
 
 

@@ -34,7 +34,12 @@ class Compiled:
     @property
     def width(self) -> int:
         """Number of qubits that are used, those passed through on the way included."""
-        return len({qubit for gate in self.circuit.data for qubit in gate.qubits})
+        return len(used(self.circuit))
+
+
+def used(circuit: QuantumCircuit) -> set[int]:
+    """Return the indices of the qubits that gates act on."""
+    return {circuit.find_bit(qubit).index for gate in circuit.data for qubit in gate.qubits}
 
 
 def check(noise_model: str, qubits: int) -> None:
@@ -102,8 +107,7 @@ def compile_for(circuit: QuantumCircuit, backend: BackendV2) -> Compiled:
 
     compiled = transpile(circuit, backend, optimization_level=3, seed_transpiler=0)
     qubits = compiled.layout.final_index_layout()
-    used = {compiled.find_bit(qubit).index for gate in compiled.data for qubit in gate.qubits}
-    noise, confusion = _noise_of(backend, used)
+    noise, confusion = _noise_of(backend, used(compiled))
     return Compiled(compiled, qubits, noise, np.array([confusion.get(qubit, (1.0, 0.0)) for qubit in qubits]))
 
 

@@ -76,17 +76,18 @@ def _tried(old: dict[str, Any], new: dict[str, Any], force: bool) -> tuple[Plan 
     """
     from ..planner.estimate import local_gpus, make_plan
     from ..settings.meta_base import UnknownBase
-    from ..settings.training_run import refused, run_of
+    from ..settings.training_run import checked, run_of
 
-    if why := refused(new):
-        if also := refused(old):
+    valid, why = checked(new)
+    if valid is None:
+        if also := checked(old)[1]:
             both = why if why == also else f"{why}\nThe one with LoRA: {also}"
             return None, f"Written, but `axolotl train` refuses it here, as it does the YAML with LoRA: {both}"
         if not force:
             raise ValueError(f"with `adapter: qtha` it would be refused: {why}\nTo write it even so, use --force.")
         return None, f"As it is, it is refused: {why}"
     try:
-        return make_plan(run_of(new), local_gpus(), advise=False), ""
+        return make_plan(run_of(valid), local_gpus(), advise=False), ""
     except UnknownBase as error:
         return None, f"No plan: {error}"
     except ValueError as error:

@@ -68,6 +68,7 @@ class _Seen:
 
     run: Measurement
     limit: int | None  # tokens of a sequence, its last ones; None: all
+    placed: bool = False  # whether it is asked for which place of the device's circuit each was run in
     mask: Tensor = field(default_factory=lambda: torch.ones(0, dtype=torch.bool))  # of the batch: which tokens are run
     exact: list[np.ndarray] = field(default_factory=list)
     found: list[np.ndarray] = field(default_factory=list)
@@ -112,7 +113,7 @@ def evaluate(run: Pass, runner: Runner, how: dict[str, Measurement | None], limi
         JobFailed: if the device fails.
     """
     totals: dict[str, _Totals] = {}
-    seen = {name: _Seen(way or _never, limit) for name, way in how.items()}
+    seen = {name: _Seen(way or _never, limit, name == DEVICE and runner.isa.pack > 1) for name, way in how.items()}
     for batch in track(run.batches(), "evaluating", run.count, transient=True):
         wanted = batch.labels[:, 1:] != IGNORED
         reference: Tensor | None = None
@@ -127,7 +128,7 @@ def evaluate(run: Pass, runner: Runner, how: dict[str, Measurement | None], limi
     for done in result:
         if how[done.name] is not None:
             done.deviation, done.points = _deviation(seen[done.name])
-            if done.name == DEVICE and runner.isa.pack > 1:
+            if seen[done.name].placed:
                 done.by_place = _by_place(seen[done.name], runner.isa.pack)
     return result
 
@@ -177,7 +178,8 @@ def _branch(runner: Runner, seen: _Seen | None, circuit: Circuit, z: Tensor) -> 
     seen.exact.append(to_numpy(exact[mask]).reshape(values.shape))
     seen.found.append(values)
     seen.errors.append(errors)
-    seen.places.append(runner.places(points))
+    if seen.placed:
+        seen.places.append(runner.places(points))
     result = exact.clone()
     result[mask] = torch.from_numpy(values).to(exact).reshape(-1, z.shape[-1])
     return result

@@ -18,6 +18,7 @@ from qiskit.providers import BackendV2
 from qiskit.quantum_info import SparsePauliOp
 
 from ..circuit.ansatz import Ansatz
+from ..circuit.noise import used
 from ..circuit.shifts import GateAngles
 from ..errors import refusal
 from .options import IBMOptions, refuse_too_wide
@@ -55,11 +56,7 @@ class ISACircuit:
     @property
     def width(self) -> int:
         """How many qubits of the device gates act on."""
-        return len({qubit for gate in self.circuit.data for qubit in gate.qubits})
-
-    def rows(self, blocks: int) -> int:
-        """Return how many rows of angles, runs of the device's circuit, so many of our circuits take."""
-        return -(-blocks // self.pack)
+        return len(used(self.circuit))
 
     @property
     def digest(self) -> str:
@@ -77,9 +74,9 @@ class ISACircuit:
         Its results are (rows, pack n): those of `pack` circuits, one after the other, in each row. The last row is filled up with
         the last circuit, whose further results are dropped.
         """
-        rows = self.rows(len(points))
-        filled = np.concatenate([points, np.repeat(points[-1:], rows * self.pack - len(points), axis=0)])
-        return self.circuit, self.observables, filled.reshape(rows, 1, -1)[:, :, self._order]
+        filled = np.concatenate([points, np.repeat(points[-1:], -len(points) % self.pack, axis=0)])
+        rows = filled.reshape(-1, 1, self.pack * points.shape[1])
+        return self.circuit, self.observables, rows[:, :, self._order]
 
     def seconds(self, backend: BackendV2) -> float | None:
         """Return how long one run takes from reset to read-out, None where the device does not say."""
@@ -113,8 +110,8 @@ def _side_by_side(places: list[Place], gates: GateAngles) -> QuantumCircuit:
     result = QuantumCircuit(places[0].circuit.num_qubits)
     for p, place in enumerate(places):
         own = {angle: angles[p * len(gates.angles) + k] for k, angle in enumerate(gates.angles)}
-        used = {parameter: own[parameter] for parameter in place.circuit.parameters}
-        result.compose(place.circuit.assign_parameters(used), inplace=True)
+        present = {parameter: own[parameter] for parameter in place.circuit.parameters}
+        result.compose(place.circuit.assign_parameters(present), inplace=True)
     return result
 
 

@@ -10,6 +10,8 @@ from qiskit import QuantumCircuit, transpile
 from qiskit.providers import BackendV2
 from qiskit.transpiler import Target
 
+from ..circuit.noise import used
+
 
 @dataclass(frozen=True)
 class Place:
@@ -44,7 +46,7 @@ def places(circuit: QuantumCircuit, backend: BackendV2) -> list[Place]:
         whole.compose(compiled, qubits=part[: compiled.num_qubits], inplace=True)
         place = _placed(whole, [part[qubit] for qubit in _read_out(compiled)], backend.target)
         found.append(place)
-        free -= {whole.find_bit(qubit).index for gate in whole.data for qubit in gate.qubits} | set(place.qubits)
+        free -= used(whole) | set(place.qubits)
     return sorted((place for place in found if place.error < 1), key=lambda place: place.error)
 
 

@@ -129,7 +129,7 @@ class Runner:
         """Submit circuits in as few jobs as the limits allow, and return their tags."""
         size = self.rate.circuits_per_job * self.isa.pack
         parts = [slice(start, start + size) for start in range(0, len(rows), size)]
-        costs = [self.rate.job(self.isa.rows(len(rows[part]))) for part in parts]
+        costs = [self.rate.cost(len(rows[part])) for part in parts]  # a job each
         shares = self._check_cap(costs) if parts else []
         if len(parts) > 1 or (parts and self.options.mode == "session"):
             self._open(sum(share or 0 for share in shares))

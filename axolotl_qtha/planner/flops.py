@@ -54,8 +54,8 @@ def step_flops(model: PeftModel, length: int, checkpointing: bool) -> Flops:
     config = cast(QTHAConfig, model.active_peft_config)
     again = {id(m) for block in decoder_blocks(model) for m in block.modules()} if checkpointing else set()
     text = base.config.get_text_config()
-    heads = text.num_attention_heads
-    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
+    heads = getattr(text, "num_attention_heads", None)  # state-space models have none
+    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads) if heads else 0
     chosen = getattr(text, "num_experts_per_tok", None) or 1  # experts that a token goes through
     linear = adapter = circuit = 0.0
     for name, module in model.named_modules():

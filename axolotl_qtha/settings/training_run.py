@@ -164,17 +164,16 @@ def read_run(path: Path) -> TrainingRun:
     return TrainingRun.of(read_config(path))
 
 
-def refused(values: dict[str, Any]) -> str | None:
-    """Return why Axolotl refuses a configuration, None where it takes it."""
+def checked(values: dict[str, Any]) -> tuple[DictDefault | None, str]:
+    """Return the values of a YAML as Axolotl validates them; None, and why, where it refuses them."""
     from .meta_base import validated
 
     try:
-        validated(copy.deepcopy(values))
+        return validated(copy.deepcopy(values)), ""
     except ValidationError as error:
-        return "; ".join(_fault(fault) for fault in error.errors())
+        return None, "; ".join(_fault(fault) for fault in error.errors())
     except (ValueError, DeprecationWarning) as error:  # Axolotl raises the warning for keys it has given up
-        return str(error)
-    return None
+        return None, str(error)
 
 
 def _fault(fault: Any) -> str:
@@ -182,13 +181,12 @@ def _fault(fault: Any) -> str:
     return (f"{where}: " if where else "") + str(fault["msg"]).removeprefix("Value error, ")
 
 
-def run_of(values: dict[str, Any]) -> TrainingRun:
-    """Return the training that the values of a YAML describe.
+def run_of(cfg: DictDefault) -> TrainingRun:
+    """Return the training that a validated configuration describes.
 
     Raises:
-        ValueError: if Axolotl refuses them.
         UnknownBase: if the base's configuration cannot be read.
     """
-    from .meta_base import completed, validated
+    from .meta_base import completed
 
-    return TrainingRun.of(completed(validated(copy.deepcopy(values))))
+    return TrainingRun.of(completed(cfg))

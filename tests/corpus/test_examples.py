@@ -17,7 +17,7 @@ import yaml
 from axolotl.integrations.base import PluginManager
 
 from axolotl_qtha.settings.from_lora import translate
-from axolotl_qtha.settings.training_run import refused
+from axolotl_qtha.settings.training_run import checked
 
 from ..e2e.commands import QUICKSTART
 
@@ -37,7 +37,7 @@ def why_refused(text: str) -> str:
     values = yaml.safe_load(text)
     values = {key: value for key, value in values.items() if key not in ATTENTION} | HERE
     PluginManager.get_instance().plugins.clear()  # as in a process of its own: plugins of another YAML would check this one
-    return refused(values) or TAKEN
+    return checked(values)[1] or TAKEN
 
 
 def outcome(text: str) -> str:

@@ -8,7 +8,7 @@ from axolotl.cli.main import cli
 from click.testing import CliRunner
 from peft import get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, MixtralConfig
 
 from axolotl_qtha.planner.estimate import adapted, make_plan
 from axolotl_qtha.planner.scaling import Network, communication, lora_model, measure_tflops, predict, rank_counts, step_flops
@@ -82,6 +82,16 @@ def test_flops_of_circuits_and_experts(tmp_path):
     experts = 2 * 3 * 192 * 448  # two of four
     # the router, 4 x 192, is no linear layer and is left out
     assert step_flops(model, 128, False).linear == 4 * (3 * (attention + experts) + 192 * 1000)
+
+
+def test_flops_without_attention(tmp_path):
+    """As of a state-space model, which is planned too."""
+    base = MambaConfig(vocab_size=1000, hidden_size=64, num_hidden_layers=2, state_size=8)
+    run = run_on(tmp_path, base, qtha={"rank": 4, "param_budget": 0.9, "target_modules": ["in_proj"]})
+    found = step_flops(adapted(run)[0], 128, False)
+    assert found.attention == 0
+    assert found.circuit == 2 * (24 + 16) * 6 * 2**4 * (1 + 3)
+    assert make_plan(run, []).circuits_share == found.circuit / found.total > 0
 
 
 @pytest.mark.slow
