@@ -112,7 +112,7 @@ template <typename T> class Block {
     }
 
     void expectations(T *out) {
-        V *p = im_;  // probabilities take its place
+        V *p = lre_ ? lre_ : im_;  // probabilities, where nothing is yet, or in the place of what is no more needed
         for (int64_t s = 0; s < size_; ++s) p[s] = re_[s] * re_[s] + im_[s] * im_[s];
         for (int q = 0; q < c_.qubits; ++q) {  // the most significant bit first; then it is summed out
             const int64_t half = stride(q);
@@ -126,7 +126,9 @@ template <typename T> class Block {
     }
 
     // Adds to sums over tokens: of_walls (walls, width) and of_diags (walls - 1, circuits, 2**qubits), Im of conj(adjoint) * state.
-    void backward(const T *grad, T *grad_z, double *of_walls, double *of_diags) {
+    // Also stores <Z>, as `forward` does.
+    void backward(const T *grad, T *values, T *grad_z, double *of_walls, double *of_diags) {
+        expectations(values);
         observe(grad);
         V of_z[kMaxQubits], of_wall[kMaxQubits], cos[kMaxQubits], sin[kMaxQubits];
         for (int q = 0; q < c_.qubits; ++q) of_z[q] = V{};
@@ -359,10 +361,11 @@ template <typename T> void forward(const Circuit<T> &c, int64_t chunk, T *out, i
 }
 
 template <typename T>
-void backward(const Circuit<T> &c, int64_t chunk, const T *grad, T *grad_z, double *of_walls, double *of_diags, int threads) {
+void backward(const Circuit<T> &c, int64_t chunk, const T *grad, T *values, T *grad_z, double *of_walls, double *of_diags,
+              int threads) {
     const int64_t wall_size = int64_t(c.walls) * c.width(), diag_size = int64_t(c.walls - 1) * c.circuits << c.qubits;
     each_block(c, chunk, threads, true, [&](Block<T> &block, int64_t k) {
-        block.backward(grad, grad_z, of_walls + k * wall_size, of_diags + k * diag_size);
+        block.backward(grad, values, grad_z, of_walls + k * wall_size, of_diags + k * diag_size);
     });
 }
 
@@ -401,10 +404,10 @@ template <typename T> int infer(const Fixed<T> &f, int64_t tokens, const T *z, i
     }                                                                                                                          \
     extern "C" void qtha_backward_##name(int64_t tokens, int circuits, int qubits, int walls, const T *cos_z, const T *sin_z,  \
                                          const uint8_t *encodes, const T *cos_wall, const T *sin_wall, const T *cos_diag,      \
-                                         const T *sin_diag, int64_t chunk, int threads, const T *grad, T *grad_z,              \
+                                         const T *sin_diag, int64_t chunk, int threads, const T *grad, T *values, T *grad_z,   \
                                          double *of_walls, double *of_diags) {                                                 \
         backward<T>({tokens, circuits, qubits, walls, cos_z, sin_z, encodes, cos_wall, sin_wall, cos_diag, sin_diag}, chunk,   \
-                    grad, grad_z, of_walls, of_diags, threads);                                                                \
+                    grad, values, grad_z, of_walls, of_diags, threads);                                                        \
     }                                                                                                                          \
     extern "C" int qtha_infer_##name(const Fixed<T> *f, int64_t tokens, const T *z, int64_t chunk, int threads, T *h) {        \
         return infer<T>(*f, tokens, z, chunk, threads, h);                                                                     \

@@ -109,7 +109,7 @@ def _function(name: str, dtype: torch.dtype) -> Any:
     """Return `forward`, `backward` or `infer` of the library, with its types."""
     function = getattr(library(), f"qtha_{name}_{'f64' if dtype == torch.float64 else 'f32'}")
     pointer, many, few = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    shared = {"forward": 1, "backward": 4}
+    shared = {"forward": 1, "backward": 5}
     function.argtypes = (
         [pointer, many, pointer, many, few, pointer]
         if name == "infer"
@@ -175,17 +175,17 @@ class Few:
         return h if self.function(self.address, tokens, z.data_ptr(), 2 * LANES, threads, h.data_ptr()) else None
 
 
-def backward(grad: Tensor, z: Tensor, angles: Tensor, ansatz: Ansatz) -> tuple[Tensor, Tensor]:
-    """Return the gradients of sum(grad * <Z>) for z and the angles."""
+def backward(grad: Tensor, z: Tensor, angles: Tensor, ansatz: Ansatz) -> tuple[Tensor, Tensor, Tensor]:
+    """Return <Z>, and the gradients of sum(grad * <Z>) for z and the angles."""
     tables = Tables(angles, ansatz)
     chunks = -(-z.shape[0] // _chunk(z.shape[0]))
-    grad_z, grad_angles = torch.empty_like(z), torch.zeros_like(angles)
+    values, grad_z, grad_angles = torch.empty_like(z), torch.empty_like(z), torch.zeros_like(angles)
     of_walls = torch.zeros(chunks, tables.walls, tables.width, dtype=torch.float64)
     of_rings = torch.zeros(chunks, tables.walls - 1, tables.width // ansatz.qubits, 2**ansatz.qubits, dtype=torch.float64)
-    _call("backward", z, tables, grad, grad_z, of_walls, of_rings)
+    _call("backward", z, tables, grad, values, grad_z, of_walls, of_rings)
     for wall, total in zip(tables.program.walls, of_walls.sum(0).to(z.dtype), strict=True):
         grad_angles[list(wall.rows)] += total
     # dU/dt = i w U, so dE/dt = -2 sum_s w(s) Im(conj(adjoint) state)
     for (row, kind), total in zip(tables.program.diagonals, of_rings.sum(0).to(z.dtype), strict=True):
         grad_angles[row] += -2 * (total @ tables.phases[kind].T).flatten()
-    return tables.factor * grad_z, grad_angles
+    return values, grad_z if tables.factor == 1 else tables.factor * grad_z, grad_angles

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from . import native, triton_kernel
 from .ansatz import Ansatz
+from .operators import differentiable, operator
 from .program import Wall, program, tables
 from .simulation import EXACT, Simulation
 
@@ -48,15 +49,14 @@ def expectation_values(z: Tensor, angles: Tensor, ansatz: Ansatz, simulation: Si
     check_shapes(z, angles, ansatz)
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     flat = z.reshape(-1, z.shape[-1]).to(dtype)
-    result: Tensor = _Circuit.apply(flat, angles.to(dtype), ansatz.qubits, ansatz.layers, ansatz.gate_order)
+    result: Tensor = _run(flat, angles.to(dtype), ansatz.qubits, ansatz.layers, ansatz.gate_order)
     return result.reshape(z.shape)
 
 
 def gradients(grad: Tensor, z: Tensor, angles: Tensor, ansatz: Ansatz) -> tuple[Tensor, Tensor]:
     """Return the exact gradients of sum(grad * <Z>): (tokens, width) for z (tokens, width) and (rows, width) for the angles."""
-    circuit = (ansatz.qubits, ansatz.layers, ansatz.gate_order)
-    grad_z, grad_angles = _circuit_backward(grad.contiguous(), z.contiguous(), angles.contiguous(), *circuit)
-    return grad_z, grad_angles
+    with exactly(z.device.type):
+        return values_and_gradients(grad.contiguous(), z.contiguous(), angles.contiguous(), ansatz)[1:]
 
 
 def fused(z: Tensor, qubits: int) -> Any:
@@ -235,58 +235,52 @@ def _parts(z: Tensor, qubits: int) -> Iterator[tuple[slice, slice]]:
             yield slice(start, start + chunk_tokens(qubits)), slice(column, column + qubits)
 
 
-# The two kernels are custom operators, so that torch.compile takes them as they are instead of tracing the loops.
-@torch.library.custom_op("axolotl_qtha::circuit", mutates_args=())
-def _circuit_forward(z: Tensor, angles: Tensor, qubits: int, layers: int, gate_order: str) -> Tensor:
-    ansatz = Ansatz(qubits, layers, gate_order)
-    result = torch.empty_like(z)
+def values(z: Tensor, angles: Tensor, ansatz: Ansatz) -> Tensor:
+    """Return <Z_i>, (tokens, width), of contiguous z (tokens, width) and angles (rows, width); inside `exactly`."""
     if z.device.type == "cpu":  # on a GPU the answer would have to be waited for
-        check_finite(z, angles, qubits)
-    with exactly(z.device.type):
-        if (kernel := fused(z, qubits)) is not None:
-            return kernel.forward(z, angles, ansatz)
-        for tokens, columns in _parts(z, qubits):
-            run = StateVector(z[tokens, columns], angles[:, columns], ansatz)
-            result[tokens, columns] = run.expectations(run.forward())
+        check_finite(z, angles, ansatz.qubits)
+    if (kernel := fused(z, ansatz.qubits)) is not None:
+        result: Tensor = kernel.forward(z, angles, ansatz)
+        return result
+    result = torch.empty_like(z)
+    for tokens, columns in _parts(z, ansatz.qubits):
+        run = StateVector(z[tokens, columns], angles[:, columns], ansatz)
+        result[tokens, columns] = run.expectations(run.forward())
     return result
 
 
-@torch.library.custom_op("axolotl_qtha::circuit_backward", mutates_args=())
-def _circuit_backward(
-    grad: Tensor, z: Tensor, angles: Tensor, qubits: int, layers: int, gate_order: str
-) -> tuple[Tensor, Tensor]:
-    ansatz = Ansatz(qubits, layers, gate_order)
-    grad_z, grad_angles = torch.empty_like(z), torch.zeros_like(angles)
+def values_and_gradients(grad: Tensor, z: Tensor, angles: Tensor, ansatz: Ansatz) -> tuple[Tensor, Tensor, Tensor]:
+    """Return <Z_i>, and the gradients of sum(grad * <Z>) for z and the angles; all contiguous, inside `exactly`."""
+    kernel = fused(z, ansatz.qubits)
+    if kernel is native:
+        return native.backward(grad, z, angles, ansatz)
+    if kernel is not None:
+        return kernel.forward(z, angles, ansatz), *kernel.backward(grad, z, angles, ansatz)
+    result, grad_z, grad_angles = torch.empty_like(z), torch.empty_like(z), torch.zeros_like(angles)
+    for tokens, columns in _parts(z, ansatz.qubits):
+        run = StateVector(z[tokens, columns], angles[:, columns], ansatz)
+        psi = run.forward()
+        result[tokens, columns] = run.expectations(psi)
+        grad_z[tokens, columns], of_angles = run.gradients(psi, grad[tokens, columns])
+        grad_angles[:, columns] += of_angles
+    return result, grad_z, grad_angles
+
+
+@operator(
+    "circuit(Tensor z, Tensor angles, int qubits, int layers, str gate_order) -> Tensor",
+    lambda z, angles, qubits, layers, gate_order: torch.empty_like(z),
+)
+def _circuit(z: Tensor, angles: Tensor, qubits: int, layers: int, gate_order: str) -> Tensor:
     with exactly(z.device.type):
-        if (kernel := fused(z, qubits)) is not None:
-            return kernel.backward(grad, z, angles, ansatz)
-        for tokens, columns in _parts(z, qubits):
-            run = StateVector(z[tokens, columns], angles[:, columns], ansatz)
-            grad_z[tokens, columns], of_angles = run.gradients(run.forward(), grad[tokens, columns])
-            grad_angles[:, columns] += of_angles
-    return grad_z, grad_angles
+        return values(z.contiguous(), angles.contiguous(), Ansatz(qubits, layers, gate_order))
 
 
-@_circuit_forward.register_fake
-def _(z: Tensor, angles: Tensor, qubits: int, layers: int, gate_order: str) -> Tensor:
-    return torch.empty_like(z)
+@operator(
+    "circuit_grad(Tensor grad, Tensor z, Tensor angles, int qubits, int layers, str gate_order) -> (Tensor, Tensor)",
+    lambda grad, z, angles, qubits, layers, gate_order: (torch.empty_like(z), torch.empty_like(angles)),
+)
+def _circuit_grad(grad: Tensor, z: Tensor, angles: Tensor, qubits: int, layers: int, gate_order: str) -> tuple[Tensor, Tensor]:
+    return gradients(grad, z, angles, Ansatz(qubits, layers, gate_order))
 
 
-@_circuit_backward.register_fake
-def _(grad: Tensor, z: Tensor, angles: Tensor, qubits: int, layers: int, gate_order: str) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(z), torch.empty_like(angles)
-
-
-class _Circuit(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, angles: Tensor, qubits: int, layers: int, gate_order: str) -> Tensor:
-        z, angles = z.contiguous(), angles.contiguous()
-        ctx.save_for_backward(z, angles)
-        ctx.circuit = (qubits, layers, gate_order)
-        return _circuit_forward(z, angles, qubits, layers, gate_order)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        z, angles = ctx.saved_tensors
-        grad_z, grad_angles = _circuit_backward(grads[0].contiguous(), z, angles, *ctx.circuit)
-        return grad_z, grad_angles, None, None, None
+_run = differentiable(_circuit, _circuit_grad, 2)

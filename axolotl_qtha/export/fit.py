@@ -52,7 +52,7 @@ class Fitted:
 
 def exact(adapter: QTHAAdapter) -> LowRank:
     """Return the LoRA that equals a linear adapter (`quantum: none`)."""
-    return LowRank(cpu(adapter.fold_a()), cpu(adapter.fold_b(adapter.effective("w_c"))))
+    return LowRank(cpu(adapter.fold_a()), cpu(adapter.fold_b(fused=True)))
 
 
 def classical(adapter: QTHAAdapter) -> Tensor:

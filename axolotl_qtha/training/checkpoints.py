@@ -15,6 +15,7 @@ from axolotl.utils.logging import get_logger
 
 from ..settings.parallel import deepspeed_settings, zero_stage
 from ..tuner.adapter_file import check_adapter_file
+from ..tuner.earlier import holds_earlier
 from ..tuner.peft_type import QTHA
 from ..tuner.saving import SCRATCH
 
@@ -184,6 +185,11 @@ def check(folder: Path, output_dir: str | Path, ours: str, stage: int) -> None:
     if why := fault(folder):
         raise ValueError(f"{key} is not complete: {why}. What works: {_others(output_dir, folder)}.")
     theirs = kind(folder)
+    if theirs is not None and holds_earlier(folder):
+        raise ValueError(
+            f"{key} was written by an earlier version, with a tensor for each core and matrix; its optimiser's states do not fit "
+            f"today's. What works: `lora_model_dir: {folder}` to start at step 0 with its adapter."
+        )
     if theirs is not None and theirs != ours:
         raise ValueError(
             f"{key} was written with {KINDS[theirs]}, the YAML has {KINDS[ours]}: the optimiser's states would be left out. What "

@@ -23,24 +23,24 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..circuit.simulation import Simulation
-from ..circuit.torch_engine import NonFiniteAngle
+from ..circuit.torch_engine import expectation_values
 from ..tuner.adapter import QTHAAdapter
 from ..tuner.bottleneck import Circuit
+from ..tuner.join import silu_rings
 from ..tuner.layer import QTHALayer
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
 TOKENS = 256  # of each layer
+SHARE = "qtha/quantum_share"
 PARTS = {"angles": "angles", "scale": "angles", "units": "angles"}  # other tensors are cores (mpo_*) or classical
 
 
@@ -115,14 +115,15 @@ def sample(z: Tensor) -> Tensor:
     return flat[:: math.ceil(len(flat) / TOKENS)].to(torch.float32, copy=True)  # else all of z would be kept
 
 
-def gradient_norms(adapters: Any) -> dict[str, Tensor]:
+def gradient_norms(adapters: Iterable[QTHAAdapter]) -> dict[str, Tensor]:
     """Return the norms of the gradients by part, as tensors; empty where gradients are not whole, or not here."""
     gradients: dict[str, list[Tensor]] = {}
     for adapter in adapters:
-        for name, parameter in adapter.named_parameters(recurse=False):
-            if type(parameter.grad) is Tensor and not hasattr(parameter, "ds_id"):
-                part = PARTS.get(name, "cores" if name.startswith("mpo_") else "classical")
-                gradients.setdefault(part, []).append(parameter.grad)
+        for name, part in adapter.table.items():
+            gradient = getattr(adapter, part.tensor).grad
+            if type(gradient) is Tensor and gradient.numel() == adapter.sizes[part.tensor]:
+                kind = PARTS.get(name, "cores" if name.startswith("mpo_") else "classical")
+                gradients.setdefault(kind, []).append(gradient[part.start : part.start + part.size])
     return {f"qtha/grad_norm_{part}": _norm(found) for part, found in gradients.items()}
 
 
@@ -133,29 +134,24 @@ def _norm(tensors: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def measure(adapters: dict[str, QTHAAdapter], z: dict[str, Tensor], norms: dict[str, Tensor]) -> dict[str, float]:
-    """Return everything that is logged.
+    """Return everything that is logged: measured for all layers at once, and read from the device once.
 
     Args:
         adapters: by their names.
         z: of some tokens of each, (tokens, r); none at all where the model is compiled.
         norms: of gradients, by their names in the log.
     """
-    columns: dict[str, list[Tensor]] = {}  # a number of each layer, still on its device
-    grams: list[Tensor] = []
+    called = {name: adapter for name, adapter in adapters.items() if not z or name in z}
+    columns: dict[str, list[Tensor]] = {}  # numbers of some layers, still on their device
     shares: list[str] = []
-    for name, adapter in adapters.items():
-        if z and name not in z:  # not called in this step
-            continue
-        values = _of_tokens(adapter, z[name]) if z else {}
-        for key, value in values.items():
+    for names in _alike(called, z):
+        for key, value in _of_tokens([called[name] for name in names], torch.stack([z[name] for name in names])).items():
             columns.setdefault(key, []).append(value)
-        if "qtha/quantum_share" in values:
-            shares.append(name)
-        if whole(adapter):
-            grams.append(_grams(adapter))
+            shares += names if key == SHARE else []
+    grams = [_grams(adapter) for adapter in called.values() if whole(adapter)]
     # One transfer for all.
-    parts = [torch.stack([value.double() for value in values]) for values in columns.values()]
-    parts += [torch.stack(grams).double().flatten()] if grams else []
+    parts = [torch.cat([value.double() for value in values]) for values in columns.values()]
+    parts += [torch.stack(grams).flatten()] if grams else []
     parts += [torch.stack(list(norms.values())).double()] if norms else []
     if not parts:
         return {}
@@ -165,7 +161,7 @@ def measure(adapters: dict[str, QTHAAdapter], z: dict[str, Tensor], norms: dict[
     for key in columns:
         each = next(numbers)
         found[key] = float(each[each.isfinite()].mean())
-        if key == "qtha/quantum_share":
+        if key == SHARE:
             found |= _by_layer(key, dict(zip(shares, each.tolist(), strict=True)))
     if grams:
         each = next(numbers).reshape(-1, *grams[0].shape)
@@ -175,36 +171,58 @@ def measure(adapters: dict[str, QTHAAdapter], z: dict[str, Tensor], norms: dict[
     return {key: value for key, value in found.items() if math.isfinite(value)}
 
 
+def _alike(adapters: dict[str, QTHAAdapter], z: dict[str, Tensor]) -> list[list[str]]:
+    """Return names of adapters whose tokens can be measured together."""
+    groups: dict[Any, list[str]] = {}
+    for name, adapter in adapters.items() if z else ():
+        groups.setdefault((id(adapter.config), z[name].shape, z[name].device, whole(adapter)), []).append(name)
+    return list(groups.values())
+
+
 def whole(adapter: QTHAAdapter) -> bool:
     """Return whether this rank has an adapter's tensors in whole."""
     return all(
-        type(tensor) in (Tensor, nn.Parameter) and not hasattr(tensor, "ds_id") and tensor.numel() == adapter.shapes[name].numel()
+        type(tensor) in (Tensor, nn.Parameter) and not hasattr(tensor, "ds_id") and tensor.numel() == adapter.sizes[name]
         for name, tensor in adapter.state_names().items()
     )
 
 
-def _of_tokens(adapter: QTHAAdapter, z: Tensor) -> dict[str, Tensor]:
-    """Return what depends on tokens z (tokens, r), a number each."""
-    config, found = adapter.config, dict[str, Tensor]()
-    if config.has_circuit and (config.angle_scale != "learned" or whole(adapter)):
-        angles = z * adapter.effective("scale") if config.angle_scale == "learned" else z
-        found["qtha/wrapped"] = (angles.abs() > math.pi).float().mean()
-    if not adapter.shape.has_branch or not whole(adapter):
+def _of_tokens(adapters: list[QTHAAdapter], z: Tensor) -> dict[str, Tensor]:
+    """Return what depends on tokens, (layers) each, for adapters of one configuration and their z (layers, tokens, r).
+
+    The circuits of several layers are simulated as if they were those of one, side by side.
+    """
+    first, found = adapters[0], dict[str, Tensor]()
+    config, layers = first.config, len(adapters)
+    if config.has_circuit and (config.angle_scale != "learned" or whole(first)):
+        angles = z * torch.stack([a.effective("scale") for a in adapters])[:, None] if config.angle_scale == "learned" else z
+        found["qtha/wrapped"] = (angles.abs() > math.pi).float().mean((1, 2))
+    if not first.shape.has_branch or not whole(first):
         return found
-    join = adapter.bottleneck()
-    z = z.to(join.w_c.dtype)
-    branch = join.branch
-    if isinstance(branch, Circuit):
-        branch = dataclasses.replace(branch, simulation=Simulation())
-    try:
-        q = branch(z)
-    except NonFiniteAngle:  # on this rank alone, which would leave the others waiting; the next forward says it on all
-        return found
+    joins = [adapter.bottleneck() for adapter in adapters]
+    z = z.to(joins[0].w_c.dtype)
+    q = _branches(adapters, z.transpose(0, 1).flatten(1)).unflatten(1, (layers, -1)).transpose(0, 1)
     if config.has_circuit:
-        found["qtha/z_variance"] = q.var(dim=0, correction=0).mean()
-    if not join.product:
-        found["qtha/quantum_share"] = F.linear(q, join.w_q).norm() / F.linear(z, join.w_c).norm()
+        found["qtha/z_variance"] = q.var(dim=1, correction=0).mean(1)
+    if not joins[0].product:
+        w_q, w_c = torch.stack([join.w_q.mT for join in joins]), torch.stack([join.w_c.mT for join in joins])
+        found[SHARE] = (q @ w_q).norm(dim=(1, 2)) / (z @ w_c).norm(dim=(1, 2))
     return found
+
+
+def _branches(adapters: list[QTHAAdapter], z: Tensor) -> Tensor:
+    """Return q, (tokens, layers * r), of z (tokens, layers * r); NaN where an angle is not finite, which the engine refuses."""
+    branches = [adapter.bottleneck().branch for adapter in adapters]
+    if not isinstance(branches[0], Circuit):
+        units = torch.cat([adapter.effective("units") for adapter in adapters], 1)
+        return silu_rings(z, units, adapters[0].config.circuit_qubits)
+    circuits = cast(list[Circuit], branches)
+    scales = [circuit.scale for circuit in circuits if circuit.scale is not None]
+    angles = torch.cat([circuit.angles for circuit in circuits], 1)
+    encoded = dataclasses.replace(circuits[0], scale=torch.cat(scales) if scales else None).encode(z)
+    finite = encoded.isfinite().all(0) & angles.isfinite().all(0)
+    q = expectation_values(encoded.where(finite, 0.0), angles.where(finite, 0.0), circuits[0].ansatz)
+    return q.where(finite, math.nan)
 
 
 def _grams(adapter: QTHAAdapter) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 Tensors = Mapping[str, Tensor | None]
-Shapes = Mapping[str, torch.Size]
+Sizes = Mapping[str, int]
 
 ORDINARY = (nn.Parameter, Tensor)  # no shard (DTensor), no stand-in (FakeTensor)
 
@@ -28,7 +28,7 @@ class Fold(NamedTuple):
     """An adapter made ready for tokens x (.., d)."""
 
     a: Tensor  # (r, d), in x's dtype
-    b: Tensor  # (o, r), times alpha / r; without a branch also times W_C
+    b: Tensor  # (r, o), transposed, times alpha / r; without a branch also times W_C
     join: Callable[[Tensor], Tensor] | None = None  # z (.., r) to h (.., r), where there is a branch
 
 
@@ -89,12 +89,12 @@ class Kept:
         """Return whether a fold is kept."""
         return self._entry is not None
 
-    def drop(self, tensors: Tensors, shapes: Shapes) -> None:
+    def drop(self, tensors: Tensors, sizes: Sizes) -> None:
         """Forget the fold; and note whether the tensors are sharded, which FSDP2's do not show inside a forward."""
         self._entry = None
-        self._sharded = self._sharded or _sharded(tensors, shapes)
+        self._sharded = self._sharded or _sharded(tensors, sizes)
 
-    def get(self, tensors: Tensors, shapes: Shapes, x: Tensor, make: Callable[[Tensor, bool], Fold]) -> Fold:
+    def get(self, tensors: Tensors, sizes: Sizes, x: Tensor, make: Callable[[Tensor, bool], Fold]) -> Fold:
         """Return the fold for x (.., d), made by `make(x, kept)` if none is kept or may be."""
         if _each_time.get():
             return make(x, False)
@@ -102,35 +102,41 @@ class Kept:
         if entry is not None and entry.fits(tensors, x):
             return entry.fold
         self._entry = None  # first, for its memory
-        if self._sharded or _sharded(tensors, shapes) or not _lasting(tensors, shapes, x):
+        if self._sharded or _sharded(tensors, sizes) or not _lasting(tensors, sizes, x):
             return make(x, False)
         entry = _Entry(tensors, x)
-        product = x.dtype if entry.autocast is None or x.dtype == torch.float64 else entry.autocast
         # Ordinary tensors, also under inference_mode: they may be used outside of it later.
         with torch.inference_mode(False), torch.no_grad():
-            fold = make(x, True)
-            entry.fold = fold._replace(a=fold.a.to(product), b=fold.b.to(product))
+            entry.fold = make(x, True)
         self._entry = entry
         return entry.fold
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which products with x are computed."""
+    autocast = _autocast(x.device.type)
+    return x.dtype if autocast is None or x.dtype == torch.float64 else autocast
+
+
 def _autocast(device_type: str) -> torch.dtype | None:
     """Return the dtype autocast computes products in, if it is on."""
+    if device_type == "meta":  # which has none
+        return None
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
-def _sharded(tensors: Tensors, shapes: Shapes) -> bool:
+def _sharded(tensors: Tensors, sizes: Sizes) -> bool:
     """Return whether a tensor is, or may become, on this rank in part only: writes to it when gathered raise no `_version`."""
     return any(
-        tensor is None or type(tensor) not in ORDINARY or hasattr(tensor, "ds_id") or tensor.numel() != shapes[name].numel()
+        tensor is None or type(tensor) not in ORDINARY or hasattr(tensor, "ds_id") or tensor.numel() != sizes[name]
         for name, tensor in tensors.items()
     )
 
 
-def _lasting(tensors: Tensors, shapes: Shapes, x: Tensor) -> bool:
+def _lasting(tensors: Tensors, sizes: Sizes, x: Tensor) -> bool:
     """Return whether what is made of the tensors can be used again with inputs like x."""
     return (
-        tensors.keys() == shapes.keys()  # else some are computed (torch's parametrizations) or copied for each forward
+        tensors.keys() == sizes.keys()  # else some are computed (torch's parametrizations) or copied for each forward
         and type(x) in ORDINARY
         and x.device.type != "meta"
         and not any(tensor.is_inference() for tensor in tensors.values() if tensor is not None)  # writes are not counted

@@ -24,6 +24,7 @@ from ..errors import alternatives, refusal
 from .adapter import QTHAAdapter
 from .backends import prepare
 from .config import QTHAConfig
+from .earlier import MARK, converted, is_earlier
 from .layer import QTHALayer, QTHALinear, layer_sizes, refuse_nonlinear_merge, refuse_quantised_merge
 from .peft_type import QTHA
 from .quantised import is_quantised, keep_trainable
@@ -250,6 +251,8 @@ def _supported(name: str, module: nn.Module, model: nn.Module) -> nn.Module:
 
 def _check_loaded_file(model: QTHAModel, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Refuse a state dict that holds an adapter only in part, or of other modules, or nothing this model has."""
+    if is_earlier(state_dict):
+        _convert_earlier(model, state_dict, prefix)
     own = {prefix + name: tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     if state_dict and own.keys().isdisjoint(state_dict):
         raise ValueError(
@@ -269,3 +272,13 @@ def _check_loaded_file(model: QTHAModel, state_dict: dict[str, Tensor], prefix: 
     for name, value in state_dict.items():
         if isinstance(target := own.get(name), DTensor) and not isinstance(value, DTensor):  # FSDP2: each rank takes its shard
             state_dict[name] = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
+
+
+def _convert_earlier(model: QTHAModel, state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Put the flat tensors of today in the place of those that an earlier version saved."""
+    for name, module in model.named_modules():
+        path = f"{prefix}{name}."
+        if isinstance(module, QTHAAdapter) and path + MARK[1:] in state_dict:
+            given = [key for key in state_dict if key.startswith(path)]
+            tensors = {key.removeprefix(path): state_dict.pop(key) for key in given}
+            state_dict.update({path + key: value for key, value in converted(tensors, module.table, path[:-1]).items()})

@@ -1,4 +1,4 @@
-"""Matrix product operators (TT-matrices): factorising sizes, cores, folding.
+"""Matrix product operators (TT-matrices): factorising sizes, shapes of cores, decomposing.
 
 A matrix of shape (out, in), out = o_1 ... o_K and in = i_1 ... i_K, is held as K cores G_k of shape
 (chi_{k-1}, o_k, i_k, chi_k) with chi_0 = chi_K = 1:
@@ -11,10 +11,9 @@ Source: Oseledets (2011), TT-matrix format; the layout is TensorLy's `TTMatrix`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,71 +106,6 @@ class MPOShape:
     def num_parameters(self) -> int:
         """Number of entries of all cores."""
         return sum(math.prod(shape) for shape in self.core_shapes)
-
-
-def fold_rows(weight: Tensor, cores: Sequence[Tensor], size: int) -> Tensor:
-    """Return `weight @ M` for the operator M of the cores, its columns cut to `size`; M itself is never built.
-
-    Args:
-        weight: (rows, outputs of M).
-        cores: (chi_{k-1}, o_k, i_k, chi_k) each.
-        size: columns to keep (inputs of M before padding).
-
-    Returns:
-        (rows, size).
-    """
-    result: Tensor = _Fold.apply(weight, *cores)
-    return result[:, :size]
-
-
-class _Fold(torch.autograd.Function):
-    """`weight @ M`; backward contracts once more instead of keeping what lies between the cores, which is as large as M's rows.
-
-    The state is (rows * inputs done, bond * outputs to do). All products are two-dimensional: torch.matmul runs batches
-    differently with and without gradients, and rounds differently.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, *cores: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, *cores)
-        state = weight
-        for core in cores:
-            state = _contracted(state, core)
-        return state.reshape(weight.shape[0], -1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        weight, *cores = ctx.saved_tensors
-        states = [weight]
-        for core in cores[:-1]:
-            states.append(_contracted(states[-1], core))
-        grad, of_cores = grads[0], list[Tensor]()
-        for state, core in zip(reversed(states), reversed(cores), strict=True):
-            left, out, inp, right = core.shape
-            rest = state.shape[1] // (left * out)
-            grad = grad.reshape(-1, inp, right, rest).permute(0, 3, 1, 2).reshape(-1, inp * right)
-            of_cores.append((_opened(state, core).T @ grad).reshape(core.shape))
-            grad = grad @ core.reshape(left * out, inp * right).T
-            grad = grad.reshape(-1, rest, left * out).transpose(1, 2).reshape(state.shape)
-        return grad, *reversed(of_cores)
-
-
-def _opened(state: Tensor, core: Tensor) -> Tensor:
-    """(rows * done, bond * o_k * to do) -> (rows * done * to do, bond * o_k)."""
-    bond = core.shape[0] * core.shape[1]
-    return state.reshape(state.shape[0], bond, -1).transpose(1, 2).reshape(-1, bond)
-
-
-def _contracted(state: Tensor, core: Tensor) -> Tensor:
-    """Contract one core: (rows * done, bond * o_k * to do) -> (rows * done * i_k, bond * to do)."""
-    _, _, inp, right = core.shape
-    product = _opened(state, core) @ core.reshape(-1, inp * right)
-    return product.reshape(state.shape[0], -1, inp, right).permute(0, 2, 3, 1).reshape(state.shape[0] * inp, -1)
-
-
-def fold_columns(cores: Sequence[Tensor], weight: Tensor, size: int) -> Tensor:
-    """Return `M @ weight`, its rows cut to `size`: (size, columns) for a weight of (inputs of M, columns)."""
-    return fold_rows(weight.T, [core.transpose(1, 2) for core in cores], size).T
 
 
 def decompose(matrix: Tensor, shape: MPOShape) -> list[Tensor]:

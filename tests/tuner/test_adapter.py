@@ -11,6 +11,7 @@ from tensorly.tt_matrix import TTMatrix
 from axolotl_qtha import QTHAConfig
 from axolotl_qtha.tuner.adapter import QTHAAdapter
 from axolotl_qtha.tuner.sizes import adapter_shape, ansatz
+from axolotl_qtha.tuner.table import table
 
 from ..circuit.reference import expectations
 
@@ -31,8 +32,8 @@ def adapter(inputs=INPUTS, outputs=OUTPUTS, seed=1, weight=None, **given):
 
 
 def zero_start(module):
-    """Return the parameter that is zero at first."""
-    return module.b if module.config.mpo == "none" else getattr(module, f"mpo_b_{module.config.num_cores - 1}")
+    """Return the part that is zero at first."""
+    return module.stored("b" if module.config.mpo == "none" else f"mpo_b_{module.config.num_cores - 1}")
 
 
 def moved(module):
@@ -47,7 +48,7 @@ def features(inputs=INPUTS, tokens=4):
 
 def acting(module, name):
     """Return a stored tensor times its gain, in float64."""
-    return module.stored(name).detach().double().numpy() * module.gains[name]
+    return module.stored(name).detach().double().numpy() * module.table[name].gain
 
 
 def dense_maps(module):
@@ -143,7 +144,7 @@ def test_float64_equals_the_formula_to_float64():
 def test_starts_as_an_exact_no_op(given):
     module = adapter(weight=torch.randn(OUTPUTS, INPUTS, generator=torch.Generator().manual_seed(0)), **given)
     assert module(features()).eq(0).all()
-    assert sum(parameter.eq(0).all().item() for parameter in module.parameters()) == 1
+    assert sum(module.stored(name).eq(0).all().item() for name in module.table) == 1
     assert zero_start(module).eq(0).all()
 
 
@@ -209,8 +210,8 @@ def test_making_an_adapter_leaves_the_global_random_state_alone():
 
 def test_core_gain_changes_what_is_stored_not_what_is_computed():
     balanced, plain = adapter(2000, 3000), adapter(2000, 3000, core_gain="none")
-    assert set(plain.gains.values()) == {1.0}
-    assert balanced.gains["mpo_a_0"] > 2
+    assert {part.gain for part in plain.table.values()} == {1.0}
+    assert balanced.table["mpo_a_0"].gain > 2
     for name in ("mpo_a_0", "mpo_a_1", "mpo_b_0", "w_b", "w_c", "w_q", "angles"):
         np.testing.assert_allclose(acting(balanced, name), acting(plain, name), rtol=1e-6)  # one division in float32
     a = dense_maps(plain)[0]
@@ -231,7 +232,7 @@ def test_every_parameter_gets_a_gradient(quantum):
 def test_only_the_last_ring_of_2025_05_gets_none():
     module = moved(adapter(gate_order="2025-05"))
     module(features()).square().sum().backward()
-    gradient = module.angles.grad.view(module.shapes["angles"])
+    gradient = module.angles.grad.view(module.table["angles"].shape)
     assert gradient[-1].eq(0).all()
     assert gradient[:-1].abs().min() > 0
 
@@ -283,20 +284,26 @@ def test_dropout_acts_on_the_input_in_training_only():
 def test_tensors_are_stored_flat():
     """So that FSDP2, which shards the first axis and fills it up, neither sends nor keeps a core several times over."""
     module = adapter(angle_scale="learned")
-    for name, tensor in module.state_names().items():
+    for tensor in module.state_names().values():
         assert tensor.ndim == 1
         assert tensor.is_contiguous()
-        assert module.stored(name).shape == module.shapes[name]
-        assert module.stored(name).data_ptr() == tensor.data_ptr()
-    assert len(module.shapes["mpo_a_0"]) == 4
-    assert module.shapes["w_a"] == (3, module.shape.mpo_a.outputs.padded)
+    assert set(module.state_names()) == {"cores", "fusion", "angles", "scale"}
+    ends = dict.fromkeys(module.state_names(), 0)
+    for name, part in module.table.items():  # one behind the other, without a gap
+        tensor = module.state_names()[part.tensor]
+        assert module.stored(name).shape == part.shape
+        assert module.stored(name).data_ptr() == tensor.data_ptr() + ends[part.tensor] * tensor.element_size()
+        ends[part.tensor] += module.stored(name).numel()
+    assert ends == {name: tensor.numel() for name, tensor in module.state_names().items()}
+    assert len(module.table["mpo_a_0"].shape) == 4
+    assert module.table["w_a"].shape == (3, module.shape.mpo_a.outputs.padded)
 
 
 def test_gains_are_part_of_the_file_format():
     # Stored cores are divided by these numbers, which no file holds: changing them would change every saved adapter.
     # A new rule needs a new name in `core_gain`. 0.3 * std * sqrt(3 * 3584), and 1 for the core that starts at zero.
     config = QTHAConfig(rank=8, bond_dim=4, mid_dim=16)
-    gains = QTHAAdapter(config, adapter_shape(config, 3584, 3584), seed=0).gains
+    gains = {name: part.gain for name, part in table(config, adapter_shape(config, 3584, 3584)).items()}
     unit = 0.3 * (3 * 3584) ** 0.5
     expected = {
         "mpo_a_0": unit / (64 * 2) ** 0.5,
@@ -311,4 +318,4 @@ def test_gains_are_part_of_the_file_format():
     }
     assert gains == pytest.approx(expected)
     plain = QTHAConfig(rank=8, bond_dim=4, mid_dim=16, core_gain="none")
-    assert set(QTHAAdapter(plain, adapter_shape(plain, 3584, 3584), seed=0).gains.values()) == {1.0}
+    assert {part.gain for part in table(plain, adapter_shape(plain, 3584, 3584)).values()} == {1.0}

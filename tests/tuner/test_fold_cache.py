@@ -38,7 +38,7 @@ def write_in_inference_mode(model):
 def write_one_number(model):
     with torch.no_grad():
         for module in adapters(model).values():
-            module.w_c[3] += 1
+            module.fusion[3] += 1
 
 
 def load_others(model, assign=False):
@@ -59,7 +59,7 @@ def write_to_data(model):
 
 def write_to_data_and_drop(model):
     for module in adapters(model).values():
-        module.w_c.data.mul_(2)
+        module.fusion.data.mul_(2)
         module.drop_kept()
 
 
@@ -77,18 +77,18 @@ def replace_data_twice(model):  # the second takes the memory the first had
 
 def replace_parameters(model):
     for module in adapters(model).values():
-        module.w_c = nn.Parameter(module.w_c.detach() * 2)
+        module.fusion = nn.Parameter(module.fusion.detach() * 2)
 
 
 def replace_parameters_on_the_same_memory(model):
     for module in adapters(model).values():
-        version = module.w_c._version
-        memory = module.w_c.data
-        del module.w_c
-        module.w_c = nn.Parameter(memory)
+        version = module.fusion._version
+        memory = module.fusion.data
+        del module.fusion
+        module.fusion = nn.Parameter(memory)
         with torch.no_grad():
-            while module.w_c._version < version or module.w_c._version == 0:
-                module.w_c.mul_(2)
+            while module.fusion._version < version or module.fusion._version == 0:
+                module.fusion.mul_(1.1)
 
 
 def cast_there_and_back(model):
@@ -201,7 +201,7 @@ def test_inference_mode():
             getattr(made, name).copy_(value)
         assert (made(x) - inside).abs().max() <= 1e-6
         assert not made.kept  # nothing counts what is written to parameters made here
-        made.w_c.mul_(2)
+        made.fusion.mul_(2)
         assert (made(x) - inside).abs().max() > 1e-3
 
 
@@ -211,7 +211,7 @@ def test_partitioned_parameters_are_not_kept():
         module(x)
         assert module.kept
         module.eval()
-        module.w_c.ds_id = 0  # ZeRO-3's mark
+        module.fusion.ds_id = 0  # ZeRO-3's mark
         module(x)
     assert not module.kept
 
@@ -224,7 +224,7 @@ def test_computed_parameters_are_not_kept():
     module, x = one()
     with torch.no_grad():
         module(x)
-        parametrize.register_parametrization(module, "w_c", Twice())
+        parametrize.register_parametrization(module, "fusion", Twice())
         found = module(x)
         assert not module.kept
         with folding_each_time():

@@ -168,13 +168,13 @@ def test_a_training_step_under_autocast():
 
 def test_the_seed_decides_and_layers_differ():
     first, second, other = (adapters(adapted(llama(), seed=seed)) for seed in (5, 5, 6))
-    cores = [adapter.mpo_a_0 for adapter in first.values() if adapter.mpo_a_0.shape == first[next(iter(first))].mpo_a_0.shape]
+    cores = [adapter.cores[:16] for adapter in first.values()]
     assert len(cores) > 5
     assert not any(torch.equal(a, b) for k, a in enumerate(cores) for b in cores[:k])
     for name, adapter in first.items():
         for key, value in adapter.state_dict().items():
             assert torch.equal(value, second[name].state_dict()[key])
-            assert not value.any() or not torch.equal(value, other[name].state_dict()[key])
+            assert not torch.equal(value, other[name].state_dict()[key])
 
 
 def test_tt_svd_sees_the_weight_of_each_layer():

@@ -46,7 +46,7 @@ def test_the_file_holds_the_adapter_and_nothing_else(tmp_path):
     model.save_pretrained(tmp_path)
     assert not list(tmp_path.glob("*.bin"))
     saved = load_file(tmp_path / FILE)
-    parts = ("mpo_a_0", "mpo_a_1", "mpo_b_0", "mpo_b_1", "w_a", "w_b", "w_c", "w_q", "angles", "scale")
+    parts = ("cores", "fusion", "angles", "scale")
     layers = [f"model.layers.{k}.{module}" for k in range(2) for module in ("self_attn.q_proj", "mlp.down_proj")]
     assert saved.keys() == {f"base_model.model.{layer}.qtha_adapter.{part}" for layer in layers for part in parts}
     for name, parameter in trainable(model).items():
@@ -70,21 +70,21 @@ def load(folder):
     return PeftModel.from_pretrained(llama(), folder)
 
 
-NAME = "base_model.model.model.layers.1.mlp.up_proj.qtha_adapter.w_a"
+NAME = "base_model.model.model.layers.1.mlp.up_proj.qtha_adapter.cores"
 LAYER = "base_model.model.model.layers.0.self_attn.k_proj."
 CHANGES = {
-    "one tensor missing": (lambda tensors: tensors.pop(NAME), r"w_a"),
+    "one tensor missing": (lambda tensors: tensors.pop(NAME), r"cores"),
     "one layer missing": (
         lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith(LAYER)],
-        r"9 tensors are missing.*layers\.0\.self_attn\.k_proj",
+        r"3 tensors are missing.*layers\.0\.self_attn\.k_proj",
     ),
-    "one tensor more": (lambda tensors: tensors.update({NAME[:-1] + "z": torch.ones(3)}), r"w_z"),
+    "one tensor more": (lambda tensors: tensors.update({NAME + "z": torch.ones(3)}), r"coresz"),
     "one layer more": (lambda tensors: tensors.update({NAME.replace("layers.1", "layers.2"): torch.ones(3)}), r"layers\.2"),
-    "NaN": (lambda tensors: tensors[NAME].view(-1)[5:6].fill_(torch.nan), r"up_proj.*w_a holds NaN or infinite"),
-    "infinity": (lambda tensors: tensors[NAME].view(-1)[5:6].fill_(torch.inf), r"up_proj.*w_a holds NaN or infinite"),
+    "NaN": (lambda tensors: tensors[NAME].view(-1)[5:6].fill_(torch.nan), r"up_proj.*cores holds NaN or infinite"),
+    "infinity": (lambda tensors: tensors[NAME].view(-1)[5:6].fill_(torch.inf), r"up_proj.*cores holds NaN or infinite"),
     "another shape": (
         lambda tensors: tensors.update({NAME: torch.ones(5, 8)}),
-        r"w_a has shape \(5, 8\).*\(32,\), flat for \(4, 8\)",
+        r"cores has shape \(5, 8\).*needs \(\d+,\)",
     ),
 }
 
@@ -132,7 +132,7 @@ def test_nan_is_not_saved_and_the_earlier_file_stays(tmp_path):
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with torch.no_grad():
         adapters(model)["model.layers.1.mlp.up_proj"].stored("w_b")[2, 1] = torch.nan
-    with pytest.raises(IncompleteAdapter, match=r"layers\.1\.mlp\.up_proj.*w_b holds NaN or infinite.*not saved.*What works"):
+    with pytest.raises(IncompleteAdapter, match=r"layers\.1\.mlp\.up_proj.*cores holds NaN or infinite.*not saved.*What works"):
         model.save_pretrained(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tensorly.decomposition import tensor_train_matrix
 from tensorly.tt_matrix import TTMatrix
 
-from axolotl_qtha.tuner.mpo import LARGEST_FACTOR, Factors, MPOShape, decompose, factorize, fold_columns, fold_rows
+from axolotl_qtha.tuner.mpo import LARGEST_FACTOR, Factors, MPOShape, decompose, factorize
 
 SIZES, CORES, BONDS, RANKS = st.integers(1, 400), st.integers(1, 4), st.integers(1, 9), st.integers(1, 12)
 
@@ -21,50 +21,6 @@ def dense(cores):
     """Return the padded matrix (outputs, inputs) of the cores, as TensorLy builds it."""
     with tensorly.backend_context("numpy", local_threadsafe=True):
         return TTMatrix([core.double().numpy() for core in cores]).to_matrix()
-
-
-def positive(random, shape, dtype):
-    """Return numbers of one sign: their sums do not cancel, so that every entry has a small relative error."""
-    return torch.tensor(random.exponential(size=shape), dtype=dtype)
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    outputs=SIZES,
-    inputs=SIZES,
-    cores=CORES,
-    bond=BONDS,
-    rank=RANKS,
-    dtype=st.sampled_from([torch.float32, torch.float64]),
-    seed=st.integers(0, 2**32 - 1),
-)
-def test_folding_equals_the_dense_product(outputs, inputs, cores, bond, rank, dtype, seed):
-    shape = MPOShape(factorize(outputs, cores), factorize(inputs, cores), bond)
-    random = np.random.default_rng(seed)
-    operator = [positive(random, core, dtype) for core in shape.core_shapes]
-    matrix = dense(operator)
-    assert matrix.shape == (shape.outputs.padded, shape.inputs.padded)
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-13  # some ten thousand additions of rounding 6e-8 or 1e-16, averaging out
-
-    left = positive(random, (rank, shape.outputs.padded), dtype)
-    rows = fold_rows(left, operator, inputs)
-    assert rows.shape == (rank, inputs)
-    assert rows.dtype == dtype
-    np.testing.assert_allclose(rows.double(), left.double().numpy() @ matrix[:, :inputs], rtol=tolerance)
-
-    right = positive(random, (shape.inputs.padded, rank), dtype)
-    columns = fold_columns(operator, right, outputs)
-    assert columns.shape == (outputs, rank)
-    assert columns.dtype == dtype
-    np.testing.assert_allclose(columns.double(), matrix[:outputs] @ right.double().numpy(), rtol=tolerance)
-
-
-def test_folding_has_the_gradients_of_the_dense_product():
-    shape = MPOShape(factorize(30, 3), factorize(23, 3), 4)
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(3, shape.outputs.padded, dtype=torch.float64, generator=generator, requires_grad=True)
-    cores = [torch.randn(core, dtype=torch.float64, generator=generator, requires_grad=True) for core in shape.core_shapes]
-    assert torch.autograd.gradcheck(lambda weight, *cores: fold_rows(weight, cores, 23), (weight, *cores))
 
 
 @pytest.mark.parametrize(

@@ -40,18 +40,18 @@ def test_writes_what_peft_writes(settings, tmp_path):
 
 
 def without(state):
-    del state[next(name for name in state if name.endswith("mpo_a_0"))]
+    del state[next(name for name in state if name.endswith("fusion"))]
 
 
 def emptied(state):
     """As ZeRO-3 leaves parameters that nobody gathered."""
-    name = next(name for name in state if name.endswith("w_a"))
+    name = next(name for name in state if name.endswith("cores"))
     state[name] = torch.empty(0)
 
 
 def cut(state):
     """As one rank's shard is."""
-    name = next(name for name in state if name.endswith("mpo_b_1"))
+    name = next(name for name in state if name.endswith("cores"))
     state[name] = state[name][:1].clone()
 
 
@@ -68,9 +68,9 @@ def head(state):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (without, r"mpo_a_0 is missing"),
-        (emptied, r"w_a has shape \(0,\) instead of \(\d+,\)"),
-        (cut, r"mpo_b_1 has shape \(1,\) instead of"),
+        (without, r"fusion is missing"),
+        (emptied, r"cores has shape \(0,\) instead of \(\d+,\)"),
+        (cut, r"cores has shape \(1,\) instead of"),
         (infinite, r"angles holds NaN or infinite values"),
         (head, r"lm_head.weight holds NaN"),
     ],
@@ -102,9 +102,9 @@ def test_every_adapter_of_the_model_is_checked(tmp_path):
     model.save_pretrained(tmp_path)
     assert {name for name in content(tmp_path) if name.endswith(FILE)} == {FILE, f"other/{FILE}"}
     state = model.state_dict()
-    del state[next(name for name in state if ".other.w_b" in name)]
+    del state[next(name for name in state if ".other.fusion" in name)]
     before = content(tmp_path)
-    with pytest.raises(IncompleteAdapter, match="w_b is missing"):
+    with pytest.raises(IncompleteAdapter, match="fusion is missing"):
         model.save_pretrained(tmp_path, state_dict=state)
     assert content(tmp_path) == before
     model.save_pretrained(tmp_path / "one", selected_adapters=["default"])
