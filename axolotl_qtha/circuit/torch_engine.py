@@ -161,8 +161,9 @@ class StateVector:
         probabilities = state.square().sum(dim=2).flatten(1)
         return probabilities @ self.tables.signs
 
-    def gradients(self, psi: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gradients of sum(grad * <Z>): (tokens, n) for z and (rows, n) for the angles."""
+    def gradients(self, psi: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return <Z>, and the gradients of sum(grad * <Z>): (tokens, n) for z and (rows, n) for the angles."""
+        values = self.expectations(psi)
         # E = <psi|D|psi> with D = sum_i grad_i Z_i; the adjoint state starts as D psi.
         adjoint = (grad @ self.tables.signs.T).view(-1, 2**self.left, 1, 2**self.right) * psi
         grad_z, grad_angles = torch.zeros_like(grad), torch.zeros_like(self.angles)
@@ -184,7 +185,7 @@ class StateVector:
             grad_angles[row] += -2 * (self.tables.phases[kind] @ imaginary)
             cos, sin = self.diagonal(index - 1)
             psi, adjoint = _rotate_phase(psi, cos, -sin), _rotate_phase(adjoint, cos, -sin)
-        return grad_z, grad_angles
+        return values, grad_z, grad_angles
 
     def _wall_gradient(self, psi: Tensor, adjoint: Tensor) -> Tensor:
         """Return dE/dangle = Re <adjoint| -iY_i |psi> of every token and qubit, (tokens, n)."""
@@ -259,9 +260,7 @@ def values_and_gradients(grad: Tensor, z: Tensor, angles: Tensor, ansatz: Ansatz
     result, grad_z, grad_angles = torch.empty_like(z), torch.empty_like(z), torch.zeros_like(angles)
     for tokens, columns in _parts(z, ansatz.qubits):
         run = StateVector(z[tokens, columns], angles[:, columns], ansatz)
-        psi = run.forward()
-        result[tokens, columns] = run.expectations(psi)
-        grad_z[tokens, columns], of_angles = run.gradients(psi, grad[tokens, columns])
+        result[tokens, columns], grad_z[tokens, columns], of_angles = run.gradients(run.forward(), grad[tokens, columns])
         grad_angles[:, columns] += of_angles
     return result, grad_z, grad_angles
 

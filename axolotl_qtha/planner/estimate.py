@@ -15,8 +15,8 @@ from ..settings.public_facts import quantised_as
 from ..settings.training_run import TrainingRun
 from ..tuner.config import AER, QTHAConfig
 from ..tuner.layer import QTHALayer
-from ..tuner.model import select_targets
 from ..tuner.sizes import adapter_shape, ansatz, branch, count_lora_parameters, count_parameters, resolve
+from ..tuner.targets import select_targets
 from .flops import gate_counts, step_flops
 from .memory import Memory, footprint, weight_bytes
 from .sharding import shards

@@ -17,8 +17,8 @@ from ..ibm.options import IBMOptions
 from ..ibm.service import connect
 from ..settings.training_run import TrainingRun
 from ..tuner.config import QTHAConfig
-from ..tuner.model import select_targets
 from ..tuner.sizes import ansatz
+from ..tuner.targets import select_targets
 
 if TYPE_CHECKING:
     from qiskit.providers import BackendV2

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import refusal
-from ..tuner.config import SIMULATION_KEYS, QTHAConfig, differences
+from ..tuner.config import SIMULATION_KEYS, QTHAConfig
 from ..tuner.saving import WEIGHTS
 
 if TYPE_CHECKING:
@@ -85,3 +86,21 @@ def refuse_untrained(adapters: Iterable[QTHAAdapter], given: Path | None) -> Non
     """
     if all(adapter.is_no_op() for adapter in adapters):
         raise refusal("--lora-model-dir", str(given or "output_dir"), "is an untrained adapter", "a trained one")
+
+
+def differences(saved: QTHAConfig, wanted: dict[str, Any]) -> list[str]:
+    """Return `key: saved value, wanted value` for each of `wanted`'s keys whose value differs from the saved one."""
+    current = json.loads(json.dumps(saved.to_dict(), default=_plain))
+    asked = json.loads(json.dumps(wanted, default=_plain))
+    rows = []
+    for key, value in asked.items():
+        have = current.get(key)
+        if isinstance(have, list) and isinstance(value, list):
+            have, value = sorted(have), sorted(value)
+        if have != value:
+            rows.append(f"qtha.{key}: the adapter was made with {have!r}, the YAML says {value!r}")
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)

@@ -7,7 +7,7 @@ YAML.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -19,7 +19,7 @@ from ..circuit.ansatz import Ansatz
 from ..settings.public_facts import Facts, choice, plain
 from ..tuner.config import QTHAConfig
 from ..tuner.layer import adapted_sizes
-from ..tuner.sizes import adapter_shape, compared, count_lora_parameters, count_parameters
+from ..tuner.sizes import Size, adapter_shape, compared, count_lora_parameters, count_parameters
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -47,7 +47,7 @@ BRANCHES = {
 def make_card(
     config: QTHAConfig,
     facts: Facts,
-    sizes: list[tuple[int, int]],
+    sizes: Sequence[Size],
     kind: Kind = "adapter",
     measured: Mapping[str, Any] | None = None,
 ) -> ModelCard:
@@ -207,7 +207,7 @@ def _has_path(value: Any) -> bool:
     return any("/" in str(item) for item in (value if isinstance(value, list) else [value]))
 
 
-def _parameters(config: QTHAConfig, sizes: list[tuple[int, int]], kind: Kind, rank: int) -> str:
+def _parameters(config: QTHAConfig, sizes: Sequence[Size], kind: Kind, rank: int) -> str:
     ours, lora = count_parameters(config, sizes), count_lora_parameters(config.rank, sizes)
     rows = [
         ("this adapter" if kind == "adapter" else "the QTHA adapter", f"{ours:,}"),

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from transformers.utils.generic import maybe_autocast
 
 from ..errors import IncompleteAdapter
-from .bottleneck import Bottleneck, Circuit, prepared
+from .bottleneck import Bottleneck, Circuit, alone, prepared
 from .config import QTHAConfig
 from .fold import fold, precise, sides
 from .fold_cache import Fold, Kept, product_dtype
 from .initial import values
-from .join import Joint, join, silu_rings
+from .join import Joint, branch, fuse, join, silu_rings
+from .reading import Shared
 from .sizes import AdapterShape, ansatz
 from .table import table, tensor_sizes
 
@@ -38,7 +39,9 @@ class QTHAAdapter(nn.Module):
     units: Tensor
     scale: Tensor
 
-    def __init__(self, config: QTHAConfig, shape: AdapterShape, seed: int, weight: Tensor | None = None) -> None:
+    def __init__(
+        self, config: QTHAConfig, shape: AdapterShape, seed: int, weight: Tensor | None = None, shared: Shared | None = None
+    ) -> None:
         """Initialise as an exact no-op.
 
         Args:
@@ -46,9 +49,11 @@ class QTHAAdapter(nn.Module):
             shape: its sizes on this layer.
             seed: seed of the initial values.
             weight: the frozen weight (out_features, in_features), for `init: tt_svd`.
+            shared: what it has from adapters of other layers.
         """
         super().__init__()
         self.config, self.shape, self.kept = config, shape, Kept()
+        self.shared = shared or Shared()
         self.seen: Callable[[Tensor], None] | None = None  # is shown z (.., r) of each forward pass: training/diagnostics
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.table = table(config, shape)
@@ -60,10 +65,11 @@ class QTHAAdapter(nn.Module):
                 self.register_buffer(name, torch.cat(parts))
             else:
                 self.register_parameter(name, nn.Parameter(torch.cat(parts)))
-        of_sides = self.table, "cores", shape.rank, shape.in_features, shape.out_features, config.scaling
+        of_sides = self.table, shape.rank, shape.in_features, shape.out_features, config.scaling
         self._sides, self._fused_sides = sides(*of_sides, fused=False), sides(*of_sides, fused=True)
         self._joint = self._joined() if shape.has_branch else None
         self._scale_z()
+        self.take_shared()
         self.register_state_dict_post_hook(_check_saved)
         self.register_load_state_dict_pre_hook(_check_loaded)
 
@@ -83,9 +89,15 @@ class QTHAAdapter(nn.Module):
         with torch.no_grad():
             rows.div_(self.fold_a().norm(dim=1, keepdim=True).clamp_min(1e-30))
 
+    def take_shared(self) -> None:
+        """Use the tensors of the adapters that own them; again after loading, which may have put others in their place."""
+        for name, owner in self.shared.owners.items():
+            held = self._parameters if name in self._parameters else self._buffers
+            held[name] = getattr(owner, name)
+
     def state_names(self) -> dict[str, Tensor]:
-        """Return the tensors a saved adapter holds for this layer, by name."""
-        return dict(self.named_parameters(recurse=False)) | dict(self.named_buffers(recurse=False))
+        """Return the tensors a saved adapter holds for this layer, by name; those that it shares are its owner's."""
+        return {name: tensor for name, tensor in self._tensors().items() if tensor is not None and name not in self.shared.owners}
 
     def is_no_op(self) -> bool:
         """Return whether the adapter changes nothing, as before training; its parameters must be whole."""
@@ -104,16 +116,16 @@ class QTHAAdapter(nn.Module):
 
     def fold_a(self) -> Tensor:
         """Return A = W_A MPO_A, (r, d)."""
-        return self._folded(precise(self.cores).dtype)[0]
+        return self._folded(precise(self.fusion).dtype)[0]
 
     def fold_b(self, fused: bool = False) -> Tensor:
         """Return (alpha / r) * MPO_B W_B, (o, r); times W_C, if it is to be fused."""
-        return self._folded(precise(self.cores).dtype, fused)[1].T
+        return self._folded(precise(self.fusion).dtype, fused)[1].T
 
     def _folded(self, dtype: torch.dtype, fused: bool = False) -> list[Tensor]:
         """Return A (r, d) and the transposed B (r, o)."""
-        w_c, both = (self.fusion[: self.shape.rank**2], self._fused_sides) if fused else (None, self._sides)
-        return fold(self.cores, w_c, both, dtype)
+        w_c, by_tensor = (self.fusion[: self.shape.rank**2], self._fused_sides) if fused else (None, self._sides)
+        return [matrix for name, both in by_tensor.items() for matrix in fold(getattr(self, name), w_c, both, dtype)]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the change of the output, (.., o), in the dtype of the products with x."""
@@ -121,11 +133,24 @@ class QTHAAdapter(nn.Module):
             made = self._fold(x)
         else:
             made = self.kept.get(self._tensors(), self.sizes, x, self._fold)
-        z = F.linear(self.dropout(x) if self.config.dropout else x, made.a)
+        if self.shared.reading is None:
+            z = self._bottom(x, made)
+            h = z if made.join is None else made.join(z)
+        else:
+            z, q = self.shared.reading.of(self, x, lambda: self._branched(x, made))
+            h = z if q is None else self._fused(z, q)
         if not torch.compiler.is_compiling() and self.seen is not None:  # in this order: a guard on `seen` would compile anew
             self.seen(z)
-        h = z if made.join is None else made.join(z)
         return h @ (made.b if made.b.dtype == h.dtype else made.b.to(h.dtype))
+
+    def _bottom(self, x: Tensor, made: Fold) -> Tensor:
+        """Return z, (.., r)."""
+        return F.linear(self.dropout(x) if self.config.dropout else x, made.a)
+
+    def _branched(self, x: Tensor, made: Fold) -> tuple[Tensor, Tensor | None]:
+        """Return z and q, (.., r) each, which modules that read the same input have in common."""
+        z = self._bottom(x, made)
+        return z, None if made.join is None else made.join(z)
 
     def _fold(self, x: Tensor, kept: bool = False) -> Fold:
         """Compute all that depends on x's dtype and device only; if it is `kept`, for use without gradients."""
@@ -133,15 +158,31 @@ class QTHAAdapter(nn.Module):
         if not self.shape.has_branch:
             return Fold(a, b)
         if not kept and self.config.quantum_backend == "torch":
-            return Fold(a, b, self._join)
+            return Fold(a, b, self._join if self.shared.reading is None else self._only_branch)
         with maybe_autocast(x.device.type, enabled=False):  # also knows the meta device
-            return Fold(a, b, prepared(self.bottleneck()) if kept else self.bottleneck())
+            join = self.bottleneck()
+            if self.shared.reading is not None:
+                return Fold(a, b, alone(join, kept))
+            return Fold(a, b, prepared(join) if kept else join)
 
     def _join(self, z: Tensor) -> Tensor:
         """Return h (.., r) for z (.., r)."""
         assert self._joint is not None
-        branch = self.units if self.config.quantum == "silu" else self.angles
-        return join(z, self.fusion, branch, self.scale if self.shape.learns_scale else None, self._joint)
+        return join(z, self.fusion, *self._branch_tensors(), self._joint)
+
+    def _only_branch(self, z: Tensor) -> Tensor:
+        """Return q (.., r) for z (.., r)."""
+        assert self._joint is not None
+        return branch(z, *self._branch_tensors(), self._joint)
+
+    def _fused(self, z: Tensor, q: Tensor) -> Tensor:
+        """Return h (.., r)."""
+        assert self._joint is not None
+        return fuse(z, q, self.fusion, self._joint)
+
+    def _branch_tensors(self) -> tuple[Tensor, Tensor | None]:
+        """Return the angles, or the weights of `silu`, and the scale."""
+        return self.units if self.config.quantum == "silu" else self.angles, self.scale if self.shape.learns_scale else None
 
     def bottleneck(self) -> Bottleneck:
         """Return the function from z (.., r) to h (.., r); for an adapter with a branch."""
@@ -175,7 +216,9 @@ class QTHAAdapter(nn.Module):
 
 
 def _check_saved(module: QTHAAdapter, state_dict: dict[str, Tensor], prefix: str, _: Any) -> None:
-    """Refuse to save a tensor that is not finite."""
+    """Leave out what another adapter owns; refuse to save a tensor that is not finite."""
+    for name in module.shared.owners:
+        state_dict.pop(prefix + name, None)
     for name in module.state_names():
         value = state_dict.get(prefix + name)
         if value is not None and value.device.type != "meta" and not bool(torch.isfinite(value).all()):
@@ -189,7 +232,7 @@ def _check_loaded(module: QTHAAdapter, state_dict: dict[str, Tensor], prefix: st
     """Refuse tensors that are missing, unknown, of another shape, or not finite; forget what is kept of those before."""
     module.drop_kept()
     given = {key[len(prefix) :] for key in state_dict if key.startswith(prefix)}
-    expected = module.state_names()
+    expected = {name: tensor for name, tensor in module._tensors().items() if tensor is not None}
     if not given:  # a state dict of something else; QTHAModel checks whole files
         return
     if given != set(expected):

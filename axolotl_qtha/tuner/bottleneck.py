@@ -107,6 +107,13 @@ def prepared(bottleneck: Bottleneck) -> Callable[[Tensor], Tensor]:
     return run
 
 
+def alone(bottleneck: Bottleneck, kept: bool) -> Callable[[Tensor], Tensor]:
+    """Return the function from z to q (.., r), in z's dtype; if it is `kept`, for use as of `prepared`."""
+    identity = torch.eye(len(bottleneck.w_q), dtype=bottleneck.w_q.dtype, device=bottleneck.w_q.device)
+    only = Bottleneck(torch.zeros_like(identity), identity, bottleneck.branch)
+    return prepared(only) if kept else only
+
+
 def bounded(z: Tensor) -> Tensor:
     """Return pi * tanh(z / pi), in radians."""
     if not torch.is_grad_enabled():

@@ -5,7 +5,6 @@ The `qtha:` block of an Axolotl YAML is generated from these fields (see `settin
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from . import blocks
 from .adapter_file import check_adapter_file
 from .blocks import LARGEST, ONE_CIRCUIT, SMALLEST, USUAL, usual_qubits
 from .peft_type import QTHA
+from .share import Share
 
 Quantum = Literal["qtha", "none", "silu", "frozen", "qwthn"]
 TensorNetwork = Literal["tt", "none"]
@@ -91,6 +91,12 @@ class QTHAConfig(PeftConfig):
     modules_to_save: list[str] | None = _key(
         None, "Further modules to train in full and save with the adapter, e.g. [embed_tokens, lm_head] after adding tokens."
     )
+    share: Share | None = _key(
+        None,
+        "Tensors that layers share: `{layers: 4}` one A and B for the same module of 4 neighbouring layers of the transformer, "
+        "each with its own r x r matrices and angles; `{inputs: true}` one A and one circuit for modules that read the same "
+        "input (q, k, v; gate, up). Both together work. Not with `init: tt_svd`.",
+    )
     quantum: Quantum = _key(
         "qtha",
         "The branch beside the linear one: `qtha` trained circuit, `frozen` random circuit that is not trained, `silu` "
@@ -160,6 +166,8 @@ class QTHAConfig(PeftConfig):
                 setattr(self, key, {int(size): [int(i) for i in sizes] for size, sizes in value.items()})
         if isinstance(self.ibm, dict):
             self.ibm = IBMOptions.model_validate(self.ibm)
+        if self.share is not None:
+            self.share = Share.model_validate(self.share)
         if self.quantum_backend == "ibm" and self.ibm is None:
             self.ibm = IBMOptions()
         if self.seed is None:
@@ -218,6 +226,7 @@ class QTHAConfig(PeftConfig):
         """
         result = super().to_dict()
         result.pop("ibm")
+        result["share"] = self.share.model_dump() if self.share else None
         result["qubits"] = None if self.quantum == "none" else self.circuit_qubits
         if self.quantum_backend == "ibm":
             result["quantum_backend"] = "torch"
@@ -281,6 +290,10 @@ class QTHAConfig(PeftConfig):
                     )
                 if math.prod(factors) >= 2 * size:
                     raise refusal(key, {size: factors}, f"has a product of {math.prod(factors)}, not {size}", f"leave {size} out")
+        if self.share and self.init == "tt_svd":
+            raise refusal(
+                "init", self.init, "starts from the weight of one layer, and `share:` is for several", "`init: kaiming`"
+            )
         if self.mpo == "none":
             for key in ("param_budget", "bond_dim", "mid_dim", "in_factors", "out_factors"):
                 if (value := getattr(self, key)) is not None:
@@ -319,21 +332,3 @@ class QTHAConfig(PeftConfig):
         """Read a saved configuration; a damaged adapter file beside it is an error here, before any weight is touched."""
         check_adapter_file(Path(pretrained_model_name_or_path))
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-
-
-def differences(saved: QTHAConfig, wanted: dict[str, Any]) -> list[str]:
-    """Return `key: saved value, wanted value` for each of `wanted`'s keys whose value differs from the saved one."""
-    current = json.loads(json.dumps(saved.to_dict(), default=_plain))
-    asked = json.loads(json.dumps(wanted, default=_plain))
-    rows = []
-    for key, value in asked.items():
-        have = current.get(key)
-        if isinstance(have, list) and isinstance(value, list):
-            have, value = sorted(have), sorted(value)
-        if have != value:
-            rows.append(f"qtha.{key}: the adapter was made with {have!r}, the YAML says {value!r}")
-    return rows
-
-
-def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)

@@ -76,31 +76,29 @@ class Sides:
     def __init__(self, sides: Sequence[Side]) -> None:
         self.numbers = [number for side in sides for number in side.numbers]
         self.gains = [side.gain for side in sides]
+        self.hold_b = any(side.transposed for side in sides)
 
 
-def sides(parts: dict[str, Part], tensor: str, rank: int, size_a: int, size_b: int, scaling: float, fused: bool) -> Sides:
-    """Return the sides that a flat tensor holds.
+def sides(parts: dict[str, Part], rank: int, size_a: int, size_b: int, scaling: float, fused: bool) -> dict[str, Sides]:
+    """Return the sides that each flat tensor holds, that of A before that of B.
 
     Args:
         parts: the adapter's table.
-        tensor: name of the flat tensor.
         rank: of the adapter.
         size_a: in_features.
         size_b: out_features.
         scaling: alpha / rank.
         fused: whether W_C is part of B.
     """
-    found = []
+    found: dict[str, list[Side]] = {}
     for side, size in (("a", size_a), ("b", size_b)):
-        own = {name: part for name, part in parts.items() if name in (side, f"w_{side}") or name.startswith(f"mpo_{side}_")}
-        if next(iter(own.values())).tensor != tensor:
-            continue
+        own = [part for name, part in parts.items() if name in (side, f"w_{side}") or name.startswith(f"mpo_{side}_")]
         gain = scaling * (parts["w_c"].gain if fused else 1.0) if side == "b" else 1.0
-        for part in own.values():
-            gain *= part.gain
-        cores: Any = tuple(part.shape for part in own.values() if len(part.shape) == 4)
-        found.append(Side(rank, size, min(part.start for part in own.values()), cores, gain, side == "b"))
-    return Sides(found)
+        cores: Any = tuple(part.shape for part in own if len(part.shape) == 4)
+        gain *= math.prod(part.gain for part in own)
+        start = min(part.start for part in own)
+        found.setdefault(own[0].tensor, []).append(Side(rank, size, start, cores, gain, side == "b"))
+    return {name: Sides(both) for name, both in found.items()}
 
 
 @lru_cache(maxsize=1024)
@@ -167,7 +165,7 @@ def fold(flat: Tensor, w_c: Tensor | None, wanted: Sides, dtype: torch.dtype) ->
         wanted: its sides, in the order of the result.
         dtype: of the result.
     """
-    return list(_run(flat, w_c, wanted.numbers, wanted.gains, dtype))
+    return list(_run(flat, w_c if wanted.hold_b else None, wanted.numbers, wanted.gains, dtype))
 
 
 def precise(value: Tensor) -> Tensor:

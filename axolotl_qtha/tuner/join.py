@@ -43,52 +43,83 @@ def _joint(qubits: int, layers: int, gate_order: Any, ring: int, bounded: bool, 
 
 
 TENSORS = "Tensor z, Tensor fusion, Tensor angles, Tensor? scale"
+BRANCH_TENSORS = "Tensor z, Tensor angles, Tensor? scale"
 OTHERS = "int qubits, int layers, str gate_order, int ring, bool bounded, bool product, float gain"
 
 
 def _empty_grad(grad: Tensor, z: Tensor, fusion: Tensor, angles: Tensor, scale: Tensor | None, *others: Any) -> Any:
-    of_scale = fusion.new_empty(0) if scale is None else torch.empty_like(scale)
-    return z.new_empty(z.shape), torch.empty_like(fusion), torch.empty_like(angles), of_scale
+    return z.new_empty(z.shape), torch.empty_like(fusion), torch.empty_like(angles), _like(scale, angles)
+
+
+def _like(scale: Tensor | None, angles: Tensor) -> Tensor:
+    """Return an empty tensor for the gradient of the scale; of no entries, where there is none."""
+    return angles.new_empty(0) if scale is None else torch.empty_like(scale)
 
 
 @operator(f"join({TENSORS}, {OTHERS}) -> Tensor", lambda z, *others: z.new_empty(z.shape))
 def _join(z: Tensor, fusion: Tensor, angles: Tensor, scale: Tensor | None, *others: Any) -> Tensor:
     joint = _joint(*others)
     with torch_engine.exactly(z.device.type):
-        run = _Run(z, fusion, angles, scale, joint)
-        q = run.values()
-        linear = run.z @ run.w_c.T
-        h = linear * (q @ run.w_q.T) if joint.product else linear.addmm_(q, run.w_q.T)
-        return h.to(z.dtype).view(z.shape)
+        run = _Run(z, angles, scale, joint)
+        return _fused(run.z, run.values(), fusion, joint).to(z.dtype).view(z.shape)
 
 
 @operator(f"join_grad(Tensor grad, {TENSORS}, {OTHERS}) -> (Tensor, Tensor, Tensor, Tensor)", _empty_grad)
-def _join_grad(
-    grad: Tensor, z: Tensor, fusion: Tensor, angles: Tensor, scale: Tensor | None, *others: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _join_grad(grad: Tensor, z: Tensor, fusion: Tensor, angles: Tensor, scale: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
     joint = _joint(*others)
     with torch_engine.exactly(z.device.type):
-        run = _Run(z, fusion, angles, scale, joint)
+        run = _Run(z, angles, scale, joint)
         grad = grad.reshape(run.z.shape).to(run.z.dtype)
-        of_linear, of_branch = grad, grad
-        if joint.product:
-            of_branch = grad * (run.z @ run.w_c.T)
-        q, of_z, of_angles, of_scale = run.gradients(of_branch @ run.w_q)
-        if joint.product:
-            of_linear = grad * (q @ run.w_q.T)
-        of_z.addmm_(of_linear, run.w_c)
-        of_fusion = torch.cat([(of_linear.T @ run.z).flatten(), (of_branch.T @ q).flatten()]) * joint.gain
-        scales = of_z.new_empty(0) if scale is None or of_scale is None else of_scale.to(scale.dtype)
-        return of_z.to(z.dtype).view(z.shape), of_fusion.to(fusion.dtype), of_angles.flatten().to(angles.dtype), scales
+        w_c, w_q = _matrices(fusion, run.z, joint)
+        q, of_z, *of_branch = run.gradients((grad * (run.z @ w_c.T) if joint.product else grad) @ w_q)
+        direct, _, of_fusion = _fused_grad(grad, run.z, q, fusion, joint)
+        return (of_z.add_(direct).to(z.dtype).view(z.shape), of_fusion, *of_branch)
 
 
-_run = differentiable(_join, _join_grad, 4)
+@operator(f"branch({BRANCH_TENSORS}, {OTHERS}) -> Tensor", lambda z, *others: z.new_empty(z.shape))
+def _branch(z: Tensor, angles: Tensor, scale: Tensor | None, *others: Any) -> Tensor:
+    with torch_engine.exactly(z.device.type):
+        return _Run(z, angles, scale, _joint(*others)).values().to(z.dtype, copy=True).view(z.shape)
+
+
+@operator(
+    f"branch_grad(Tensor grad, {BRANCH_TENSORS}, {OTHERS}) -> (Tensor, Tensor, Tensor)",
+    lambda grad, z, angles, scale, *others: (z.new_empty(z.shape), torch.empty_like(angles), _like(scale, angles)),
+)
+def _branch_grad(grad: Tensor, z: Tensor, angles: Tensor, scale: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
+    with torch_engine.exactly(z.device.type):
+        run = _Run(z, angles, scale, _joint(*others))
+        _, of_z, *of_branch = run.gradients(grad.reshape(run.z.shape).to(run.z.dtype))
+        return (of_z.to(z.dtype).view(z.shape), *of_branch)
+
+
+@operator(f"fuse(Tensor z, Tensor q, Tensor fusion, {OTHERS}) -> Tensor", lambda z, *others: z.new_empty(z.shape))
+def _fuse(z: Tensor, q: Tensor, fusion: Tensor, *others: Any) -> Tensor:
+    with torch_engine.exactly(z.device.type):
+        flat, inner = (x.reshape(-1, x.shape[-1]).to(precise(fusion).dtype) for x in (z, q))
+        return _fused(flat, inner, fusion, _joint(*others)).to(z.dtype).view(z.shape)
+
+
+@operator(
+    f"fuse_grad(Tensor grad, Tensor z, Tensor q, Tensor fusion, {OTHERS}) -> (Tensor, Tensor, Tensor)",
+    lambda grad, z, q, fusion, *others: (z.new_empty(z.shape), q.new_empty(q.shape), torch.empty_like(fusion)),
+)
+def _fuse_grad(grad: Tensor, z: Tensor, q: Tensor, fusion: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    with torch_engine.exactly(z.device.type):
+        of_h, flat, inner = (x.reshape(-1, x.shape[-1]).to(precise(fusion).dtype) for x in (grad, z, q))
+        of_z, of_q, of_fusion = _fused_grad(of_h, flat, inner, fusion, _joint(*others))
+        return of_z.to(z.dtype).view(z.shape), of_q.to(q.dtype).view(q.shape), of_fusion
+
+
+_run_join, _run_branch, _run_fuse = (
+    differentiable(*pair) for pair in ((_join, _join_grad, 4), (_branch, _branch_grad, 3), (_fuse, _fuse_grad, 3))
+)
 
 
 def join(z: Tensor, fusion: Tensor, angles: Tensor, scale: Tensor | None, joint: Joint) -> Tensor:
     """Return h (.., r) for z (.., r), in z's dtype; differentiable.
 
-    Computed in float32, float64 where `fusion` is, without autocast or TF32.
+    Computed in float32, float64 where the parameters are, without autocast or TF32.
 
     Args:
         z: what the first matrix gives, in any dtype.
@@ -100,18 +131,49 @@ def join(z: Tensor, fusion: Tensor, angles: Tensor, scale: Tensor | None, joint:
     Raises:
         NonFiniteAngle: if (on a CPU) an angle is NaN or infinite.
     """
-    result: Tensor = _run(z, fusion, angles, scale, *joint.arguments)
+    result: Tensor = _run_join(z, fusion, angles, scale, *joint.arguments)
     return result
 
 
-class _Run:
-    """The operator's tensors, (tokens, r) and (r, r), in computing precision."""
+def branch(z: Tensor, angles: Tensor, scale: Tensor | None, joint: Joint) -> Tensor:
+    """Return q (.., r), in z's dtype: the first half of `join`, where several have it in common."""
+    result: Tensor = _run_branch(z, angles, scale, *joint.arguments)
+    return result
 
-    def __init__(self, z: Tensor, fusion: Tensor, angles: Tensor, scale: Tensor | None, joint: Joint) -> None:
+
+def fuse(z: Tensor, q: Tensor, fusion: Tensor, joint: Joint) -> Tensor:
+    """Return h (.., r) of z and q, in z's dtype: the second half of `join`."""
+    result: Tensor = _run_fuse(z, q, fusion, *joint.arguments)
+    return result
+
+
+def _matrices(fusion: Tensor, z: Tensor, joint: Joint) -> tuple[Tensor, Tensor]:
+    """Return W_C and W_Q, (r, r), in the dtype of z (tokens, r)."""
+    w_c, w_q = (fusion.to(z.dtype) * joint.gain).view(2, z.shape[1], z.shape[1])
+    return w_c, w_q
+
+
+def _fused(z: Tensor, q: Tensor, fusion: Tensor, joint: Joint) -> Tensor:
+    w_c, w_q = _matrices(fusion, z, joint)
+    linear = z @ w_c.T
+    return linear * (q @ w_q.T) if joint.product else linear.addmm_(q, w_q.T)
+
+
+def _fused_grad(grad: Tensor, z: Tensor, q: Tensor, fusion: Tensor, joint: Joint) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of z, q and `fusion`."""
+    w_c, w_q = _matrices(fusion, z, joint)
+    of_linear, of_branch = (grad * (q @ w_q.T), grad * (z @ w_c.T)) if joint.product else (grad, grad)
+    of_fusion = torch.cat([(of_linear.T @ z).flatten(), (of_branch.T @ q).flatten()]) * joint.gain
+    return of_linear @ w_c, of_branch @ w_q, of_fusion.to(fusion.dtype)
+
+
+class _Run:
+    """The branch's tensors, (tokens, r) and (rows, r), in computing precision."""
+
+    def __init__(self, z: Tensor, angles: Tensor, scale: Tensor | None, joint: Joint) -> None:
         r = z.shape[-1]
-        self.joint, dtype = joint, precise(fusion).dtype
+        self.joint, self.given, dtype = joint, (angles, scale), precise(angles).dtype
         self.z = z.reshape(-1, r).to(dtype)
-        self.w_c, self.w_q = (fusion.to(dtype) * joint.gain).view(2, r, r)
         self.angles = angles.to(dtype).view(-1, r)
         self.scale = None if scale is None else scale.to(dtype)
 
@@ -121,18 +183,21 @@ class _Run:
             return silu_rings(self.z, self.angles, self.joint.ring)
         return torch_engine.values(self._encoded(), self.angles, self.joint.ansatz)
 
-    def gradients(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Return q, and the gradients of sum(grad * q) for z, the angles and the scale."""
+    def gradients(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return q, and the gradients of sum(grad * q) for z (tokens, r), and as they are given: angles, scale."""
+        angles, scale = self.given
         if self.joint.ansatz is None:
-            return *_rings_gradients(grad, self.z, self.angles, self.joint.ring), None
+            q, of_z, of_angles = _rings_gradients(grad, self.z, self.angles, self.joint.ring)
+            return q, of_z, of_angles.flatten().to(angles.dtype), _like(scale, angles)
         encoded = self._encoded()
         q, of_z, of_angles = torch_engine.values_and_gradients(grad.contiguous(), encoded, self.angles, self.joint.ansatz)
         if self.joint.bounded:
             of_z *= 1 - (encoded / math.pi).square_()
-        if self.scale is None:
-            return q, of_z, of_angles, None
-        of_scale = (of_z * self.z).sum(0)
-        return q, of_z * self.scale, of_angles, of_scale
+        of_scale = _like(scale, angles)
+        if self.scale is not None:
+            of_scale = (of_z * self.z).sum(0).to(of_scale.dtype)
+            of_z = of_z * self.scale
+        return q, of_z, of_angles.flatten().to(angles.dtype), of_scale
 
     def _encoded(self) -> Tensor:
         angles = self.z if self.scale is None else self.z * self.scale

@@ -14,9 +14,10 @@ Everything outside the circuit is linear and passes through r numbers, so tokens
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -26,6 +27,8 @@ from ..errors import refusal
 from .adapter import QTHAAdapter
 from .config import QTHAConfig
 from .quantised import backend
+from .reading import Shared
+from .share import ALL, LayerSize, Owned
 from .sizes import adapter_shape
 
 PREFIX = "base_model.model."  # what PEFT puts before the names of the base's modules
@@ -46,13 +49,29 @@ class QTHALayer(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.in_features, self.out_features = layer_sizes(self.get_base_layer())
 
-    def update_layer(self, adapter_name: str, config: QTHAConfig, seed: int) -> None:
-        """Add an adapter, or reset the one of this name."""
+    def update_layer(
+        self, adapter_name: str, config: QTHAConfig, seed: int, owned: Owned = ALL, shared: Shared | None = None
+    ) -> None:
+        """Add an adapter, or reset the one of this name; for `owned` and `shared` see `share.py` and `adapter.py`."""
         weight = self._dense_weight() if config.init == "tt_svd" else None
-        shape = adapter_shape(config, self.in_features, self.out_features)
-        self.qtha_adapter[adapter_name] = QTHAAdapter(config, shape, seed, weight)
+        shape = adapter_shape(config, self.in_features, self.out_features, owned)
+        self._refuse_other_device(config, shared)
+        adapter = QTHAAdapter(config, shape, seed, weight, shared)
+        self.qtha_adapter[adapter_name] = adapter
+        if adapter.shared.reading is not None:
+            adapter.shared.reading.members.append(adapter)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _refuse_other_device(self, config: QTHAConfig, shared: Shared | None) -> None:
+        own = next(self.get_base_layer().parameters()).device
+        for owner in shared.owners.values() if shared else ():
+            there = owner.fusion.device
+            if "meta" not in (own.type, there.type) and own != there:
+                why = f"shares tensors of layers on {there} and on {own}"
+                raise refusal(
+                    "share", config.share and config.share.model_dump(), why, "one device for all layers, or no `share:`"
+                )
 
     def _dense_weight(self) -> Tensor | None:
         """Return the frozen weight as (out_features, in_features), dequantised, or None on the meta device."""
@@ -72,12 +91,19 @@ class QTHALayer(BaseTunerLayer):
 class QTHALinear(nn.Module, QTHALayer):
     """A frozen `nn.Linear` (or GPT-2's `Conv1D`) with QTHA adapters."""
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: QTHAConfig, seed: int, **quantisation: Any) -> None:
-        """Wrap a frozen layer; `quantisation` is what PEFT's quantisation backends need to know of the model."""
+    def __init__(self, base_layer: nn.Module, adapter_name: str, *adapter: Any, **quantisation: Any) -> None:
+        """Wrap a frozen layer.
+
+        Args:
+            base_layer: the layer.
+            adapter_name: of its first adapter.
+            adapter: further arguments of `update_layer`.
+            quantisation: what PEFT's quantisation backends need to know of the model.
+        """
         super().__init__()
         QTHALayer.__init__(self, base_layer, **quantisation)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, seed)
+        self.update_layer(adapter_name, *adapter)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output (.., out_features) in the base layer's dtype."""
@@ -161,9 +187,11 @@ def adapted_layers(model: nn.Module) -> dict[str, QTHALayer]:
     return {name.removeprefix(PREFIX): module for name, module in model.named_modules() if isinstance(module, QTHALayer)}
 
 
-def adapted_sizes(model: nn.Module) -> list[tuple[int, int]]:
-    """Return (in_features, out_features) of every layer of a PEFT model that carries adapters."""
-    return [(layer.in_features, layer.out_features) for layer in adapted_layers(model).values()]
+def adapted_sizes(model: PeftModel) -> list[LayerSize]:
+    """Return the sizes of every layer of a PEFT model that carries its active adapter, and what each has of its own."""
+    layers = (layer for layer in adapted_layers(model).values() if model.active_adapter in layer.qtha_adapter)
+    shapes = (cast(QTHAAdapter, layer.qtha_adapter[model.active_adapter]).shape for layer in layers)
+    return [LayerSize(shape.in_features, shape.out_features, shape.owned) for shape in shapes]
 
 
 def layer_sizes(layer: nn.Module) -> tuple[int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,23 +11,24 @@ import torch
 import torch.distributed as dist
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import get_quantization_kwargs, register_peft_method
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from ..errors import alternatives, refusal
+from ..errors import refusal
 from .adapter import QTHAAdapter
 from .backends import prepare
 from .config import QTHAConfig
 from .earlier import MARK, converted, is_earlier
 from .layer import QTHALayer, QTHALinear, layer_sizes, refuse_nonlinear_merge, refuse_quantised_merge
 from .peft_type import QTHA
-from .quantised import is_quantised, keep_trainable
-from .sizes import ansatz, resolve
+from .quantised import keep_trainable
+from .reading import Reading, Shared
+from .share import Owned, Owners, owners
+from .sizes import adapter_shape, ansatz, resolve
+from .table import table, tensor_sizes
+from .targets import frozen, select_targets
 
 CONTAINER = "qtha_adapter"
 
@@ -38,11 +38,13 @@ class QTHAModel(BaseTuner):
 
     prefix = "qtha_"
     tuner_layer_cls = QTHALayer
+    _owners: dict[str, Owners]  # of the adapter that is being added
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.register_load_state_dict_pre_hook(_check_loaded_file)
+        self.register_load_state_dict_post_hook(_share_again)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         if not cast(QTHAConfig, peft_config).target_modules:
@@ -53,7 +55,9 @@ class QTHAModel(BaseTuner):
         """Check every target and settle bond_dim and mid_dim, before any layer is replaced."""
         config = cast(QTHAConfig, peft_config)
         keep_trainable(model)
-        settled = resolve(config, list(select_targets(config, model).values()))
+        targets = select_targets(config, model)
+        self._owners = {} if not config.share else owners(config.share, {name: size[:2] for name, size in targets.items()})
+        settled = resolve(config, list(targets.values()))
         config.bond_dim, config.mid_dim = settled.bond_dim, settled.mid_dim
         if config.has_circuit and next(model.parameters()).device.type != "meta":
             prepare(ansatz(config), config.simulation)
@@ -71,14 +75,34 @@ class QTHAModel(BaseTuner):
         config = cast(QTHAConfig, peft_config)
         assert config.seed is not None
         seed = config.seed + zlib.crc32(current_key.encode())  # the same on every rank, another on every layer
+        owned, shared = self._sharing(current_key, adapter_name, config)
         if isinstance(target, QTHALinear):
-            target.update_layer(adapter_name, config, seed)
+            target.update_layer(adapter_name, config, seed, owned, shared)
             return
-        layer = QTHALinear(target, adapter_name, config, seed, **get_quantization_kwargs(self.model))
+        layer = QTHALinear(target, adapter_name, config, seed, owned, shared, **get_quantization_kwargs(self.model))
         layer.name = current_key
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _sharing(self, name: str, adapter_name: str, config: QTHAConfig) -> tuple[Owned, Shared | None]:
+        """Return what the layer of this name has of its own, and what it has from layers before it."""
+        if not config.share:
+            return Owned(), None
+        own = self._owners[name]
+        sources = {"angles": own.branch, "units": own.branch, "scale": own.branch, "cores": own.a}
+        sources |= {"cores_a": own.a, "cores_b": own.b}
+
+        def at(name: str) -> QTHAAdapter:
+            return cast(QTHAAdapter, self.model.get_submodule(name).qtha_adapter[adapter_name])
+
+        tensors = tensor_sizes(table(config, adapter_shape(config, *layer_sizes(frozen(self.model.get_submodule(name))))))
+        shared = Shared({tensor: at(sources[tensor]) for tensor in tensors if sources.get(tensor, name) != name})
+        if own.together != name:
+            shared.reading = at(own.together).shared.reading
+        elif sum(other.together == name for other in self._owners.values()) > 1:
+            shared.reading = Reading()
+        return own.owned(name), shared
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge linear adapters into full-precision weights; refused as a whole where one is not linear or quantised."""
@@ -137,122 +161,13 @@ def synchronise(model: nn.Module) -> None:
             tensor.copy_(value)
 
 
-def select_targets(config: QTHAConfig, model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return (in_features, out_features) of every layer an adapter will be placed on, by name.
-
-    `all-linear` in the configuration is replaced by the names it stands for.
-
-    Raises:
-        ValueError: if a name matches nothing, or a layer cannot carry an adapter.
-    """
-    candidates = _candidates(model)
-    _expand_all_linear(config, model)
-    matched = [name for name in candidates if QTHAModel._check_target_module_exists(config, name)]
-    _check_matches(config, candidates, matched)
-    return {name: layer_sizes(_supported(name, candidates[name], model)) for name in matched}
-
-
-def _candidates(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules an adapter may be placed on: all but the insides of layers that have one already.
-
-    What dequantises experts is a module too, with a parameter's name, below `parametrizations`.
-    """
-    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if name and not name.startswith(inside or ("\0",)) and ".parametrizations" not in name
-    }
-
-
-def _expand_all_linear(config: QTHAConfig, model: nn.Module) -> None:
-    """Replace `all-linear` by names, keeping to layers_to_transform (PEFT would ignore it for full names)."""
-    if not (isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"):
-        return
-    _maybe_include_all_linear_layers(config, model)
-    # PEFT names nn.Linear and its subclasses, but for the head; HQQ's, GPTQ's and AWQ's layers are none
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    others = {
-        name
-        for name, module in _candidates(model).items()
-        if module is not head and not _is_linear(module) and is_quantised(module, model)
-    }
-    config.target_modules = cast(list[str], set(config.target_modules) | others)
-    if config.layers_to_transform is not None:
-        wanted = _indices(config)
-        kept = {name for name in config.target_modules if _layer_index(name, config) in wanted}
-        config.target_modules = cast(list[str], kept)  # PEFT keeps names as a set
-        if not config.target_modules:
-            raise refusal(
-                "layers_to_transform", config.layers_to_transform, "matches no layer", _layers(config, _candidates(model))
-            )
-
-
-def _check_matches(config: QTHAConfig, candidates: dict[str, nn.Module], matched: list[str]) -> None:
-    """Refuse names in target_modules, exclude_modules and layers_to_transform that match nothing."""
-    leaves = {name.rsplit(".", 1)[-1] for name, module in candidates.items() if _is_linear(module)}
-    for key in ("target_modules", "exclude_modules"):
-        value = getattr(config, key)
-        wanted = [value] if isinstance(value, str) else sorted(value or [])
-        for name in wanted:
-            pattern = name if isinstance(value, str) else rf"(.*\.)?{re.escape(name)}"
-            if not any(re.fullmatch(pattern, candidate) for candidate in candidates):
-                raise refusal(key, name, "matches no module of the model", alternatives(name.rsplit(".", 1)[-1], leaves))
-    if config.layers_to_transform is not None:
-        missing = _indices(config) - {_layer_index(name, config) for name in matched}
-        if missing:
-            raise refusal("layers_to_transform", sorted(missing), "matches no adapted layer", _layers(config, candidates))
-    if not matched:
-        raise refusal(
-            "target_modules",
-            sorted(config.target_modules or []),
-            "leaves no module: exclude_modules and modules_to_save take them all",
-            ", ".join(f"`{leaf}`" for leaf in sorted(leaves)),
-        )
-
-
-def _indices(config: QTHAConfig) -> set[int | None]:
-    value = config.layers_to_transform
-    return {value} if isinstance(value, int) else set(value or [])
-
-
-def _layer_index(name: str, config: QTHAConfig) -> int | None:
-    """Return the index of the transformer layer a module belongs to, found as PEFT does."""
-    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
-    for pattern in patterns or [r"[^.]*"]:
-        if found := re.match(rf".*?\.{pattern}\.(\d+)\.", name):
-            return int(found.group(1))
-    return None
-
-
-def _layers(config: QTHAConfig, candidates: dict[str, nn.Module]) -> str:
-    present = sorted({index for name in candidates if (index := _layer_index(name, config)) is not None})
-    return f"indices {present[0]} to {present[-1]}" if present else "no layers_to_transform: the model has no numbered layers"
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D, QTHALinear))
-
-
-def _supported(name: str, module: nn.Module, model: nn.Module) -> nn.Module:
-    """Return the frozen layer itself, or refuse a kind of layer that cannot carry an adapter."""
-    layer = module.get_base_layer() if isinstance(module, QTHALinear) else module
-    # torch's attention reads this layer's weight without calling it, so an adapter there would do nothing
-    linear = isinstance(layer, (nn.Linear, Conv1D)) and not isinstance(layer, NonDynamicallyQuantizableLinear)
-    if not linear and not is_quantised(layer, model):
-        raise refusal(
-            "target_modules",
-            name,
-            f"is a {type(layer).__name__}, which cannot carry an adapter",
-            "linear layers (nn.Linear, GPT-2's Conv1D, quantised ones PEFT knows); train others in full with modules_to_save",
-        )
-    return layer
-
-
 def _check_loaded_file(model: QTHAModel, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Refuse a state dict that holds an adapter only in part, or of other modules, or nothing this model has."""
     if is_earlier(state_dict):
         _convert_earlier(model, state_dict, prefix)
+    members = list(_members(model, prefix))
+    for member, _owner in members:  # one copy is enough, that of the owner
+        state_dict.pop(member, None)
     own = {prefix + name: tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     if state_dict and own.keys().isdisjoint(state_dict):
         raise ValueError(
@@ -272,6 +187,23 @@ def _check_loaded_file(model: QTHAModel, state_dict: dict[str, Tensor], prefix: 
     for name, value in state_dict.items():
         if isinstance(target := own.get(name), DTensor) and not isinstance(value, DTensor):  # FSDP2: each rank takes its shard
             state_dict[name] = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
+    state_dict.update({member: state_dict[owner] for member, owner in members if owner in state_dict})
+
+
+def _members(model: QTHAModel, prefix: str) -> Iterator[tuple[str, str]]:
+    """Yield the names of tensors that adapters have from others, each with the name that its owner has for it."""
+    paths = {id(module): f"{prefix}{name}." for name, module in model.named_modules() if isinstance(module, QTHAAdapter)}
+    for module in model.modules():
+        if isinstance(module, QTHAAdapter):
+            for tensor, owner in module.shared.owners.items():
+                yield paths[id(module)] + tensor, paths[id(owner)] + tensor
+
+
+def _share_again(model: QTHAModel, _: Any) -> None:
+    """Have adapters share tensors again, after loading has assigned each a tensor of its own."""
+    for module in model.modules():
+        if isinstance(module, QTHAAdapter):
+            module.take_shared()
 
 
 def _convert_earlier(model: QTHAModel, state_dict: dict[str, Tensor], prefix: str) -> None:

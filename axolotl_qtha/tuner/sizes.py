@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..circuit.ansatz import Ansatz
 from ..errors import refusal
 from .config import QTHAConfig
 from .mpo import Factors, MPOShape, factorize
+from .share import ALL, LayerSize, Owned
 
 DEFAULT_BUDGET = 0.24
 LARGEST_MID = 8  # mid_dim is searched up to this many times the rank
@@ -29,27 +30,24 @@ class AdapterShape:
     has_branch: bool
     trains_branch: bool
     learns_scale: bool
+    owned: Owned = ALL  # what it does not share with a layer before it
 
     @property
     def parts(self) -> dict[str, int]:
-        """Trainable parameters by part."""
-        r = self.rank
+        """Trainable parameters by part, without those of a layer before it that it shares."""
+        r, own = self.rank, self.owned
+        parts = {"mpo_a": 0, "w_a": 0, "w_b": 0, "mpo_b": 0, "w_c": r * r}
         if self.mpo_a is None or self.mpo_b is None:
-            parts = {"a": r * self.in_features, "b": r * self.out_features}
+            parts = {"a": own.a * r * self.in_features, "b": own.b * r * self.out_features, "w_c": r * r}
         else:
-            parts = {
-                "mpo_a": self.mpo_a.num_parameters,
-                "w_a": r * self.mpo_a.outputs.padded,
-                "w_b": r * self.mpo_b.inputs.padded,
-                "mpo_b": self.mpo_b.num_parameters,
-            }
-        parts["w_c"] = r * r
+            parts |= {"mpo_a": own.a * self.mpo_a.num_parameters, "w_a": own.a * r * self.mpo_a.outputs.padded}
+            parts |= {"mpo_b": own.b * self.mpo_b.num_parameters, "w_b": own.b * r * self.mpo_b.inputs.padded}
         if self.has_branch:
             parts["w_q"] = r * r
         if self.trains_branch:
-            parts["branch"] = r * self.branch_rows
+            parts["branch"] = own.branch * r * self.branch_rows
         if self.learns_scale:
-            parts["scale"] = r
+            parts["scale"] = own.branch * r
         return parts
 
     @property
@@ -70,12 +68,13 @@ def _branch_rows(config: QTHAConfig) -> int:
     return 4 * config.circuit_layers if config.quantum == "silu" else 0
 
 
-def adapter_shape(config: QTHAConfig, in_features: int, out_features: int) -> AdapterShape:
+def adapter_shape(config: QTHAConfig, in_features: int, out_features: int, owned: Owned = ALL) -> AdapterShape:
     """Return the sizes of the adapter on a (out_features, in_features) layer; bond_dim and mid_dim must be set."""
-    return _shape(config, in_features, out_features, config.mid_dim, config.bond_dim)
+    return _shape(config, LayerSize(in_features, out_features, owned), config.mid_dim, config.bond_dim)
 
 
-def _shape(config: QTHAConfig, in_features: int, out_features: int, mid_dim: int | None, bond_dim: int | None) -> AdapterShape:
+def _shape(config: QTHAConfig, layer: LayerSize, mid_dim: int | None, bond_dim: int | None) -> AdapterShape:
+    in_features, out_features, owned = layer
     mpo_a = mpo_b = None
     if config.mpo == "tt":
         assert bond_dim is not None
@@ -93,6 +92,7 @@ def _shape(config: QTHAConfig, in_features: int, out_features: int, mid_dim: int
         has_branch=config.quantum != "none",
         trains_branch=config.quantum in ("qtha", "qwthn", "silu"),
         learns_scale=config.has_circuit and config.angle_scale == "learned",
+        owned=owned,
     )
 
 
@@ -102,21 +102,24 @@ def _factors(given: dict[int, list[int]] | None, size: int, cores: int) -> Facto
     return factorize(size, cores)
 
 
-def count_parameters(config: QTHAConfig, sizes: Iterable[tuple[int, int]]) -> int:
+Size = tuple[int, int] | LayerSize
+
+
+def count_parameters(config: QTHAConfig, sizes: Iterable[Size]) -> int:
     """Return the trainable parameters on layers of the given (in_features, out_features)."""
     return sum(count * adapter_shape(config, *size).num_parameters for size, count in Counter(sizes).items())
 
 
-def count_lora_parameters(rank: int, sizes: Iterable[tuple[int, int]]) -> int:
+def count_lora_parameters(rank: int, sizes: Iterable[Size]) -> int:
     """Return the trainable parameters of LoRA of the same rank on the same layers, (in_features, out_features) each.
 
     >>> count_lora_parameters(8, [(3584, 3584), (3584, 18944)])
     237568
     """
-    return sum(rank * (inputs + outputs) for inputs, outputs in sizes)
+    return sum(rank * (inputs + outputs) for inputs, outputs, *_ in sizes)
 
 
-def resolve(config: QTHAConfig, sizes: list[tuple[int, int]]) -> QTHAConfig:
+def resolve(config: QTHAConfig, sizes: Sequence[Size]) -> QTHAConfig:
     """Return the configuration with bond_dim and mid_dim set, as large as param_budget allows.
 
     Args:
@@ -147,12 +150,12 @@ def resolve(config: QTHAConfig, sizes: list[tuple[int, int]]) -> QTHAConfig:
         return config
     budget = DEFAULT_BUDGET if config.param_budget is None else config.param_budget
     mids = list(_mid_dims(config)) if config.mid_dim is None else [config.mid_dim]
-    counted = Counter(sizes)
+    counted = Counter(LayerSize(*size) for size in sizes)
 
     def total_of(mid: int, bond: int) -> int:
-        return sum(count * _shape(config, *size, mid, bond).num_parameters for size, count in counted.items())
+        return sum(count * _shape(config, size, mid, bond).num_parameters for size, count in counted.items())
 
-    best = _widest(total_of, mids, config.bond_dim, max(max(size) for size in sizes), budget * lora)
+    best = _widest(total_of, mids, config.bond_dim, max(max(size[:2]) for size in sizes), budget * lora)
     if best is None:
         total = min(total_of(mid, config.bond_dim or 1) for mid in mids)
         raise refusal(
@@ -226,7 +229,7 @@ def branch(config: QTHAConfig) -> str:
     return f"quantum: {config.quantum} ({config.blocks} {what}{'s' * (config.blocks > 1)} of {config.circuit_qubits} {of})"
 
 
-def describe(config: QTHAConfig, sizes: list[tuple[int, int]]) -> list[str]:
+def describe(config: QTHAConfig, sizes: Sequence[Size]) -> list[str]:
     """Return lines for the log: what was chosen, the parameters against LoRA's, and which sizes were padded."""
     total, lora = count_parameters(config, sizes), count_lora_parameters(config.rank, sizes)
     network = "full matrices (mpo: none)" if config.mpo == "none" else f"bond_dim {config.bond_dim}, mid_dim {config.mid_dim}"

@@ -2,7 +2,7 @@
 
 A step waits for the launches, gathers and updates of tensors, not for their size, so there are few:
 
-* `cores`: all that makes the two large matrices A and B,
+* `cores`: all that makes the two large matrices A and B; with `share: {inputs: true}` two tensors, `cores_a` and `cores_b`,
 * `fusion`: W_C, and with a branch W_Q,
 * `angles` of the circuits, or `units`, the weights of the classical network in their place,
 * `scale`: with `angle_scale: learned`.
@@ -49,9 +49,10 @@ def table(config: QTHAConfig, shape: AdapterShape) -> dict[str, Part]:
         parts[name] = Part(tensor, ends.get(tensor, 0), sizes, std, gain)
         ends[tensor] = parts[name].start + parts[name].size
 
+    cores = dict.fromkeys("ab", "cores") if config.share is None or not config.share.inputs else {s: f"cores_{s}" for s in "ab"}
     if shape.mpo_a is None or shape.mpo_b is None:
-        add("a", "cores", (r, shape.in_features), shape.in_features**-0.5)
-        add("b", "cores", (shape.out_features, r), 0.0)
+        add("a", cores["a"], (r, shape.in_features), shape.in_features**-0.5)
+        add("b", cores["b"], (shape.out_features, r), 0.0)
     else:
         mid = shape.mpo_a.outputs.padded
         for name, mpo, size in (("mpo_a", shape.mpo_a, shape.in_features), ("mpo_b", shape.mpo_b, shape.out_features)):
@@ -59,10 +60,10 @@ def table(config: QTHAConfig, shape: AdapterShape) -> dict[str, Part]:
                 std = (core[2] * math.sqrt(core[0] * core[3])) ** -0.5
                 # The core that starts at zero starts as LoRA's B does, so it needs no gain.
                 last = name == "mpo_b" and k == len(mpo.core_shapes) - 1
-                add(f"{name}_{k}", "cores", core, 0.0 if last else std, None if last else size)
+                add(f"{name}_{k}", cores[name[-1]], core, 0.0 if last else std, None if last else size)
             if name == "mpo_a":
-                add("w_a", "cores", (r, mid), mid**-0.5, shape.in_features)
-        add("w_b", "cores", (mid, r), r**-0.5, shape.out_features)
+                add("w_a", cores["a"], (r, mid), mid**-0.5, shape.in_features)
+        add("w_b", cores["b"], (mid, r), r**-0.5, shape.out_features)
     for name in ("w_c", "w_q") if shape.has_branch else ("w_c",):
         add(name, "fusion", (r, r), math.sqrt(2 / r), shape.in_features)
     if config.quantum == "silu":

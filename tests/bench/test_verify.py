@@ -58,8 +58,8 @@ def test_a_wrong_gradient_is_found(monkeypatch):
     right = torch_engine.StateVector.gradients
 
     def wrong(self, psi, grad):
-        grad_z, grad_angles = right(self, psi, grad)
-        return grad_z, grad_angles * torch.tensor([1.0, 1.0, 1.001]).to(grad_angles)
+        values, grad_z, grad_angles = right(self, psi, grad)
+        return values, grad_z, grad_angles * torch.tensor([1.0, 1.0, 1.001]).to(grad_angles)
 
     monkeypatch.setattr(torch_engine.StateVector, "gradients", wrong)
     off = {name: row for name, row in rows().items() if not row.passed}

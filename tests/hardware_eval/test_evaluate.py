@@ -27,6 +27,7 @@ from axolotl_qtha.ibm.runner import Runner
 from axolotl_qtha.ibm.service import connect
 from axolotl_qtha.terminal import console
 from axolotl_qtha.trained.calibration_text import IGNORED, Sequence
+from axolotl_qtha.tuner.layer import adapted_layers
 from axolotl_qtha.tuner.sizes import ansatz
 
 from ..export_models import sequences, text_pass
@@ -106,7 +107,7 @@ def test_a_constant_error_does_to_the_model_what_it_does_by_hand(model, text, de
     """All <Z> are zero: the same as an adapter whose W_Q is zero."""
     result = evaluate(text_pass(model, text), device, {EXACT: None, "zero": lambda p: (np.zeros((len(p), 2)),) * 2}, None)[1]
     exact = answers(model, text)
-    fusions = [value for name, value in model.named_parameters() if name.endswith("w_q") or "w_q" in name]
+    fusions = [layer.qtha_adapter["default"].stored("w_q") for layer in adapted_layers(model).values()]
     kept = [value.detach().clone() for value in fusions]
     with torch.no_grad():
         for value in fusions:

@@ -29,7 +29,7 @@ def case(inputs, outputs, fused, **given):
     config = QTHAConfig(quantum="none", **given)
     shape = adapter_shape(config, inputs, outputs)
     parts = table(config, shape)
-    both = sides(parts, "cores", shape.rank, inputs, outputs, config.scaling, fused)
+    both = sides(parts, shape.rank, inputs, outputs, config.scaling, fused)["cores"]
     return config, parts, both, tensor_sizes(parts)["cores"]
 
 

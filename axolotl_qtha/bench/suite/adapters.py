@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from ...tuner.share import LayerSize
 from ...tuner.sizes import count_lora_parameters
 
 LORA, EQUAL = "lora", "lora-equal"
@@ -68,6 +70,6 @@ def settings(
     return keys | ({"peft_use_dora": True} if adapter == "dora" else {})
 
 
-def equal_rank(parameters: int, sizes: list[tuple[int, int]]) -> int:
+def equal_rank(parameters: int, sizes: Sequence[LayerSize]) -> int:
     """Return the smallest rank at which LoRA has at least as many parameters."""
     return -(-parameters // count_lora_parameters(1, sizes))

@@ -20,8 +20,9 @@ from torch import nn
 
 from ...settings.args import QTHABlock
 from ...tuner.config import QTHAConfig
-from ...tuner.model import select_targets
+from ...tuner.share import LayerSize
 from ...tuner.sizes import count_lora_parameters, count_parameters, resolve
+from ...tuner.targets import select_targets
 from ..tasks import TASKS, Prepared
 from . import results
 from .adapters import EQUAL, QTHA, equal_rank, settings
@@ -300,7 +301,7 @@ def size(suite: Suite, method: Method, base: nn.Module) -> Size:
         rank = equal_rank(_ours(suite, qtha, QTHA["qtha"], base), layers)
     parameters = count_lora_parameters(rank, layers)
     if adapter == "dora":
-        parameters += sum(outputs for _, outputs in layers)
+        parameters += sum(layer.outputs for layer in layers)
     return Size(parameters, rank)
 
 
@@ -312,8 +313,8 @@ def _ours(suite: Suite, method: Method, block: dict[str, Any], base: nn.Module) 
     return count_parameters(resolve(config, layers), layers)
 
 
-def _layers(config: QTHAConfig, base: nn.Module) -> list[tuple[int, int]]:
-    """Return (in_features, out_features) of the layers that are adapted."""
+def _layers(config: QTHAConfig, base: nn.Module) -> list[LayerSize]:
+    """Return the sizes of the layers that are adapted."""
     return list(select_targets(config, base).values())
 
 

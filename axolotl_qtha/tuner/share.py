@@ -1,0 +1,146 @@
+"""Tensors that layers share, the tensor network's leg over layers: which layer has which tensor of its own.
+
+Two ways, which go together:
+
+* `layers: n`: the same module of n neighbouring layers of the transformer has one A and one B; each layer keeps its r x r
+  matrices and its angles.
+* `inputs: true`: modules that read the same input (q, k, v; gate, up) have one A, one z, and one circuit with its angles, which
+  runs once for all of them; each keeps its r x r matrices and B.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ..errors import refusal, unknown_keys
+
+# Names of modules that read one input, in the models that Hugging Face's transformers has.
+SAME_INPUT = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("wi_0", "wi_1"),
+)
+# Of attention to another sequence: q reads one input, k and v another.
+CROSS = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)
+QUERIES = ("q_proj", "query", "q_lin", "q")
+
+
+class Share(BaseModel):
+    """Which tensors layers share."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layers: int = Field(
+        default=1,
+        strict=True,
+        ge=1,
+        description="How many neighbouring layers of the transformer have one A and one B for the same module, each with its own "
+        "r x r matrices and angles. Counted among the adapted layers; the last group may be smaller.",
+    )
+    inputs: bool = Field(
+        default=False,
+        strict=True,
+        description="Whether modules that read the same input (q, k, v; gate, up) have one A and one circuit, which runs once.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _says_what(cls, data: Any) -> Any:
+        if not isinstance(data, (dict, Share)):
+            raise refusal("share", data, "does not say what is shared", "`share: {layers: 4}`, `share: {inputs: true}`, or both")
+        for key, value, works in unknown_keys(data, cls.model_fields):
+            raise refusal(f"share.{key}", value, "is not a key of the `share:` block", works)
+        if isinstance(data, dict):
+            layers, inputs = data.get("layers", 1), data.get("inputs", False)
+            if type(layers) is not int or layers < 1:
+                raise refusal("share.layers", layers, "is not a positive whole number", "`share: {layers: 4}`")
+            if type(inputs) is not bool:
+                raise refusal("share.inputs", inputs, "is neither true nor false", "`share: {inputs: true}`")
+        return data
+
+    def __bool__(self) -> bool:
+        """Return whether anything is shared."""
+        return self.layers > 1 or self.inputs
+
+
+class Owned(NamedTuple):
+    """Which of the tensors that may be shared a layer has of its own; it uses those of another for the rest."""
+
+    a: bool = True
+    b: bool = True
+    branch: bool = True  # angles and scale
+
+
+ALL = Owned()
+
+
+class LayerSize(NamedTuple):
+    """An adapted layer, for counting."""
+
+    inputs: int  # in_features
+    outputs: int  # out_features
+    owned: Owned = ALL
+
+
+class Owners(NamedTuple):
+    """Whose tensors a layer uses, by the names of the layers in the model; its own name for its own."""
+
+    a: str
+    b: str
+    branch: str
+    together: str  # the first of those that read its input
+
+    def owned(self, name: str) -> Owned:
+        """Return what the layer of this name has of its own."""
+        return Owned(self.a == name, self.b == name, self.branch == name)
+
+
+def owners(share: Share, sizes: Mapping[str, tuple[int, int]]) -> dict[str, Owners]:
+    """Return whose tensors each layer uses.
+
+    Args:
+        share: what is shared.
+        sizes: (in_features, out_features) of the adapted layers by name, in the model's order.
+
+    Raises:
+        ValueError: if layers of a group have different sizes.
+    """
+    firsts: dict[Any, str] = {}  # of those with one input
+    together: dict[str, str] = {}
+    for name, (inputs, _) in sizes.items():
+        parent, _, leaf = name.rpartition(".")
+        kind = _kind(parent, leaf) if share.inputs else None
+        together[name] = name if kind is None else firsts.setdefault((parent, kind, inputs), name)
+    found: dict[str, Owners] = {}
+    places: dict[str, int] = {}  # how many layers with the same module came before
+    groups: dict[tuple[str, int], str] = {}
+    for name in sizes:
+        alike = re.sub(r"\.\d+\.", ".*.", f".{name}", count=1)
+        places[alike] = places.get(alike, -1) + 1
+        first = groups.setdefault((alike, places[alike] // share.layers), name)
+        if sizes[first] != sizes[name]:
+            raise refusal(
+                "share",
+                {"layers": share.layers},
+                f"would share the tensors of {first} and {name}, whose sizes are {sizes[first]} and {sizes[name]}",
+                "`layers_to_transform` with layers of one size, target_modules of one size, or no `layers:`",
+            )
+        a = found[together[name]].a if together[name] != name else first
+        found[name] = Owners(a, first, together[name], together[name])
+    return found
+
+
+def _kind(parent: str, leaf: str) -> str | None:
+    """Return which input of its parent a module reads, as far as its name tells."""
+    for names in SAME_INPUT:
+        if leaf in names:
+            return "query" if CROSS.search(parent) and leaf in QUERIES else names[0]
+    return None

@@ -1,0 +1,137 @@
+"""Which layers of a model get an adapter, and which cannot carry one."""
+
+from __future__ import annotations
+
+import re
+from typing import cast
+
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import alternatives, refusal
+from .config import QTHAConfig
+from .layer import QTHALinear, layer_sizes
+from .quantised import is_quantised
+from .share import LayerSize, owners
+
+
+def select_targets(config: QTHAConfig, model: nn.Module) -> dict[str, LayerSize]:
+    """Return the size of every layer an adapter will be placed on, and what it has of its own, by name.
+
+    `all-linear` in the configuration is replaced by the names it stands for.
+
+    Raises:
+        ValueError: if a name matches nothing, or a layer cannot carry an adapter.
+    """
+    candidates = _candidates(model)
+    _expand_all_linear(config, model)
+    matched = [name for name in candidates if check_target_module_exists(config, name)]
+    _check_matches(config, candidates, matched)
+    sizes = {name: layer_sizes(_supported(name, candidates[name], model)) for name in matched}
+    shared = {} if not config.share else owners(config.share, sizes)
+    return {name: LayerSize(*size, *([shared[name].owned(name)] if shared else [])) for name, size in sizes.items()}
+
+
+def _candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules an adapter may be placed on: all but the insides of layers that have one already.
+
+    What dequantises experts is a module too, with a parameter's name, below `parametrizations`.
+    """
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name and not name.startswith(inside or ("\0",)) and ".parametrizations" not in name
+    }
+
+
+def _expand_all_linear(config: QTHAConfig, model: nn.Module) -> None:
+    """Replace `all-linear` by names, keeping to layers_to_transform (PEFT would ignore it for full names)."""
+    if not (isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"):
+        return
+    _maybe_include_all_linear_layers(config, model)
+    # PEFT names nn.Linear and its subclasses, but for the head; HQQ's, GPTQ's and AWQ's layers are none
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    others = {
+        name
+        for name, module in _candidates(model).items()
+        if module is not head and not _is_linear(module) and is_quantised(module, model)
+    }
+    config.target_modules = cast(list[str], set(config.target_modules) | others)
+    if config.layers_to_transform is not None:
+        wanted = _indices(config)
+        kept = {name for name in config.target_modules if _layer_index(name, config) in wanted}
+        config.target_modules = cast(list[str], kept)  # PEFT keeps names as a set
+        if not config.target_modules:
+            raise refusal(
+                "layers_to_transform", config.layers_to_transform, "matches no layer", _layers(config, _candidates(model))
+            )
+
+
+def _check_matches(config: QTHAConfig, candidates: dict[str, nn.Module], matched: list[str]) -> None:
+    """Refuse names in target_modules, exclude_modules and layers_to_transform that match nothing."""
+    leaves = {name.rsplit(".", 1)[-1] for name, module in candidates.items() if _is_linear(module)}
+    for key in ("target_modules", "exclude_modules"):
+        value = getattr(config, key)
+        wanted = [value] if isinstance(value, str) else sorted(value or [])
+        for name in wanted:
+            pattern = name if isinstance(value, str) else rf"(.*\.)?{re.escape(name)}"
+            if not any(re.fullmatch(pattern, candidate) for candidate in candidates):
+                raise refusal(key, name, "matches no module of the model", alternatives(name.rsplit(".", 1)[-1], leaves))
+    if config.layers_to_transform is not None:
+        missing = _indices(config) - {_layer_index(name, config) for name in matched}
+        if missing:
+            raise refusal("layers_to_transform", sorted(missing), "matches no adapted layer", _layers(config, candidates))
+    if not matched:
+        raise refusal(
+            "target_modules",
+            sorted(config.target_modules or []),
+            "leaves no module: exclude_modules and modules_to_save take them all",
+            ", ".join(f"`{leaf}`" for leaf in sorted(leaves)),
+        )
+
+
+def _indices(config: QTHAConfig) -> set[int | None]:
+    value = config.layers_to_transform
+    return {value} if isinstance(value, int) else set(value or [])
+
+
+def _layer_index(name: str, config: QTHAConfig) -> int | None:
+    """Return the index of the transformer layer a module belongs to, found as PEFT does."""
+    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    for pattern in patterns or [r"[^.]*"]:
+        if found := re.match(rf".*?\.{pattern}\.(\d+)\.", name):
+            return int(found.group(1))
+    return None
+
+
+def _layers(config: QTHAConfig, candidates: dict[str, nn.Module]) -> str:
+    present = sorted({index for name in candidates if (index := _layer_index(name, config)) is not None})
+    return f"indices {present[0]} to {present[-1]}" if present else "no layers_to_transform: the model has no numbered layers"
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D, QTHALinear))
+
+
+def frozen(module: nn.Module) -> nn.Module:
+    """Return the frozen layer under an adapted one, or the module itself."""
+    return module.get_base_layer() if isinstance(module, QTHALinear) else module
+
+
+def _supported(name: str, module: nn.Module, model: nn.Module) -> nn.Module:
+    """Return the frozen layer itself, or refuse a kind of layer that cannot carry an adapter."""
+    layer = frozen(module)
+    # torch's attention reads this layer's weight without calling it, so an adapter there would do nothing
+    linear = isinstance(layer, (nn.Linear, Conv1D)) and not isinstance(layer, NonDynamicallyQuantizableLinear)
+    if not linear and not is_quantised(layer, model):
+        raise refusal(
+            "target_modules",
+            name,
+            f"is a {type(layer).__name__}, which cannot carry an adapter",
+            "linear layers (nn.Linear, GPT-2's Conv1D, quantised ones PEFT knows); train others in full with modules_to_save",
+        )
+    return layer
