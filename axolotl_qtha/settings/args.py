@@ -15,7 +15,7 @@ from ..circuit import noise
 from ..errors import refusal, unknown_keys
 from ..ibm.options import refuse_secrets, refuse_too_wide
 from ..tuner.config import QTHAConfig
-from . import parallel, quantization
+from . import checkpointing, parallel, quantization
 
 # LoRA keys that `adapter: qtha` does not read, and what to write instead.
 LORA_KEYS = {
@@ -166,6 +166,7 @@ class QTHAArgs(BaseModel):
         block = data.get("qtha")
         block = block if isinstance(block, dict) else {}
         parallel.connect(data)
+        checkpointing.connect(data, block)
         quantization.connect(data)
         data["merge_method"] = "legacy"  # the other method reads the adapter as LoRA and may write an unmerged base
         if block.get("modules_to_save"):  # Axolotl asks for this key when tokens are added
@@ -186,16 +187,4 @@ def _refuse(data: dict[str, Any], block: dict[str, Any]) -> None:
             raise ValueError(f"{key}: {value!r} does not work with `adapter: qtha`: {advice}.")
     if data.get("optimizer") == "polora":
         raise ValueError("optimizer: 'polora' trains LoRA's two matrices only. What works: `optimizer: adamw_torch`.")
-    _refuse_reentrant(data)
-
-
-def _refuse_reentrant(data: dict[str, Any]) -> None:
-    """Refuse what Axolotl refuses for `adapter: qlora` alone: the limit is TRL's, so it holds here too."""
-    checkpointing = data.get("gradient_checkpointing_kwargs") or {}
-    gpus = (data.get("capabilities") or {}).get("n_gpu") or 1
-    reentrant = data.get("gradient_checkpointing") and checkpointing.get("use_reentrant")
-    if data.get("rl") and data.get("load_in_4bit") and reentrant and gpus > 1:
-        raise ValueError(
-            f"gradient_checkpointing_kwargs: {dict(checkpointing)!r} does not work with `rl:` and `load_in_4bit: true` on "
-            f"{gpus} GPUs. What works: `gradient_checkpointing_kwargs: {{use_reentrant: false}}`."
-        )
+    checkpointing.refuse_reentrant(data)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..circuit.operators import differentiable, operator
 from ..circuit.torch_engine import exactly
+from . import fold_kernel
 from .table import Part
 
 CoreShape = tuple[int, int, int, int]
@@ -126,6 +127,8 @@ def _fold(flat: Tensor, w_c: Tensor | None, numbers: list[int], gains: list[floa
     wanted = _sides(tuple(numbers), tuple(gains))
     with exactly(flat.device.type):
         flat = precise(flat)
+        if fold_kernel.runs(flat, wanted):
+            return fold_kernel.forward(flat, None if w_c is None else w_c.to(flat.dtype), wanted, dtype)
         return [_folded(flat, w_c if side.transposed else None, side).to(dtype) for side in wanted]
 
 
@@ -139,6 +142,9 @@ def _fold_grad(
     wanted = _sides(tuple(numbers), tuple(gains))
     with exactly(flat.device.type):
         values = precise(flat)
+        if fold_kernel.runs(values, wanted):
+            of_flat, of_w_c = fold_kernel.backward(grads, values, None if w_c is None else w_c.to(values.dtype), wanted)
+            return of_flat.to(flat.dtype), of_w_c.to(flat.dtype)
         of_flat, of_w_c = torch.empty_like(values), values.new_empty(0 if w_c is None else w_c.shape)
         for grad, side in zip(grads, wanted, strict=True):
             _folded_grad(grad.to(values.dtype), values, w_c if side.transposed else None, side, of_flat, of_w_c)

@@ -1,0 +1,65 @@
+"""`share:` in a YAML: the kind of checkpointing, FSDP2, and errors that name the key."""
+
+import pytest
+
+from .test_args import validated
+
+SHARE = {"rank": 8, "share": {"layers": 4}}
+CHECKPOINTED = {"gradient_checkpointing": True}
+FSDP2 = {"fsdp_version": 2, "fsdp_config": {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}}
+
+
+def test_checkpointing_does_not_reenter_where_the_yaml_says_nothing():
+    assert validated(qtha=SHARE, **CHECKPOINTED).gradient_checkpointing_kwargs == {"use_reentrant": False}
+    kept = {"preserve_rng_state": False}
+    assert validated(qtha=SHARE, **CHECKPOINTED, gradient_checkpointing_kwargs=kept).gradient_checkpointing_kwargs == {
+        **kept,
+        "use_reentrant": False,
+    }
+    assert validated(qtha=SHARE).gradient_checkpointing_kwargs is None
+
+
+def test_axolotl_own_default_stays_without_sharing():
+    assert validated(qtha={"rank": 8}, **CHECKPOINTED).gradient_checkpointing_kwargs is None  # it is set later, to reenter
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"gradient_checkpointing": "offload"},
+        {"gradient_checkpointing": True, "activation_offloading": True},
+        {"gradient_checkpointing": True, "activation_offloading": "disk"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("share", [{"layers": 4}, {"inputs": True}], ids=str)
+def test_other_kinds_are_refused(share, keys):
+    key = list(keys)[-1]
+    message = (
+        rf"{key}: .* does not work with `qtha: \{{share: .*What works: `gradient_checkpointing: true` with .*use_reentrant: false"
+    )
+    with pytest.raises(ValueError, match=message):
+        validated(qtha={"share": share}, **keys)
+    assert validated(qtha={"rank": 8}, **keys).adapter == "qtha"
+
+
+def test_fsdp2_shares_no_tensor_of_several_blocks():
+    with pytest.raises(
+        ValueError, match=r"qtha: \{share: \{'layers': 4\}\} does not work with FSDP2.*What works: `share: \{inputs: true\}`"
+    ):
+        validated(qtha=SHARE, **FSDP2)
+    assert validated(qtha={"share": {"inputs": True}}, **FSDP2).adapter == "qtha"
+
+
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [
+        ({"layers": 0}, r"qtha\.share\.layers: 0 is not a positive whole number"),
+        ({"layer": 2}, r"qtha\.share\.layer: 2 is not a key of the `share:` block. What works: `layers`"),
+        ("layers", r"qtha\.share: 'layers' does not say what is shared"),
+    ],
+)
+def test_bad_values_are_named(share, message):
+    with pytest.raises(ValueError, match=message):
+        validated(qtha={"share": share})
