@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -15,6 +14,7 @@ from ..settings.public_facts import quantised_as
 from ..settings.training_run import TrainingRun
 from ..tuner.config import AER, QTHAConfig
 from ..tuner.layer import QTHALayer
+from ..tuner.share import in_words
 from ..tuner.sizes import adapter_shape, ansatz, branch, count_lora_parameters, count_parameters, resolve
 from ..tuner.targets import select_targets
 from .flops import gate_counts, step_flops
@@ -48,8 +48,9 @@ class Target:
     in_factors: tuple[int, ...]  # empty with `mpo: none`
     out_factors: tuple[int, ...]
     bonds: tuple[int, ...]  # between the cores, of both operators
-    parameters: int  # of one layer
-    lora_parameters: int
+    parameters: int  # of one layer, with those that it shares
+    total: int  # of all these layers, what they share counted once
+    lora_parameters: int  # of one layer
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Plan:
     bond_dim: int | None
     mid_dim: int | None
     quantum: str  # the branch, in short
+    shared: str  # tensors that layers share, in words; "" where they share none
     targets: list[Target]
     parameters: int
     lora_parameters: int
@@ -158,8 +160,9 @@ def make_plan(run: TrainingRun, gpus: list[tuple[str, int]], advise: bool = True
         bond_dim=config.bond_dim,
         mid_dim=config.mid_dim,
         quantum=branch(config),
+        shared=in_words(config.share, layers),
         targets=targets,
-        parameters=sum(target.count * target.parameters for target in targets),
+        parameters=sum(target.total for target in targets),
         lora_parameters=sum(target.count * target.lora_parameters for target in targets),
         micro_batch_size=run.micro_batch_size,
         sequence_len=run.sequence_len,
@@ -221,21 +224,25 @@ def adapted(run: TrainingRun) -> tuple[PeftModel, int]:
 
 
 def _targets(config: QTHAConfig, layers: dict[str, Any]) -> list[Target]:
-    counts = Counter((name.rsplit(".", 1)[-1], m.in_features, m.out_features) for name, m in layers.items())
+    owned: dict[tuple[str, int, int], list[int]] = {}
+    for name, layer in layers.items():
+        entries = layer.qtha_adapter[layer.active_adapters[0]].shape.num_parameters
+        owned.setdefault((name.rsplit(".", 1)[-1], layer.in_features, layer.out_features), []).append(entries)
     targets = []
-    for (name, inputs, outputs), count in counts.items():
+    for (name, inputs, outputs), entries in owned.items():
         shape = adapter_shape(config, inputs, outputs)
         bonds = tuple(bond for mpo in (shape.mpo_a, shape.mpo_b) if mpo for bond in mpo.bonds[1:-1])
         targets.append(
             Target(
                 name,
-                count,
+                len(entries),
                 inputs,
                 outputs,
                 shape.mpo_a.inputs.sizes if shape.mpo_a else (),
                 shape.mpo_b.outputs.sizes if shape.mpo_b else (),
                 bonds,
                 shape.num_parameters,
+                sum(entries),
                 count_lora_parameters(config.rank, [(inputs, outputs)]),
             )
         )

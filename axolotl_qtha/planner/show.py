@@ -175,9 +175,9 @@ def _targets(plan: Plan) -> Table:
             " x ".join(map(str, target.out_factors)) or "-",
             "-".join(map(str, bonds)) or "-",
             str(plan.mid_dim or "-"),
-            f"{target.parameters:,}",
+            f"{target.total / target.count:,.0f}",  # the mean, where layers share some
             f"{target.lora_parameters:,}",
-            f"{target.parameters / target.lora_parameters:.3f}",
+            f"{target.total / target.count / target.lora_parameters:.3f}",
         )
     table.add_section()
     ratio = plan.parameters / plan.lora_parameters
@@ -188,6 +188,7 @@ def _targets(plan: Plan) -> Table:
 def _verdict(plan: Plan) -> str:
     network = "full matrices" if plan.bond_dim is None else f"bond_dim {plan.bond_dim}, mid_dim {plan.mid_dim}"
     compare = compared(plan.parameters, plan.lora_parameters)
+    network += f", {plan.shared}" if plan.shared else ""
     return f"rank {plan.rank}, {network}, {plan.quantum}: {compare} trainable parameters than LoRA of rank {plan.rank}."
 
 

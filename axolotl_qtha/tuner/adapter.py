@@ -124,7 +124,9 @@ class QTHAAdapter(nn.Module):
 
     def _folded(self, dtype: torch.dtype, fused: bool = False) -> list[Tensor]:
         """Return A (r, d) and the transposed B (r, o)."""
-        w_c, by_tensor = (self.fusion[: self.shape.rank**2], self._fused_sides) if fused else (None, self._sides)
+        w_c, by_tensor = (None, self._sides)
+        if fused:  # without a branch all of `fusion`: no view, whose backward would be two operators more
+            w_c, by_tensor = self.fusion[: self.shape.rank**2] if self.shape.has_branch else self.fusion, self._fused_sides
         return [matrix for name, both in by_tensor.items() for matrix in fold(getattr(self, name), w_c, both, dtype)]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -232,9 +232,8 @@ def add(
     square = entry >= total
     of_w = (entry >= w) & (square == 0) if NETWORK else entry < 0
     of_g2 = (entry >= g2) & (of_w == 0) & (square == 0) if TWO else entry < 0
-    row = tl.where(square, (entry - total) // r, (entry - w) // tl.load(side + 8) % r)
-    if NETWORK == 0:
-        row = (entry - g1) // tl.load(side + 11) % r
+    own = (entry - w) // tl.load(side + 8) if NETWORK else (entry - g1) // tl.load(side + 11)
+    row = tl.where(square, (entry - total) // r, own % r)
     i = (entry - g1) // tl.load(side + 12) % i1 if TWO else (entry - g1) // tl.load(side + 13) % chi // COLUMNS
     # Which rows of `sums` hold the entry: `first`, and every `step`-th after it.
     by_row = of_w | square

@@ -11,7 +11,7 @@ Two ways, which go together:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -120,22 +120,44 @@ def owners(share: Share, sizes: Mapping[str, tuple[int, int]]) -> dict[str, Owne
         kind = _kind(parent, leaf) if share.inputs else None
         together[name] = name if kind is None else firsts.setdefault((parent, kind, inputs), name)
     found: dict[str, Owners] = {}
-    places: dict[str, int] = {}  # how many layers with the same module came before
-    groups: dict[tuple[str, int], str] = {}
-    for name in sizes:
-        alike = re.sub(r"\.\d+\.", ".*.", f".{name}", count=1)
-        places[alike] = places.get(alike, -1) + 1
-        first = groups.setdefault((alike, places[alike] // share.layers), name)
-        if sizes[first] != sizes[name]:
-            raise refusal(
-                "share",
-                {"layers": share.layers},
-                f"would share the tensors of {first} and {name}, whose sizes are {sizes[first]} and {sizes[name]}",
-                "`layers_to_transform` with layers of one size, target_modules of one size, or no `layers:`",
-            )
-        a = found[together[name]].a if together[name] != name else first
-        found[name] = Owners(a, first, together[name], together[name])
-    return found
+    for same in _same(sizes).values():
+        for place, name in enumerate(same):
+            first = same[place - place % share.layers]
+            if sizes[first] != sizes[name]:
+                raise refusal(
+                    "share",
+                    {"layers": share.layers},
+                    f"would share the tensors of {first} and {name}, whose sizes are {sizes[first]} and {sizes[name]}",
+                    "`layers_to_transform` with layers of one size, target_modules of one size, or no `layers:`",
+                )
+            found[name] = Owners(first, first, together[name], together[name])
+    return {name: own._replace(a=found[own.together].a) for name, own in found.items()}
+
+
+def _same(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return the names of the same module in all layers of the transformer, in their order."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(re.sub(r"\.\d+\.", ".*.", f".{name}", count=1), []).append(name)
+    return groups
+
+
+def in_words(share: Share | None, names: Iterable[str]) -> str:
+    """Return what the layers of these names share; "" for nothing.
+
+    >>> in_words(Share(layers=4), [f"layers.{k}.mlp.up_proj" for k in range(10)])
+    'A and B shared by 4 neighbouring layers (the last group: 2)'
+    """
+    if not share:
+        return ""
+    words = []
+    if share.layers > 1:
+        last = {count for same in _same(names).values() if (count := len(same) % share.layers)}
+        rest = f" (the last group: {', '.join(map(str, sorted(last)))})" if last else ""
+        words.append(f"A and B shared by {share.layers} neighbouring layers{rest}")
+    if share.inputs:
+        words.append("A and circuits shared by modules that read the same input")
+    return "; ".join(words)
 
 
 def _kind(parent: str, leaf: str) -> str | None:

@@ -233,6 +233,7 @@ def describe(config: QTHAConfig, sizes: Sequence[Size]) -> list[str]:
     """Return lines for the log: what was chosen, the parameters against LoRA's, and which sizes were padded."""
     total, lora = count_parameters(config, sizes), count_lora_parameters(config.rank, sizes)
     network = "full matrices (mpo: none)" if config.mpo == "none" else f"bond_dim {config.bond_dim}, mid_dim {config.mid_dim}"
+    network += f", share {config.share.model_dump()}" if config.share else ""
     lines = [
         f"QTHA on {len(sizes)} modules: rank {config.rank}, {network}, {branch(config)}; {total:,} trainable "
         f"parameters, {compared(total, lora)} than LoRA of the same rank ({lora:,})."

@@ -256,3 +256,25 @@ def test_no_configuration_of_ours(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ValueError, match="What works"):
         read_config(path)
+
+
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [
+        ({"layers": 3}, "A and B shared by 3 neighbouring layers (the last group: 1)"),
+        ({"layers": 2, "inputs": True}, "A and B shared by 2 neighbouring layers; A and circuits shared by modules that read"),
+    ],
+    ids=str,
+)
+def test_shared_tensors_are_counted_once_and_said(share, words, tmp_path):
+    config = LlamaConfig(**{**SIZES, "num_hidden_layers": 4})
+    run = run_on(tmp_path, config, qtha={"rank": 4, "bond_dim": 3, "mid_dim": 6, "share": share})
+    plan = make_plan(run, [])
+    model = get_peft_model(AutoModelForCausalLM.from_config(config), run.adapter)
+    assert plan.parameters == trainable(model) < sum(target.count * target.parameters for target in plan.targets)
+    assert plan.memory.adapter == 4 * plan.parameters
+    assert plan.shared.startswith(words)
+    out = console(200)
+    with out.capture() as captured:
+        show_plan(plan, out)
+    assert words in " ".join(captured.get().split())

@@ -30,8 +30,8 @@ CASES += [((21, 35), 5, cores, 6, 9, fused, F64, F64) for cores in (1, "none") f
 CASES += [((13, 17), 3, cores, 5, 7, True, F64, F64) for cores in (1, 2, "none")]  # primes: padded
 CASES += [((12, 10), 1, 2, 1, 1, fused, F64, F64) for fused in (False, True)]
 CASES += [((12, 24), 4, 2, 500, 6, True, F64, F64)]  # the bond is as wide as it can be: more than a tile
-CASES += [((6, 70), 70, cores, 3, 72, True, F64, F64) for cores in (1, 2, "none")]  # more rows and columns than a tile has
-CASES += [((6, 9), 70, cores, 3, 72, False, F64, F64) for cores in (1, 2, "none")]
+CASES += [((6, 70), 70, cores, 3, 72, True, F64, F64) for cores in (1, "none")]  # more rows and columns than a tile has
+CASES += [((4, 6), 66, 2, 2, 66, fused, F64, F64) for fused in (False, True)]
 CASES += [((21, 35), 5, 2, 6, 9, True, torch.float32, dtype) for dtype in (torch.bfloat16, torch.float16)]
 CASES += [((90, 8), 4, 2, 4, 6, True, F64, F64)]  # ten of the first factor, for three groups of programs
 CASES += [((400, 20), 2, 1, 1, 3, True, F64, F64)]  # seven tiles of columns, for three groups
@@ -44,7 +44,8 @@ results(CASES[0], "cpu")
 assert "axolotl_qtha.tuner.fold_triton" not in sys.modules, "imported where it is not needed"
 fold_kernel.runs = lambda flat, sides: all(len(side.cores) <= 2 for side in sides)
 fold_kernel.GROUPS = 3  # so that a program has several i
-torch.save([[results(case, "cpu", alone) for alone in (None, 0, 1)] for case in CASES], sys.argv[1])
+alone = lambda case: (0, 1) if case in CASES[2:7] else ()
+torch.save([[results(case, "cpu", side) for side in (None, *alone(case))] for case in CASES], sys.argv[1])
 assert "axolotl_qtha.tuner.fold_triton" in sys.modules
 """
 
@@ -93,7 +94,7 @@ def interpreted(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[str(case) for case in CASES])
 def test_in_the_interpreter(index, interpreted):
-    for alone, ours in zip((None, 0, 1), interpreted[index], strict=True):
+    for alone, ours in zip((None, 0, 1), interpreted[index], strict=False):
         check(CASES[index], ours, alone)
 
 
