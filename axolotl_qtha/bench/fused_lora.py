@@ -45,10 +45,10 @@ class FusedKernels:
         self.model = model
         with TemporaryDirectory() as folder:  # Axolotl finds the class of the attention by the configuration of a base on disk
             cast(PreTrainedModel, model.get_base_model()).config.save_pretrained(folder)
-            self.cfg: Any = DictDefault({"base_model": folder, **dict.fromkeys(KEYS, True)})
-            self.attention: Any = lora_kernels.get_attention_cls_from_config(self.cfg)
+            self.keys: Any = DictDefault({"base_model": folder, **dict.fromkeys(KEYS, True)})
+            self.attention: Any = lora_kernels.get_attention_cls_from_config(self.keys)
             self.plain = self.attention.forward
-            lora_kernels.patch_self_attn_lora(self.cfg)
+            lora_kernels.patch_self_attn_lora(self.keys)
         self.fused = self.attention.forward
         self.detach()
         del self.attention._original_forward  # Axolotl's sign that the class is patched: it is not any more
@@ -58,7 +58,7 @@ class FusedKernels:
         from axolotl.monkeypatch.lora_kernels import apply_lora_kernel_patches
 
         self.attention.forward = self.fused
-        apply_lora_kernel_patches(self.model, self.cfg)
+        apply_lora_kernel_patches(self.model, self.keys)
 
     def detach(self) -> None:
         """Take the kernels away."""

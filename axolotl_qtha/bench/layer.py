@@ -201,7 +201,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cells = [(_shape(shape), rank, tokens) for shape in args.shapes for rank in args.ranks for tokens in args.tokens]
     out, missing = console(150), why_not(device, args.bits)
-    table = Table(title=f"forward + backward of one layer, {device}, {torch.get_num_threads()} threads, {args.repeats} turns")
+    layers = "one layer" if args.bits == 16 else f"one layer in {args.bits} bits"
+    table = Table(title=f"forward + backward of {layers}, {device}, {torch.get_num_threads()} threads, {args.repeats} turns")
     columns = ("layer", "rank", "tokens", "variant", "parameters", "ms (median)", "x LoRA", "peak MiB", "diagnostics")
     for column in (*columns, *launches.headings(device)):
         table.add_column(column, justify="left" if column in ("layer", "variant") else "right")
