@@ -2,7 +2,8 @@
 
 All linear layers but the head carry adapters, made of random numbers that are not zero: what they say does not matter here. The
 variants share the base's weights and take turns, so that a drift of the machine's speed hits all alike; printed are medians, and
-the median of the ratios to LoRA within each turn. The time of the prompt is shared out among the new tokens.
+the median of the ratios to LoRA within each turn. The time of the prompt is shared out among the new tokens. On CUDA the base is
+bfloat16, as users generate there; on a CPU it is as it was saved.
 """
 
 from __future__ import annotations
@@ -31,6 +32,12 @@ from axolotl_qtha.tuner.fold_cache import folding_each_time
 BASE = Path(__file__).parents[2] / "example_configs" / "quickstart" / "base"
 PROMPT = 16  # tokens
 LORA, CACHED, UNCACHED = "lora", "qtha, cached", "qtha, uncached"
+
+
+def loaded(model: str, device: torch.device) -> PreTrainedModel:
+    """Return a base, by its folder or name, on the device and in eval mode."""
+    base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16 if device.type == "cuda" else "auto")
+    return cast(PreTrainedModel, base.to(device).eval())
 
 
 def shared(base: PreTrainedModel) -> PreTrainedModel:
@@ -127,8 +134,7 @@ def main() -> None:
     options.add_argument("--turns", type=int, default=9, help="turns of each measurement")
     args = options.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    base: Any = AutoModelForCausalLM.from_pretrained(args.model)
-    base = base.to(device).eval()
+    base = loaded(args.model, device)
     rows = measure(base, args.rank, args.quantum, args.batch, args.tokens, args.turns)
     table = Table(
         title=f"decoding {args.tokens} tokens, {Path(args.model).name}, rank {args.rank}, batch {args.batch}, "

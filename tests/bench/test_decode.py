@@ -3,6 +3,7 @@
 import json
 import sys
 
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -50,6 +51,21 @@ def test_uncached_folds_for_each_token(monkeypatch):
     assert len(made) == 14
     decode.decoding(decode.UNCACHED, model, ids, 5)()
     assert len(made) == 14 + 5 * 14
+
+
+@pytest.mark.parametrize("quantum", ["qtha", "none"])
+def test_decodes_a_bfloat16_base_as_on_a_gpu(quantum):
+    rows = {row["variant"]: row for row in decode.measure(llama().bfloat16(), 4, quantum, batch=2, tokens=3, turns=1)}
+    assert list(rows) == ["base", decode.LORA, decode.CACHED, decode.UNCACHED]
+    assert {row["quantum"] for row in rows.values()} == {quantum}
+    assert rows[decode.CACHED]["logit_difference"] <= 2**-7  # one step of bfloat16
+
+
+def test_a_base_is_loaded_as_it_was_saved_on_a_cpu(tmp_path):
+    llama().bfloat16().save_pretrained(tmp_path)
+    base = decode.loaded(str(tmp_path), torch.device("cpu"))
+    assert base.dtype == torch.bfloat16
+    assert not base.training
 
 
 def test_prints_and_writes_all_variants(monkeypatch, tmp_path, capsys):

@@ -8,7 +8,7 @@ import peft.tuners.lora
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, Qwen2Config
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
 
 from axolotl_qtha import QTHAConfig
 from axolotl_qtha.bench import step
@@ -47,6 +47,33 @@ def test_lora_is_the_layer_that_peft_makes_for_a_loaded_base(bits):
     run = step.AdaptedBase(base, step.adapters(4, "qtha")["qlora"], torch.ones(1, 4, dtype=int))
     assert {type(layer) for layer in run.layers.values()} == {LORA[bits]}
     assert base.is_loaded_in_4bit == (bits == 4)
+
+
+def test_smollm2_is_of_its_published_size_and_has_tied_embeddings():
+    config = step.SHAPES["smollm2-135m"]
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+    small = LlamaConfig(**SIZES, tie_word_embeddings=config.tie_word_embeddings)
+    base = step.random_base(small, 16, CPU)
+    assert base.lm_head.weight is base.model.embed_tokens.weight
+    run = step.AdaptedBase(base, step.adapters(4, "qtha")["qlora"], torch.ones(1, 4, dtype=int))
+    assert len(run.layers) == len(LAYERS)
+    run.attach()
+    assert torch.isfinite(run.loss())
+
+
+def test_launches_are_those_of_each_layer_and_leave_no_gradients():
+    ids, found = torch.ones(1, 4, dtype=int), []
+    for layers in (1, 3):
+        base = step.random_base(LlamaConfig(**{**SIZES, "num_hidden_layers": layers}), 16, CPU)
+        base.enable_input_require_grads()
+        run = step.AdaptedBase(base, step.adapters(4, "none")["qtha, quantum: none"], ids)
+        frozen = step.accumulating(base, ids)
+        run.attach()
+        found.append(run.launches(frozen))
+        assert all(parameter.grad is None for parameter in run.trained)
+    assert found[0].operators == found[1].operators > 4
 
 
 def test_both_adapters_train_on_the_same_unchanged_base():
@@ -139,7 +166,12 @@ def test_command(monkeypatch, tmp_path, capsys):
     assert lora["peak_to_qlora"] == lora["step_to_qlora"] == lora["time_to_qlora"] == 1
     assert qtha["peak_to_qlora"] == qtha["peak_bytes"] / lora["peak_bytes"]
     assert 0 < qtha["step_bytes"] < qtha["peak_bytes"]
-    assert "x QLoRA" in capsys.readouterr().out
+    assert (
+        lora["launches"]["operators"] == 13
+    )  # 12 as without quantisation, and the copy that PEFT makes of a 4-bit layer's result
+    assert qtha["launches"]["custom_as_one"] > 2
+    out = capsys.readouterr().out
+    assert all(part in out for part in ("x QLoRA", "launches", "(stand-in)", "ours as 1", "fused kernels is left out"))
 
 
 @pytest.mark.parametrize("flag", [True, False])
