@@ -27,6 +27,7 @@ from axolotl_qtha import QTHAConfig
 from axolotl_qtha.bench import arguments
 from axolotl_qtha.terminal import console
 from axolotl_qtha.timing import seconds
+from axolotl_qtha.tuner.adapter import QTHAAdapter
 from axolotl_qtha.tuner.fold_cache import folding_each_time
 
 BASE = Path(__file__).parents[2] / "example_configs" / "quickstart" / "base"
@@ -49,9 +50,11 @@ def shared(base: PreTrainedModel) -> PreTrainedModel:
 def adapted(base: PreTrainedModel, config: Any) -> Any:
     """Return a copy of the model with an adapter that changes its output, in eval mode."""
     model = get_peft_model(shared(base), config)
-    for parameter in model.parameters():
-        if parameter.requires_grad and not parameter.any():  # LoRA's B, the last core: a new adapter changes nothing
-            nn.init.normal_(parameter, std=0.02)
+    for module in model.modules():  # LoRA's B, QTHA's last core: a new adapter changes nothing
+        parts = [module.stored(name) for name in module.table] if isinstance(module, QTHAAdapter) else list(module.parameters(False))
+        for part in parts:
+            if part.requires_grad and not part.any():
+                nn.init.normal_(part, std=0.02)
     return model.eval()
 
 

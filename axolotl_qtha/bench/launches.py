@@ -22,11 +22,15 @@ OURS = "axolotl_qtha::"
 # What our custom operators launch on a GPU, by their full names; those of the circuit with what makes the tables of its angles.
 CUSTOM = {
     f"{OURS}circuit": 10,
-    f"{OURS}circuit_backward": 14,
+    f"{OURS}circuit_grad": 14,
     f"{OURS}fold": 1,
     f"{OURS}fold_grad": 2,
     f"{OURS}join": 1,
     f"{OURS}join_grad": 2,
+    f"{OURS}branch": 1,
+    f"{OURS}branch_grad": 2,
+    f"{OURS}fuse": 5,
+    f"{OURS}fuse_grad": 10,
 }
 # New memory, nothing written; and a view whose schema does not say so.
 FREE = {f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")}

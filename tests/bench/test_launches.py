@@ -165,7 +165,6 @@ def test_loras_share_is_that_of_a_layer_alone(lora_and_qtha):
 
 
 # In whole launches: 13 and 17 by the table, 12 and 15 with each custom operator for one.
-@pytest.mark.xfail(strict=True, reason="the layer is some sixty small operators; one that is two custom operators is under way")
 @pytest.mark.parametrize(
     ("quantum", "figure", "bound"),
     [("none", "operators", 1.1), ("none", "custom_as_one", 1.0), ("qtha", "operators", 1.45), ("qtha", "custom_as_one", 1.3)],
