@@ -17,10 +17,11 @@ underscore serve `tuner/join_triton.py`, too, which runs all circuits of a token
 Arguments of the two kernels, for W walls and C circuits; real ones have z's dtype, float32 or float64:
 
     z, grad, result, grad_z   (tokens, C * N), z in radians
-    turns     (C, W * N + W * 2**N, 2): cos and sin of half the angles that all tokens share, wall by wall, then of the phases of
-              the diagonal before each wall. Before the first it is the identity: loading it settles the lanes of a state
-    plan      (5, W) int32, see `triton_kernel.plan`
-    sums      (programs, 2 W - 1, C * N): the gradients of the walls' and the diagonals' angles, summed over a program's tokens
+    turns     (C, W, N + 2**N, 2): cos and sin, for each wall, of half the angles that all tokens share, then of the phases of
+              the diagonal before it. Before the first wall it is the identity: loading it settles the lanes of a state
+    plan      (W, 5) int32, see `triton_kernel.plan`
+    sums      (programs, 2 W - 1, C * N): the gradients of the angles of the first wall, the first diagonal, the second wall and
+              so on, summed over a program's tokens
     tokens, walls, factor     walls = W; `factor` is how often z is added where it is
     N, COLUMNS, T             qubits, the same rounded up to a power of two, tokens of a program
 """
@@ -77,30 +78,31 @@ def _row(x, q: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr):
 def place(first, tokens, column, width, N: tl.constexpr, COLUMNS: tl.constexpr, T: tl.constexpr):
     """Return where the numbers of T tokens and a circuit are in (tokens, width), and what of it exists, (COLUMNS * T)."""
     i = tl.arange(0, COLUMNS * T)
-    token = first + i % T
+    token = (first + i % T).to(tl.int64)
     return token * width + column + i // T, (token < tokens) & (i // T < N)
 
 
-@triton.jit
+# A function of its own: inlined, the addresses it computes would stay in registers that the states need.
+@triton.jit(noinline=True)
 def make_turns(turns, angles, plan, walls, column, width, N: tl.constexpr, COLUMNS: tl.constexpr):
     """Store a circuit's part of `turns`, from angles (rows, width)."""
     dtype: tl.constexpr = turns.dtype.element_ty
     angles += column
     qubits, states = tl.arange(0, COLUMNS), tl.arange(0, 2**N)
     for w in range(walls):
+        entry, here = plan + 5 * w, turns + 2 * w * (N + 2**N)
         shared = tl.zeros([COLUMNS], dtype)
-        for row in range(tl.load(plan + 2 * walls + w), tl.load(plan + 3 * walls + w)):
+        for row in range(tl.load(entry + 2), tl.load(entry + 3)):
             shared += tl.load(angles + row * width + qubits, mask=qubits < N, other=0.0).to(dtype)
-        _store_turns(turns + 2 * w * N, shared / 2, qubits, qubits < N)
-        step, ring = tl.load(plan + walls + w), tl.load(plan + 4 * walls + w)
+        _store_turns(here, shared / 2, qubits, qubits < N)
+        step, ring = tl.load(entry + 1), tl.load(entry + 4)
         phase = tl.zeros([2**N], dtype)
         for q in tl.static_range(N):  # bit_control * (bit_target - 1/2) times the angle
             half = tl.load(angles + ring * width + q).to(dtype) / 2
             target = (q + step + N) % N
             signed = tl.where((states >> (N - 1 - target)) & 1 == 1, half, -half)
             phase += tl.where((states >> (N - 1 - q)) & 1 == 1, signed, 0.0)
-        phase = tl.where(w > 0, phase, 0.0)
-        _store_turns(turns + 2 * (walls * N + w * 2**N), phase, states, states < 2**N)
+        _store_turns(here + 2 * N, tl.where(w > 0, phase, 0.0), states, states < 2**N)
 
 
 @triton.jit
@@ -123,27 +125,28 @@ def encoding(z, factor, N: tl.constexpr, COLUMNS: tl.constexpr):
 def _half(circuit, w, q: tl.constexpr, N: tl.constexpr):
     """Return cos and sin of half the angle of a wall's qubit, by the addition formulas."""
     turns, plan, cos_z, sin_z = circuit
-    cos, sin = tl.load(turns + 2 * (w * N + q)), tl.load(turns + 2 * (w * N + q) + 1)
-    encoded = tl.load(plan + w) != 0
+    here = turns + 2 * w * (N + 2**N) + 2 * q
+    cos, sin = tl.load(here), tl.load(here + 1)
+    encoded = tl.load(plan + 5 * w) != 0
     return tl.where(encoded, cos * cos_z[q] - sin * sin_z[q], cos), tl.where(encoded, sin * cos_z[q] + cos * sin_z[q], sin)
 
 
 @triton.jit
-def _phase(turns, w, walls, N: tl.constexpr, T: tl.constexpr):
+def _phase(turns, w, N: tl.constexpr, T: tl.constexpr):
     """Return cos and sin of the phases of the diagonal before wall w."""
-    at = turns + 2 * (walls * N + w * 2**N + tl.arange(0, 2**N * T) // T)
+    at = turns + 2 * w * (N + 2**N) + 2 * N + 2 * (tl.arange(0, 2**N * T) // T)
     return tl.reshape(tl.load(at), [2] * N + [T]), tl.reshape(tl.load(at + 1), [2] * N + [T])
 
 
 @triton.jit
 def states(circuit, walls, N: tl.constexpr, T: tl.constexpr):
     """Return the final states, real and imaginary part."""
-    re, im = _phase(circuit[0], 0, walls, N, T)  # 1 and 0
+    re, im = _phase(circuit[0], 0, N, T)  # 1 and 0
     for q in tl.static_range(N):  # RYs on |0>: a real product state
         cos, sin = _half(circuit, 0, q, N)
         re *= tl.where(_bit(q, N) == 0, cos, sin)
     for w in range(1, walls):
-        a, b = _phase(circuit[0], w, walls, N, T)
+        a, b = _phase(circuit[0], w, N, T)
         re, im = re * a - im * b, re * b + im * a
         for q in tl.static_range(N):
             cos, sin = _half(circuit, w, q, N)
@@ -195,7 +198,7 @@ def values(re, im, N: tl.constexpr, COLUMNS: tl.constexpr):
 @triton.jit
 def add(at, value, used, again):
     """Store a value, or add it if `again`."""
-    tl.store(at, value + tl.load(at, mask=used & again, other=0.0), mask=used)
+    tl.store(at, value + tl.where(again, tl.load(at, mask=used, other=0.0), 0.0), mask=used)
 
 
 @triton.jit
@@ -208,7 +211,7 @@ def undo(
     `sums`, or added if `again`.
     """
     turns, plan, _, _ = circuit
-    token = first + tl.arange(0, T)
+    token = (first + tl.arange(0, T)).to(tl.int64)
     weights = tl.zeros_like(re)
     for q in tl.static_range(N):  # zero where there is no token, and so is all that follows from it
         weight = tl.load(grad + token * width + q, mask=token < tokens, other=0.0)
@@ -220,11 +223,11 @@ def undo(
     used = tl.arange(0, COLUMNS) < N
     for w in range(walls - 1, 0, -1):
         re, im, lre, lim, of_wall = _undo_wall(re, im, lre, lim, circuit, w, N, COLUMNS, True)
-        of_z += tl.where(tl.load(plan + w) != 0, of_wall, 0.0)
-        add(sums + w * width, tl.sum(of_wall, 1), used, again)
-        of_ring = _ring_gradients(re, im, lre, lim, tl.load(plan + walls + w), N, COLUMNS)
-        add(sums + (walls + w - 1) * width, of_ring, used, again)
-        a, b = _phase(turns, w, walls, N, T)
+        of_z += tl.where(tl.load(plan + 5 * w) != 0, of_wall, 0.0)
+        add(sums + 2 * w * width, tl.sum(of_wall, 1), used, again)
+        of_ring = _ring_gradients(re, im, lre, lim, tl.load(plan + 5 * w + 1), N, COLUMNS)
+        add(sums + (2 * w - 1) * width, of_ring, used, again)
+        a, b = _phase(turns, w, N, T)
         re, im = re * a + im * b, im * a - re * b
         lre, lim = lre * a + lim * b, lim * a - lre * b
     of_wall = _undo_wall(re, im, lre, lim, circuit, 0, N, COLUMNS, False)[4]
@@ -238,7 +241,7 @@ def _here(turns, walls, N: tl.constexpr, T: tl.constexpr):
     """Return this program's first token, its circuit's first column, the width of z, and its circuit's part of `turns`."""
     circuit = tl.program_id(1)
     turns += circuit * 2 * walls * (N + 2**N)
-    return tl.program_id(0).to(tl.int64) * T, circuit * N, tl.num_programs(1) * N, turns
+    return tl.program_id(0) * T, circuit * N, tl.num_programs(1) * N, turns
 
 
 # Neither the number of tokens nor where z starts in memory is worth compiling anew.

@@ -66,7 +66,7 @@ def settings(qubits: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str,
 class _Constants:
     """What does not depend on the angles, on one device, for W walls."""
 
-    select: Tensor  # (2 W - 1, rows, 1): 1 where a row adds to the angles of a wall, then of a diagonal
+    select: Tensor  # (2 W - 1, rows, 1): 1 where a row adds to the angles of a wall, of the next diagonal, and so on
     phases: Tensor  # (W - 1, n, 2**n): of each diagonal, see `Tables`
     identity: Tensor  # (2**n): a diagonal's phases that are zero
 
@@ -77,9 +77,9 @@ def _constants(ansatz: Ansatz, device: torch.device, dtype: torch.dtype) -> _Con
     walls = len(folded.walls)
     select = torch.zeros(2 * walls - 1, ansatz.rows, 1, dtype=dtype)
     for i, wall in enumerate(folded.walls):
-        select[i, list(wall.rows)] = 1
+        select[2 * i, list(wall.rows)] = 1
     for i, (row, _) in enumerate(folded.diagonals):
-        select[walls + i, row] = 1
+        select[2 * i + 1, row] = 1
     by_kind = tables(ansatz, device, dtype).phases
     phases = [by_kind[kind] for _, kind in folded.diagonals]
     return _Constants(
@@ -91,18 +91,19 @@ def _constants(ansatz: Ansatz, device: torch.device, dtype: torch.dtype) -> _Con
 
 @lru_cache(maxsize=64)
 def plan(ansatz: Ansatz, device: torch.device) -> Tensor:
-    """Return what the kernels are told of the W walls and of the diagonal before each, (5, W) int32.
+    """Return what the kernels are told of the W walls and of the diagonal before each, (W, 5) int32.
 
-    Rows: whether z is added to the wall's angles; whether each qubit of the diagonal's CRZ ring controls the next one (1) or the
-    one before (-1); the first of the rows of angles that add up to the wall's, and the one after their last; the diagonal's row.
+    Columns: whether z is added to the wall's angles; whether each qubit of the diagonal's CRZ ring controls the next one (1) or
+    the one before (-1); the first of the rows of angles that add up to the wall's, which follow one another, and the one after
+    their last; the diagonal's row.
     """
     folded = program(ansatz)
     diagonals = [(0, 0), *((1 if kind == "ring" else -1, row) for row, kind in folded.diagonals)]
-    columns = [
+    entries = [
         (wall.encodes > 0, step, min(wall.rows, default=0), max(wall.rows, default=-1) + 1, row)
         for wall, (step, row) in zip(folded.walls, diagonals, strict=True)
     ]
-    return torch.tensor(columns, dtype=torch.int32).T.contiguous().to(device)
+    return torch.tensor(entries, dtype=torch.int32).to(device)
 
 
 def factor(ansatz: Ansatz) -> float:
@@ -122,10 +123,10 @@ class Tables:
         summed = (self.constants.select * angles).sum(1)
         shared = summed.unflatten(1, (-1, ansatz.qubits)).transpose(0, 1)  # (circuits, 2 W - 1, n)
         self.circuits = shared.shape[0]
-        phase = (self.constants.phases * shared[:, self.walls :, :, None]).sum(2)
-        identity = self.constants.identity.expand(self.circuits, -1)
-        turn = torch.cat([shared[:, : self.walls].flatten(1) / 2, identity, phase.flatten(1)], dim=1)
-        self.turns = torch.stack([turn.cos(), turn.sin()], dim=2)
+        phase = (self.constants.phases * shared[:, 1::2, :, None]).sum(2)
+        identity = self.constants.identity.expand(self.circuits, 1, -1)
+        turn = torch.cat([shared[:, ::2] / 2, torch.cat([identity, phase], dim=1)], dim=2)
+        self.turns = torch.stack([turn.cos(), turn.sin()], dim=3)
         sizes, options = settings(ansatz.qubits, angles.dtype)
         self.block = sizes["T"]
         self.options = sizes | options
