@@ -18,9 +18,9 @@ from ..circuit.program import program
 from .join import Joint
 
 # As many warps of 255 registers as the largest GPUs hold at one time, eight on each multiprocessor. A program makes the tables of
-# its circuits, which takes about half as long as a block of tokens forward: so few programs, of several blocks each.
+# its circuits, which takes about as long as a block of tokens forward: so few programs, of several blocks each.
 PROGRAMS = 1024
-SCRATCH = 2**24  # numbers of all programs' tables and sums: with many circuits or a large rank there are fewer programs
+SCRATCH = 2**24  # numbers of all programs' tables and sums: with many layers or a large rank there are fewer programs
 TOTALS = (256, 8)  # programs whose sums are added at one time, and columns of them
 
 
@@ -36,7 +36,6 @@ class _Launch:
     sizes: tuple[Any, ...]  # the arguments from `tokens` to `gain`
     options: dict[str, Any]
     programs: int
-    walls: int
     turns: Tensor
     plan: Tensor
 
@@ -53,7 +52,6 @@ def _launch(z: Tensor, dtype: torch.dtype, joint: Joint, sums: int) -> _Launch:
         # A pipeline would copy the tiles of the next step to shared memory, which takes longer than these short loops.
         constants | {"BOUNDED": joint.bounded, "PRODUCT": joint.product} | options | {"num_stages": 1},
         programs,
-        walls,
         torch.empty(programs, turns, dtype=dtype, device=z.device),
         triton_kernel.plan(ansatz, z.device),
     )
@@ -139,6 +137,7 @@ def backward(
         join_triton.totals[(-(-(2 * r + joint.ansatz.rows + 1) * r // columns),)](
             *(sums, _slots(joint.ansatz, z.device), of_fusion, of_angles, of_scale),
             *(launch.programs, walls, r, joint.ansatz.rows, joint.gain, at_once, columns),
+            enable_fp_fusion=True,
         )
     return of_z, of_fusion, of_angles, of_scale
 

@@ -25,7 +25,7 @@ from axolotl_qtha.tuner.join import Joint
 from ..circuit.hopper import compiling
 from ..circuit.reference import expectations
 
-# The rounding of the gates, of sums over the rank and, for parameters, over up to 70 tokens: of the largest entry, or of 1.
+# The rounding of the gates, of sums over the rank and, for parameters, over up to 40 tokens: of the largest entry, or of 1.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 # Of each entry, where z and h are no more precise than that: a GPU rounds bfloat16 to the nearest, the interpreter cuts it off.
 ROUNDING = {torch.bfloat16: 2**-7, torch.float16: 2**-11}
@@ -68,13 +68,13 @@ SIDE_BY_SIDE = [
     Case(Ansatz(1, 2), 3, 5, options="bs"),
     Case(Ansatz(3, 1), 9, 2, options="p"),
     Case(Ansatz(4, 1), 32, 3, options="bs"),
-    Case(Ansatz(4, 1, "2025-05"), 32, 2, torch.float32, options="bp"),
+    Case(Ansatz(4, 1, "2025-05"), 20, 2, torch.float32, options="bp"),
     Case(Ansatz(4, 1), 64, 2, torch.float32, options="bsp"),
     Case(Ansatz(8, 1), 16, 1, options="b"),
 ]
 COUNTS = [  # several blocks for a program, the last not full, or no token for some lanes
     Case(Ansatz(4, 1), 4, tokens, dtype, options="bs", programs=programs)
-    for tokens, programs in ((0, 1024), (1, 1024), (33, 1024), (33, 2), (70, 1))
+    for tokens, programs in ((0, 1024), (1, 1024), (33, 1024), (33, 2), (40, 1))
     for dtype in TOLERANCE
 ]
 COUNTS += [Case(Ansatz(8, 1), 8, 3, options="bs", programs=2), Case(Ansatz(2, 1), 2, 33, options="sp", programs=1)]
