@@ -11,16 +11,17 @@ own, and convert.
 
 Backward recomputes the states, then un-computes them and the adjoint states from the end (Jones and Gacon, arXiv 2009.02823).
 
-A token may have several circuits side by side, of N columns each: they are the grid's second axis.
+A token may have several circuits side by side, of N columns each: they are the grid's second axis. The functions without an
+underscore serve `tuner/join_triton.py`, too, which runs all circuits of a token in one program.
 
 Arguments of the two kernels, for W walls and C circuits; real ones have z's dtype, float32 or float64:
 
     z, grad, result, grad_z   (tokens, C * N), z in radians
-    turns     (C, W * N + W * 2**N, 2): cos and sin of half the angles that all tokens share, wall by wall, then of the phases of
-              the diagonal before each wall. Before the first it is the identity: loading it settles the lanes of a state
-    encodes   (W) int32, whether z is added to the wall's angles
-    steps     (W - 1) int32, whether each qubit of a diagonal's CRZ ring controls the next one (1) or the one before (-1)
-    sums      (programs, C, 2 W - 1, N): the gradients of the walls' and the diagonals' angles, summed over a program's tokens
+    turns     (C, W, N + 2**N, 2): cos and sin, for each wall, of half the angles that all tokens share, then of the phases of
+              the diagonal before it. Before the first wall it is the identity: loading it settles the lanes of a state
+    plan      (W, 5) int32, see `triton_kernel.plan`
+    sums      (programs, 2 W - 1, C * N): the gradients of the angles of the first wall, the first diagonal, the second wall and
+              so on, summed over a program's tokens
     tokens, walls, factor     walls = W; `factor` is how often z is added where it is
     N, COLUMNS, T             qubits, the same rounded up to a power of two, tokens of a program
 """
@@ -74,27 +75,44 @@ def _row(x, q: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _place(tokens, N: tl.constexpr, COLUMNS: tl.constexpr, T: tl.constexpr):
-    """Return where this program's part of z is in memory, and what of it exists, (COLUMNS * T)."""
+def place(first, tokens, column, width, N: tl.constexpr, COLUMNS: tl.constexpr, T: tl.constexpr):
+    """Return where the numbers of T tokens and a circuit are in (tokens, width), and what of it exists, (COLUMNS * T)."""
     i = tl.arange(0, COLUMNS * T)
-    column, token = i // T, tl.program_id(0).to(tl.int64) * T + i % T
-    return _first(token, N) + column, (token < tokens) & (column < N)
+    token = (first + i % T).to(tl.int64)
+    return token * width + column + i // T, (token < tokens) & (i // T < N)
+
+
+# A function of its own: inlined, the addresses it computes would stay in registers that the states need.
+@triton.jit(noinline=True)
+def make_turns(turns, angles, plan, walls, column, width, N: tl.constexpr, COLUMNS: tl.constexpr):
+    """Store a circuit's part of `turns`, from angles (rows, width)."""
+    dtype: tl.constexpr = turns.dtype.element_ty
+    angles += column
+    qubits, states = tl.arange(0, COLUMNS), tl.arange(0, 2**N)
+    for w in range(walls):
+        entry, here = plan + 5 * w, turns + 2 * w * (N + 2**N)
+        shared = tl.zeros([COLUMNS], dtype)
+        for row in range(tl.load(entry + 2), tl.load(entry + 3)):
+            shared += tl.load(angles + row * width + qubits, mask=qubits < N, other=0.0).to(dtype)
+        _store_turns(here, shared / 2, qubits, qubits < N)
+        step, ring = tl.load(entry + 1), tl.load(entry + 4)
+        phase = tl.zeros([2**N], dtype)
+        for q in tl.static_range(N):  # bit_control * (bit_target - 1/2) times the angle
+            half = tl.load(angles + ring * width + q).to(dtype) / 2
+            target = (q + step + N) % N
+            signed = tl.where((states >> (N - 1 - target)) & 1 == 1, half, -half)
+            phase += tl.where((states >> (N - 1 - q)) & 1 == 1, signed, 0.0)
+        _store_turns(here + 2 * N, tl.where(w > 0, phase, 0.0), states, states < 2**N)
 
 
 @triton.jit
-def _first(token, N: tl.constexpr):
-    """Return where a token's numbers of this program's circuit begin."""
-    return (token * tl.num_programs(1) + tl.program_id(1)) * N
+def _store_turns(turns, angle, i, used):
+    tl.store(turns + 2 * i, tl.cos(angle), mask=used)
+    tl.store(turns + 2 * i + 1, tl.sin(angle), mask=used)
 
 
 @triton.jit
-def _turns(turns, walls, N: tl.constexpr):
-    """Return where this program's circuit has its cos and sin."""
-    return turns + tl.program_id(1) * 2 * walls * (N + 2**N)
-
-
-@triton.jit
-def _encoding(z, factor, N: tl.constexpr, COLUMNS: tl.constexpr):
+def encoding(z, factor, N: tl.constexpr, COLUMNS: tl.constexpr):
     """Return cos and sin of half the encoded angles, a tuple of N rows each, from z (COLUMNS, T)."""
     all_cos, all_sin = tl.cos(z * (factor / 2)), tl.sin(z * (factor / 2))
     cos, sin = (), ()
@@ -106,28 +124,29 @@ def _encoding(z, factor, N: tl.constexpr, COLUMNS: tl.constexpr):
 @triton.jit
 def _half(circuit, w, q: tl.constexpr, N: tl.constexpr):
     """Return cos and sin of half the angle of a wall's qubit, by the addition formulas."""
-    turns, encodes, cos_z, sin_z = circuit
-    cos, sin = tl.load(turns + 2 * (w * N + q)), tl.load(turns + 2 * (w * N + q) + 1)
-    encoded = tl.load(encodes + w) != 0
+    turns, plan, cos_z, sin_z = circuit
+    here = turns + 2 * w * (N + 2**N) + 2 * q
+    cos, sin = tl.load(here), tl.load(here + 1)
+    encoded = tl.load(plan + 5 * w) != 0
     return tl.where(encoded, cos * cos_z[q] - sin * sin_z[q], cos), tl.where(encoded, sin * cos_z[q] + cos * sin_z[q], sin)
 
 
 @triton.jit
-def _phase(turns, w, walls, N: tl.constexpr, T: tl.constexpr):
+def _phase(turns, w, N: tl.constexpr, T: tl.constexpr):
     """Return cos and sin of the phases of the diagonal before wall w."""
-    at = turns + 2 * (walls * N + w * 2**N + tl.arange(0, 2**N * T) // T)
+    at = turns + 2 * w * (N + 2**N) + 2 * N + 2 * (tl.arange(0, 2**N * T) // T)
     return tl.reshape(tl.load(at), [2] * N + [T]), tl.reshape(tl.load(at + 1), [2] * N + [T])
 
 
 @triton.jit
-def _states(circuit, walls, N: tl.constexpr, T: tl.constexpr):
+def states(circuit, walls, N: tl.constexpr, T: tl.constexpr):
     """Return the final states, real and imaginary part."""
-    re, im = _phase(circuit[0], 0, walls, N, T)  # 1 and 0
+    re, im = _phase(circuit[0], 0, N, T)  # 1 and 0
     for q in tl.static_range(N):  # RYs on |0>: a real product state
         cos, sin = _half(circuit, 0, q, N)
         re *= tl.where(_bit(q, N) == 0, cos, sin)
     for w in range(1, walls):
-        a, b = _phase(circuit[0], w, walls, N, T)
+        a, b = _phase(circuit[0], w, N, T)
         re, im = re * a - im * b, re * b + im * a
         for q in tl.static_range(N):
             cos, sin = _half(circuit, w, q, N)
@@ -165,53 +184,85 @@ def _ring_gradients(re, im, lre, lim, step, N: tl.constexpr, COLUMNS: tl.constex
     return gradients
 
 
-# Neither the number of tokens nor where z starts in memory is worth compiling anew.
-@triton.jit(do_not_specialize=["tokens", "walls"], do_not_specialize_on_alignment=["z"])
-def forward(z, turns, encodes, result, tokens, walls, factor, N: tl.constexpr, COLUMNS: tl.constexpr, T: tl.constexpr):
-    """Store <Z_i> of T tokens."""
-    turns = _turns(turns, walls, N)
-    at, inside = _place(tokens, N, COLUMNS, T)
-    cos_z, sin_z = _encoding(tl.reshape(tl.load(z + at, mask=inside, other=0.0), [COLUMNS, T]), factor, N, COLUMNS)
-    re, im = _states((turns, encodes, cos_z, sin_z), walls, N, T)
+@triton.jit
+def values(re, im, N: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return <Z_i>, (COLUMNS, T)."""
     probability = re * re + im * im
-    values = tl.zeros([COLUMNS, T], re.dtype)
+    result = tl.zeros([COLUMNS, re.shape[N]], re.dtype)
     for q in tl.static_range(N):
         value = _total(_signed(probability, q, N), N)
-        values = tl.where(tl.arange(0, COLUMNS)[:, None] == q, value[None, :], values)
-    tl.store(result + at, tl.reshape(values, [COLUMNS * T]), mask=inside)
+        result = tl.where(tl.arange(0, COLUMNS)[:, None] == q, value[None, :], result)
+    return result
 
 
-@triton.jit(do_not_specialize=["tokens", "walls"], do_not_specialize_on_alignment=["z", "grad"])
-def backward(
-    z, grad, turns, encodes, steps, grad_z, sums, tokens, walls, factor, N: tl.constexpr, COLUMNS: tl.constexpr, T: tl.constexpr
+@triton.jit
+def add(at, value, used, again):
+    """Store a value, or add it if `again`."""
+    tl.store(at, value + tl.where(again, tl.load(at, mask=used, other=0.0), 0.0), mask=used)
+
+
+@triton.jit
+def undo(
+    re, im, grad, first, tokens, width, circuit, sums, again, walls, N: tl.constexpr, COLUMNS: tl.constexpr, T: tl.constexpr
 ):
-    """Store the gradients of sum(grad * <Z>) of T tokens: for z, and the sums over the tokens for the angles."""
-    turns = _turns(turns, walls, N)
-    at, inside = _place(tokens, N, COLUMNS, T)
-    cos_z, sin_z = _encoding(tl.reshape(tl.load(z + at, mask=inside, other=0.0), [COLUMNS, T]), factor, N, COLUMNS)
-    circuit = (turns, encodes, cos_z, sin_z)
-    re, im = _states(circuit, walls, N, T)
+    """Return the gradients of sum(grad * <Z>) for the encoded angles, (COLUMNS, T), from the final states.
 
-    token = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
+    grad (tokens, width) and sums (2 W - 1, width) begin at the circuit's first column. Those of the shared angles are stored in
+    `sums`, or added if `again`.
+    """
+    turns, plan, _, _ = circuit
+    token = (first + tl.arange(0, T)).to(tl.int64)
     weights = tl.zeros_like(re)
     for q in tl.static_range(N):  # zero where there is no token, and so is all that follows from it
-        weight = tl.load(grad + _first(token, N) + q, mask=token < tokens, other=0.0)
+        weight = tl.load(grad + token * width + q, mask=token < tokens, other=0.0)
         weights += _signed(tl.reshape(weight, [1] * N + [T]), q, N)
     lre, lim = weights * re, weights * im  # the adjoint states: sum_q grad_q Z_q |state>
 
     of_z = tl.zeros([COLUMNS, T], re.dtype)
-    sums += _first(tl.program_id(0).to(tl.int64), N) * (2 * walls - 1) + tl.arange(0, COLUMNS)
+    sums += tl.arange(0, COLUMNS)
     used = tl.arange(0, COLUMNS) < N
     for w in range(walls - 1, 0, -1):
         re, im, lre, lim, of_wall = _undo_wall(re, im, lre, lim, circuit, w, N, COLUMNS, True)
-        of_z += tl.where(tl.load(encodes + w) != 0, of_wall, 0.0)
-        tl.store(sums + w * N, tl.sum(of_wall, 1), mask=used)
-        of_ring = _ring_gradients(re, im, lre, lim, tl.load(steps + w - 1), N, COLUMNS)
-        tl.store(sums + (walls + w - 1) * N, of_ring, mask=used)
-        a, b = _phase(turns, w, walls, N, T)
+        of_z += tl.where(tl.load(plan + 5 * w) != 0, of_wall, 0.0)
+        add(sums + 2 * w * width, tl.sum(of_wall, 1), used, again)
+        of_ring = _ring_gradients(re, im, lre, lim, tl.load(plan + 5 * w + 1), N, COLUMNS)
+        add(sums + (2 * w - 1) * width, of_ring, used, again)
+        a, b = _phase(turns, w, N, T)
         re, im = re * a + im * b, im * a - re * b
         lre, lim = lre * a + lim * b, lim * a - lre * b
     of_wall = _undo_wall(re, im, lre, lim, circuit, 0, N, COLUMNS, False)[4]
-    of_z += tl.where(tl.load(encodes) != 0, of_wall, 0.0)
-    tl.store(sums, tl.sum(of_wall, 1), mask=used)
+    of_z += tl.where(tl.load(plan) != 0, of_wall, 0.0)
+    add(sums, tl.sum(of_wall, 1), used, again)
+    return of_z
+
+
+@triton.jit
+def _here(turns, walls, N: tl.constexpr, T: tl.constexpr):
+    """Return this program's first token, its circuit's first column, the width of z, and its circuit's part of `turns`."""
+    circuit = tl.program_id(1)
+    turns += circuit * 2 * walls * (N + 2**N)
+    return tl.program_id(0) * T, circuit * N, tl.num_programs(1) * N, turns
+
+
+# Neither the number of tokens nor where z starts in memory is worth compiling anew.
+@triton.jit(do_not_specialize=["tokens", "walls"], do_not_specialize_on_alignment=["z"])
+def forward(z, turns, plan, result, tokens, walls, factor, N: tl.constexpr, COLUMNS: tl.constexpr, T: tl.constexpr):
+    """Store <Z_i> of T tokens."""
+    first, column, width, turns = _here(turns, walls, N, T)
+    at, inside = place(first, tokens, column, width, N, COLUMNS, T)
+    cos_z, sin_z = encoding(tl.reshape(tl.load(z + at, mask=inside, other=0.0), [COLUMNS, T]), factor, N, COLUMNS)
+    re, im = states((turns, plan, cos_z, sin_z), walls, N, T)
+    tl.store(result + at, tl.reshape(values(re, im, N, COLUMNS), [COLUMNS * T]), mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "walls"], do_not_specialize_on_alignment=["z", "grad"])
+def backward(z, grad, turns, plan, grad_z, sums, tokens, walls, factor, N: tl.constexpr, COLUMNS: tl.constexpr, T: tl.constexpr):
+    """Store the gradients of sum(grad * <Z>) of T tokens: for z, and the sums over the tokens for the angles."""
+    first, column, width, turns = _here(turns, walls, N, T)
+    at, inside = place(first, tokens, column, width, N, COLUMNS, T)
+    cos_z, sin_z = encoding(tl.reshape(tl.load(z + at, mask=inside, other=0.0), [COLUMNS, T]), factor, N, COLUMNS)
+    circuit = (turns, plan, cos_z, sin_z)
+    re, im = states(circuit, walls, N, T)
+    sums += tl.program_id(0).to(tl.int64) * (2 * walls - 1) * width + column
+    of_z = undo(re, im, grad + column, first, tokens, width, circuit, sums, False, walls, N, COLUMNS, T)
     tl.store(grad_z + at, tl.reshape(of_z * factor, [COLUMNS * T]), mask=inside)

@@ -66,11 +66,9 @@ def settings(qubits: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str,
 class _Constants:
     """What does not depend on the angles, on one device, for W walls."""
 
-    select: Tensor  # (2 W - 1, rows, 1): 1 where a row adds to the angles of a wall, then of a diagonal
+    select: Tensor  # (2 W - 1, rows, 1): 1 where a row adds to the angles of a wall, of the next diagonal, and so on
     phases: Tensor  # (W - 1, n, 2**n): of each diagonal, see `Tables`
     identity: Tensor  # (2**n): a diagonal's phases that are zero
-    encodes: Tensor  # (W) int32
-    steps: Tensor  # (W - 1) int32
 
 
 @lru_cache(maxsize=64)
@@ -79,20 +77,38 @@ def _constants(ansatz: Ansatz, device: torch.device, dtype: torch.dtype) -> _Con
     walls = len(folded.walls)
     select = torch.zeros(2 * walls - 1, ansatz.rows, 1, dtype=dtype)
     for i, wall in enumerate(folded.walls):
-        select[i, list(wall.rows)] = 1
+        select[2 * i, list(wall.rows)] = 1
     for i, (row, _) in enumerate(folded.diagonals):
-        select[walls + i, row] = 1
+        select[2 * i + 1, row] = 1
     by_kind = tables(ansatz, device, dtype).phases
     phases = [by_kind[kind] for _, kind in folded.diagonals]
-    encodes = torch.tensor([wall.encodes > 0 for wall in folded.walls], dtype=torch.int32)
-    steps = torch.tensor([1 if kind == "ring" else -1 for _, kind in folded.diagonals], dtype=torch.int32)
     return _Constants(
         select.to(device),
         torch.stack(phases) if phases else select.new_zeros(0, ansatz.qubits, 2**ansatz.qubits, device=device),
         select.new_zeros(2**ansatz.qubits, device=device),
-        encodes.to(device),
-        steps.to(device),
     )
+
+
+@lru_cache(maxsize=64)
+def plan(ansatz: Ansatz, device: torch.device) -> Tensor:
+    """Return what the kernels are told of the W walls and of the diagonal before each, (W, 5) int32.
+
+    Columns: whether z is added to the wall's angles; whether each qubit of the diagonal's CRZ ring controls the next one (1) or
+    the one before (-1); the first of the rows of angles that add up to the wall's, which follow one another, and the one after
+    their last; the diagonal's row.
+    """
+    folded = program(ansatz)
+    diagonals = [(0, 0), *((1 if kind == "ring" else -1, row) for row, kind in folded.diagonals)]
+    entries = [
+        (wall.encodes > 0, step, min(wall.rows, default=0), max(wall.rows, default=-1) + 1, row)
+        for wall, (step, row) in zip(folded.walls, diagonals, strict=True)
+    ]
+    return torch.tensor(entries, dtype=torch.int32).to(device)
+
+
+def factor(ansatz: Ansatz) -> float:
+    """Return how often z is added to a wall's angles: once, or with one qubit as often as there are layers."""
+    return float(max(wall.encodes for wall in program(ansatz).walls))
 
 
 class Tables:
@@ -101,16 +117,16 @@ class Tables:
     def __init__(self, angles: Tensor, ansatz: Ansatz) -> None:
         folded: Program = program(ansatz)
         self.walls = len(folded.walls)
-        self.factor = float(max(wall.encodes for wall in folded.walls))  # with one qubit, the number of layers
+        self.factor, self.plan = factor(ansatz), plan(ansatz, angles.device)
         self.constants = _constants(ansatz, angles.device, angles.dtype)
         # Products and sums, no matmul: the user may allow TF32, which rounds an angle of one radian by 5e-4.
         summed = (self.constants.select * angles).sum(1)
         shared = summed.unflatten(1, (-1, ansatz.qubits)).transpose(0, 1)  # (circuits, 2 W - 1, n)
         self.circuits = shared.shape[0]
-        phase = (self.constants.phases * shared[:, self.walls :, :, None]).sum(2)
-        identity = self.constants.identity.expand(self.circuits, -1)
-        turn = torch.cat([shared[:, : self.walls].flatten(1) / 2, identity, phase.flatten(1)], dim=1)
-        self.turns = torch.stack([turn.cos(), turn.sin()], dim=2)
+        phase = (self.constants.phases * shared[:, 1::2, :, None]).sum(2)
+        identity = self.constants.identity.expand(self.circuits, 1, -1)
+        turn = torch.cat([shared[:, ::2] / 2, torch.cat([identity, phase], dim=1)], dim=2)
+        self.turns = torch.stack([turn.cos(), turn.sin()], dim=3)
         sizes, options = settings(ansatz.qubits, angles.dtype)
         self.block = sizes["T"]
         self.options = sizes | options
@@ -120,9 +136,8 @@ class Tables:
         return -(-tokens // self.block), self.circuits
 
     def angle_gradients(self, sums: Tensor) -> Tensor:
-        """Return the gradients of the angles, (rows, width), from those of walls and diagonals, (*grid, 2 W - 1, n)."""
-        total = sums.sum(0).transpose(0, 1).flatten(1)
-        return (self.constants.select * total[:, None]).sum(0)
+        """Return the gradients of the angles, (rows, width), from those of walls and diagonals, (programs, 2 W - 1, width)."""
+        return (self.constants.select * sums.sum(0)[:, None]).sum(0)
 
 
 def forward(z: Tensor, angles: Tensor, ansatz: Ansatz) -> Tensor:
@@ -139,7 +154,7 @@ def run(z: Tensor, tables: Tables) -> Tensor:
         return result
     with torch.cuda.device_of(z):
         circuit_triton.forward[tables.grid(z.shape[0])](
-            *(z, tables.turns, tables.constants.encodes, result, z.shape[0], tables.walls, tables.factor), **tables.options
+            *(z, tables.turns, tables.plan, result, z.shape[0], tables.walls, tables.factor), **tables.options
         )
     return result
 
@@ -152,13 +167,12 @@ def backward(grad: Tensor, z: Tensor, angles: Tensor, ansatz: Ansatz) -> tuple[T
     if z.shape[0] == 0:
         return grad_z, torch.zeros_like(angles)
     tables = Tables(angles, ansatz)
-    constants, grid = tables.constants, tables.grid(z.shape[0])
+    grid = tables.grid(z.shape[0])
     # each program has its own place: no atomics, so that the sums do not depend on which comes first
-    sums = z.new_empty(*grid, 2 * tables.walls - 1, ansatz.qubits)
+    sums = z.new_empty(grid[0], 2 * tables.walls - 1, z.shape[1])
     with torch.cuda.device_of(z):
         circuit_triton.backward[grid](
-            *(z, grad, tables.turns, constants.encodes, constants.steps, grad_z, sums),
-            *(z.shape[0], tables.walls, tables.factor),
+            *(z, grad, tables.turns, tables.plan, grad_z, sums, z.shape[0], tables.walls, tables.factor),
             **tables.options,
         )
     return grad_z, tables.angle_gradients(sums)

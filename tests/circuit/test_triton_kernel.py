@@ -19,6 +19,7 @@ from axolotl_qtha.circuit.ansatz import GATE_ORDERS, Ansatz
 from axolotl_qtha.circuit.program import program
 from axolotl_qtha.circuit.torch_engine import expectation_values
 
+from .hopper import compiling
 from .reference import angles_and_inputs, expectations, shift_gradients, shift_gradients_side_by_side
 
 # Rounding of up to 90 gates, as in test_torch_engine.py. Angle gradients are sums over up to 65 tokens, each of size 1.
@@ -185,30 +186,8 @@ def test_every_block_fits_the_registers(qubits):
 
 @pytest.fixture
 def compiled(monkeypatch, tmp_path):
-    """Compile for Hopper GPUs, which needs none, instead of launching; return the list of what was compiled."""
-    triton = pytest.importorskip("triton")
-    if not (Path(triton.__file__).parent / "backends/nvidia/bin/ptxas").exists():
-        pytest.skip("no ptxas")
-    from triton.backends.compiler import GPUTarget
-
-    from axolotl_qtha.circuit import circuit_triton
-
-    target, kernels = GPUTarget("cuda", 90, 32), []
-    hopper = SimpleNamespace(
-        get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device=None: 0
-    )
-    launch = triton.JITFunction.run
-
-    def compile_only(function, *args, grid, warmup, **kwargs):
-        kernels.append(launch(function, *args, grid=grid, warmup=True, **kwargs))
-
-    monkeypatch.setattr(triton.runtime.driver, "_active", hopper)
-    monkeypatch.setattr(triton.JITFunction, "run", compile_only)
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("TRITON_DUMP_PTXAS_LOG", "1")
-    yield kernels
-    for function in (circuit_triton.forward, circuit_triton.backward):
-        function.device_caches.clear()
+    """Return the list of what was compiled instead of launched."""
+    yield from compiling(monkeypatch, tmp_path)
 
 
 @pytest.mark.slow
