@@ -51,7 +51,9 @@ def adapted(base: PreTrainedModel, config: Any) -> Any:
     """Return a copy of the model with an adapter that changes its output, in eval mode."""
     model = get_peft_model(shared(base), config)
     for module in model.modules():  # LoRA's B, QTHA's last core: a new adapter changes nothing
-        parts = [module.stored(name) for name in module.table] if isinstance(module, QTHAAdapter) else list(module.parameters(False))
+        parts = (
+            [module.stored(name) for name in module.table] if isinstance(module, QTHAAdapter) else list(module.parameters(False))
+        )
         for part in parts:
             if part.requires_grad and not part.any():
                 nn.init.normal_(part, std=0.02)

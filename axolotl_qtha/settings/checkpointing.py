@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .parallel import deepspeed_settings, zero_stage
+
 NOT_REENTRANT = "`gradient_checkpointing: true` with `gradient_checkpointing_kwargs: {use_reentrant: false}`"
 
 
@@ -45,5 +47,11 @@ def connect(data: dict[str, Any], block: dict[str, Any]) -> None:
     kwargs = dict(data.get("gradient_checkpointing_kwargs") or {})
     if kwargs.get("use_reentrant"):
         raise ValueError(f"gradient_checkpointing_kwargs: {kwargs!r} {why}. What works: {NOT_REENTRANT}, or no `share:`.")
+    if data.get("gradient_checkpointing") and zero_stage(deepspeed_settings(data.get("deepspeed"))) == 3:
+        raise ValueError(
+            f"deepspeed: {data['deepspeed']!r}, gradient_checkpointing: true and `qtha: {{share: {share}}}` do not go together: "
+            "with `share:` blocks are computed again without reentering autograd, where ZeRO-3 has released their tensors "
+            "(LoRA's, too). What works: ZeRO-2, DDP, `gradient_checkpointing: false`, or no `share:`."
+        )
     if data.get("gradient_checkpointing"):
         data["gradient_checkpointing_kwargs"] = {**kwargs, "use_reentrant": False}

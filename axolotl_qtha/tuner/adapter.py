@@ -14,11 +14,13 @@ from transformers.utils.generic import maybe_autocast
 from ..errors import IncompleteAdapter
 from .bottleneck import Bottleneck, Circuit, alone, prepared
 from .config import QTHAConfig
-from .fold import fold, precise, sides
+from .fold import fold
 from .fold_cache import Fold, Kept, product_dtype
 from .initial import values
-from .join import Joint, branch, fuse, join, silu_rings
+from .join import branch, fuse, join, silu_rings
+from .joint import Joint
 from .reading import Shared
+from .side import precise, sides
 from .sizes import AdapterShape, ansatz
 from .table import table, tensor_sizes
 
@@ -49,7 +51,7 @@ class QTHAAdapter(nn.Module):
             shape: its sizes on this layer.
             seed: seed of the initial values.
             weight: the frozen weight (out_features, in_features), for `init: tt_svd`.
-            shared: what it has from adapters of other layers.
+            shared: what it has from adapters of other layers, see `take_shared`.
         """
         super().__init__()
         self.config, self.shape, self.kept = config, shape, Kept()
@@ -69,7 +71,6 @@ class QTHAAdapter(nn.Module):
         self._sides, self._fused_sides = sides(*of_sides, fused=False), sides(*of_sides, fused=True)
         self._joint = self._joined() if shape.has_branch else None
         self._scale_z()
-        self.take_shared()
         self.register_state_dict_post_hook(_check_saved)
         self.register_load_state_dict_pre_hook(_check_loaded)
 
@@ -77,7 +78,7 @@ class QTHAAdapter(nn.Module):
         """Return what the operator from z to h needs to know."""
         config, gain = self.config, self.table["w_c"].gain
         if not config.has_circuit:
-            return Joint(None, config.circuit_qubits, gain=gain)
+            return Joint(None, gain=gain, ring=config.circuit_qubits)
         bounded, product = config.angle_scale == "tanh", config.quantum == "qwthn"
         return Joint(ansatz(config), bounded=bounded, product=product, gain=gain)
 
@@ -90,7 +91,7 @@ class QTHAAdapter(nn.Module):
             rows.div_(self.fold_a().norm(dim=1, keepdim=True).clamp_min(1e-30))
 
     def take_shared(self) -> None:
-        """Use the tensors of the adapters that own them; again after loading, which may have put others in their place."""
+        """Use the tensors of the adapters that own them: once it is where its layer is, and again after loading."""
         for name, owner in self.shared.owners.items():
             held = self._parameters if name in self._parameters else self._buffers
             held[name] = getattr(owner, name)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..circuit.triton_kernel import works
-
-if TYPE_CHECKING:
-    from .fold import Side
+from .side import Side
 
 INNER, COLUMNS = 16, 64  # the least that a tensor core's product takes; columns of a tile
 GROUPS = 64  # programs that share a side's i, at most: each has sums of its own

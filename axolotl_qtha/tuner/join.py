@@ -6,7 +6,7 @@ It keeps z for backward and computes the rest again: the state vectors are neede
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -15,32 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..circuit import torch_engine
-from ..circuit.ansatz import Ansatz
 from ..circuit.operators import differentiable, operator
-from .fold import precise
-
-
-@dataclass(frozen=True)
-class Joint:
-    """What the operator is told beside tensors."""
-
-    ansatz: Ansatz | None  # of each circuit; None: the classical network `silu`
-    ring: int = 0  # units of its rings
-    bounded: bool = False  # z enters as pi * tanh(z / pi)
-    product: bool = False  # h is the product of the two paths, not the sum
-    gain: float = 1.0  # of W_C and W_Q
-
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        """The operator's arguments after the tensors."""
-        circuit = (0, 0, "") if self.ansatz is None else (self.ansatz.qubits, self.ansatz.layers, self.ansatz.gate_order)
-        return (*circuit, self.ring, self.bounded, self.product, self.gain)
-
-
-@lru_cache(maxsize=64)
-def _joint(qubits: int, layers: int, gate_order: Any, ring: int, bounded: bool, product: bool, gain: float) -> Joint:
-    return Joint(Ansatz(qubits, layers, gate_order) if qubits else None, ring, bounded, product, gain)
-
+from . import join_kernel
+from .joint import Joint, joint_of
+from .side import precise
 
 TENSORS = "Tensor z, Tensor fusion, Tensor angles, Tensor? scale"
 BRANCH_TENSORS = "Tensor z, Tensor angles, Tensor? scale"
@@ -58,16 +36,21 @@ def _like(scale: Tensor | None, angles: Tensor) -> Tensor:
 
 @operator(f"join({TENSORS}, {OTHERS}) -> Tensor", lambda z, *others: z.new_empty(z.shape))
 def _join(z: Tensor, fusion: Tensor, angles: Tensor, scale: Tensor | None, *others: Any) -> Tensor:
-    joint = _joint(*others)
+    joint = joint_of(*others)
     with torch_engine.exactly(z.device.type):
+        if joint.ansatz is not None and join_kernel.runs(z, joint):
+            return join_kernel.forward(_rows(z), *_whole(fusion, angles, scale), joint).view(z.shape)
         run = _Run(z, angles, scale, joint)
         return _fused(run.z, run.values(), fusion, joint).to(z.dtype).view(z.shape)
 
 
 @operator(f"join_grad(Tensor grad, {TENSORS}, {OTHERS}) -> (Tensor, Tensor, Tensor, Tensor)", _empty_grad)
 def _join_grad(grad: Tensor, z: Tensor, fusion: Tensor, angles: Tensor, scale: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
-    joint = _joint(*others)
+    joint = joint_of(*others)
     with torch_engine.exactly(z.device.type):
+        if joint.ansatz is not None and join_kernel.runs(z, joint):
+            found = join_kernel.backward(_rows(grad), _rows(z), *_whole(fusion, angles, scale), joint)
+            return _returned(found, z, fusion, angles, scale)
         run = _Run(z, angles, scale, joint)
         grad = grad.reshape(run.z.shape).to(run.z.dtype)
         w_c, w_q = _matrices(fusion, run.z, joint)
@@ -78,8 +61,12 @@ def _join_grad(grad: Tensor, z: Tensor, fusion: Tensor, angles: Tensor, scale: T
 
 @operator(f"branch({BRANCH_TENSORS}, {OTHERS}) -> Tensor", lambda z, *others: z.new_empty(z.shape))
 def _branch(z: Tensor, angles: Tensor, scale: Tensor | None, *others: Any) -> Tensor:
+    joint = joint_of(*others)
     with torch_engine.exactly(z.device.type):
-        return _Run(z, angles, scale, _joint(*others)).values().to(z.dtype, copy=True).view(z.shape)
+        if joint.ansatz is not None and join_kernel.runs(z, joint):
+            fusion, alone = _identity(z, angles), replace(joint, product=False, gain=1.0)
+            return join_kernel.forward(_rows(z), *_whole(fusion, angles, scale), alone).view(z.shape)
+        return _Run(z, angles, scale, joint).values().to(z.dtype, copy=True).view(z.shape)
 
 
 @operator(
@@ -87,8 +74,14 @@ def _branch(z: Tensor, angles: Tensor, scale: Tensor | None, *others: Any) -> Te
     lambda grad, z, angles, scale, *others: (z.new_empty(z.shape), torch.empty_like(angles), _like(scale, angles)),
 )
 def _branch_grad(grad: Tensor, z: Tensor, angles: Tensor, scale: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
+    joint = joint_of(*others)
     with torch_engine.exactly(z.device.type):
-        run = _Run(z, angles, scale, _joint(*others))
+        if joint.ansatz is not None and join_kernel.runs(z, joint):
+            fusion, alone = _identity(z, angles), replace(joint, product=False, gain=1.0)
+            found = join_kernel.backward(_rows(grad), _rows(z), *_whole(fusion, angles, scale), alone)
+            of_z, _, *of_branch = _returned(found, z, fusion, angles, scale)
+            return (of_z, *of_branch)
+        run = _Run(z, angles, scale, joint)
         _, of_z, *of_branch = run.gradients(grad.reshape(run.z.shape).to(run.z.dtype))
         return (of_z.to(z.dtype).view(z.shape), *of_branch)
 
@@ -97,7 +90,7 @@ def _branch_grad(grad: Tensor, z: Tensor, angles: Tensor, scale: Tensor | None, 
 def _fuse(z: Tensor, q: Tensor, fusion: Tensor, *others: Any) -> Tensor:
     with torch_engine.exactly(z.device.type):
         flat, inner = (x.reshape(-1, x.shape[-1]).to(precise(fusion).dtype) for x in (z, q))
-        return _fused(flat, inner, fusion, _joint(*others)).to(z.dtype).view(z.shape)
+        return _fused(flat, inner, fusion, joint_of(*others)).to(z.dtype).view(z.shape)
 
 
 @operator(
@@ -107,7 +100,7 @@ def _fuse(z: Tensor, q: Tensor, fusion: Tensor, *others: Any) -> Tensor:
 def _fuse_grad(grad: Tensor, z: Tensor, q: Tensor, fusion: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     with torch_engine.exactly(z.device.type):
         of_h, flat, inner = (x.reshape(-1, x.shape[-1]).to(precise(fusion).dtype) for x in (grad, z, q))
-        of_z, of_q, of_fusion = _fused_grad(of_h, flat, inner, fusion, _joint(*others))
+        of_z, of_q, of_fusion = _fused_grad(of_h, flat, inner, fusion, joint_of(*others))
         return of_z.to(z.dtype).view(z.shape), of_q.to(q.dtype).view(q.shape), of_fusion
 
 
@@ -145,6 +138,35 @@ def fuse(z: Tensor, q: Tensor, fusion: Tensor, joint: Joint) -> Tensor:
     """Return h (.., r) of z and q, in z's dtype: the second half of `join`."""
     result: Tensor = _run_fuse(z, q, fusion, *joint.arguments)
     return result
+
+
+def _rows(z: Tensor) -> Tensor:
+    """Return z as (tokens, r), contiguous."""
+    return z.reshape(-1, z.shape[-1]).contiguous()
+
+
+def _whole(fusion: Tensor, angles: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return parameters as the kernel takes them."""
+    return precise(fusion), precise(angles), None if scale is None else precise(scale)
+
+
+def _returned(found: tuple[Tensor | None, ...], z: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
+    """Return the kernel's gradients in the shape of z and the dtypes of the parameters; of no entries where there is none."""
+    of_z, *shared = found
+    assert of_z is not None
+    pairs = zip(shared, parameters, strict=True)
+    given = [z.new_empty(0) if own is None or like is None else own.to(like.dtype) for own, like in pairs]
+    return (of_z.view(z.shape), *given)
+
+
+@lru_cache(maxsize=64)
+def _squares(rank: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.stack([torch.zeros(rank, rank, dtype=dtype), torch.eye(rank, dtype=dtype)]).flatten().to(device)
+
+
+def _identity(z: Tensor, angles: Tensor) -> Tensor:
+    """Return W_C and W_Q with which h is q."""
+    return _squares(z.shape[-1], precise(angles).dtype, z.device)
 
 
 def _matrices(fusion: Tensor, z: Tensor, joint: Joint) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..circuit import triton_kernel
 from ..circuit.ansatz import Ansatz
 from ..circuit.program import program
-from .join import Joint
+from .joint import Joint
 
 # As many warps of 255 registers as the largest GPUs hold at one time, eight on each multiprocessor. A program makes the tables of
 # its circuits, which takes about as long as a block of tokens forward: so few programs, of several blocks each.
@@ -26,7 +26,7 @@ TOTALS = (256, 8)  # programs whose sums are added at one time, and columns of t
 
 def runs(z: Tensor, joint: Joint) -> bool:
     """Return whether the kernel takes z (tokens, r)."""
-    return triton_kernel.runs(z, joint.ansatz.qubits)
+    return joint.ansatz is not None and triton_kernel.runs(z, joint.ansatz.qubits)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class _Launch:
 
 def _launch(z: Tensor, dtype: torch.dtype, joint: Joint, sums: int) -> _Launch:
     """Return it for kernels that also need so many numbers a program for its sums."""
-    ansatz, (tokens, r) = joint.ansatz, z.shape
+    ansatz, (tokens, r) = _circuit(joint), z.shape
     walls = len(program(ansatz).walls)
     turns = 2 * walls * (ansatz.qubits + 2**ansatz.qubits)
     constants, options = triton_kernel.settings(ansatz.qubits, dtype)
@@ -121,7 +121,8 @@ def backward(
             if x is not None:
                 x.zero_()
         return of_z, of_fusion, of_angles, of_scale
-    walls = len(program(joint.ansatz).walls)
+    ansatz = _circuit(joint)
+    walls = len(program(ansatz).walls)
     launch = _launch(z, dtype, joint, 2 * r * (r + walls))
     q, of_q = torch.empty_like(z, dtype=dtype), torch.empty_like(z, dtype=dtype)
     of_linear, of_branch = (torch.empty_like(q), torch.empty_like(q)) if joint.product else (grad, grad)
@@ -134,9 +135,9 @@ def backward(
             **launch.options,
         )
         at_once, columns = TOTALS
-        join_triton.totals[(-(-(2 * r + joint.ansatz.rows + 1) * r // columns),)](
-            *(sums, _slots(joint.ansatz, z.device), of_fusion, of_angles, of_scale),
-            *(launch.programs, walls, r, joint.ansatz.rows, joint.gain, at_once, columns),
+        join_triton.totals[(-(-(2 * r + ansatz.rows + 1) * r // columns),)](
+            *(sums, _slots(ansatz, z.device), of_fusion, of_angles, of_scale),
+            *(launch.programs, walls, r, ansatz.rows, joint.gain, at_once, columns),
             enable_fp_fusion=True,
         )
     return of_z, of_fusion, of_angles, of_scale
@@ -144,3 +145,8 @@ def backward(
 
 def _precise(fusion: Tensor) -> torch.dtype:
     return torch.float64 if fusion.dtype == torch.float64 else torch.float32
+
+
+def _circuit(joint: Joint) -> Ansatz:
+    assert joint.ansatz is not None  # `runs` has said no to others
+    return joint.ansatz

@@ -61,12 +61,13 @@ class QTHALayer(BaseTunerLayer):
         if adapter.shared.reading is not None:
             adapter.shared.reading.members.append(adapter)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        adapter.take_shared()
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _refuse_other_device(self, config: QTHAConfig, shared: Shared | None) -> None:
         own = next(self.get_base_layer().parameters()).device
         for owner in shared.owners.values() if shared else ():
-            there = owner.fusion.device
+            there = cast(QTHAAdapter, owner).fusion.device
             if "meta" not in (own.type, there.type) and own != there:
                 why = f"shares tensors of layers on {there} and on {own}"
                 raise refusal(

@@ -5,13 +5,10 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from .adapter import QTHAAdapter
+from torch import Tensor, nn
 
 Found = tuple[Tensor, Tensor | None]  # z and, with a branch, q
 
@@ -25,7 +22,7 @@ class Reading:
     """
 
     def __init__(self) -> None:
-        self.members: list[QTHAAdapter] = []
+        self.members: list[nn.Module] = []
         self._drop()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -40,7 +37,7 @@ class Reading:
         self._found: Found | None = None
         self._left = set[int]()
 
-    def of(self, adapter: QTHAAdapter, x: Tensor, compute: Callable[[], Found]) -> Found:
+    def of(self, adapter: nn.Module, x: Tensor, compute: Callable[[], Found]) -> Found:
         """Return z and q of x (.., d) for one of the adapters."""
         if torch.compiler.is_compiling():
             return compute()
@@ -67,5 +64,5 @@ def _restored() -> Reading:
 class Shared:
     """What an adapter has from adapters of other layers."""
 
-    owners: dict[str, QTHAAdapter] = field(default_factory=dict)  # of its flat tensors, by the tensors' names
+    owners: dict[str, nn.Module] = field(default_factory=dict)  # of its flat tensors, by the tensors' names
     reading: Reading | None = None  # where others read its input

@@ -63,3 +63,13 @@ def test_fsdp2_shares_no_tensor_of_several_blocks():
 def test_bad_values_are_named(share, message):
     with pytest.raises(ValueError, match=message):
         validated(qtha={"share": share})
+
+
+def test_zero3_and_checkpointing_do_not_go_with_it():
+    zero3 = {"deepspeed": "example_configs/deepspeed/zero3.json"}
+    with pytest.raises(
+        ValueError, match=r"deepspeed: .*zero3\.json.*gradient_checkpointing: true.*share.*What works: ZeRO-2, DDP"
+    ):
+        validated(qtha=SHARE, **zero3, **CHECKPOINTED)
+    assert validated(qtha=SHARE, **zero3).adapter == "qtha"
+    assert validated(qtha={"rank": 8}, **zero3, **CHECKPOINTED).adapter == "qtha"

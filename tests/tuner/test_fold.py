@@ -10,7 +10,8 @@ from tensorly.tt_matrix import TTMatrix
 
 from axolotl_qtha import QTHAConfig
 from axolotl_qtha.tuner.adapter import QTHAAdapter
-from axolotl_qtha.tuner.fold import fold, sides
+from axolotl_qtha.tuner.fold import fold
+from axolotl_qtha.tuner.side import sides
 from axolotl_qtha.tuner.sizes import adapter_shape
 from axolotl_qtha.tuner.table import table, tensor_sizes
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from axolotl_qtha import QTHAConfig
-from axolotl_qtha.tuner import fold as fold_module
 from axolotl_qtha.tuner import fold_kernel
-from axolotl_qtha.tuner.fold import fold, sides
+from axolotl_qtha.tuner.fold import fold
+from axolotl_qtha.tuner.side import sides, sides_of
 from axolotl_qtha.tuner.sizes import adapter_shape
 from axolotl_qtha.tuner.table import table, tensor_sizes
 
@@ -111,6 +111,6 @@ def test_more_cores_are_not_for_the_kernel(monkeypatch):
     for cores, taken in ((1, True), (2, True), (3, False)):
         config = QTHAConfig(num_cores=cores, **sizes)
         numbers = sides(table(config, adapter_shape(config, 64, 64)), 4, 64, 64, 1.0, False)["cores"]
-        wanted = fold_module._sides(tuple(numbers.numbers), tuple(numbers.gains))
+        wanted = sides_of(tuple(numbers.numbers), tuple(numbers.gains))
         assert fold_kernel.runs(torch.empty(1, device="meta"), wanted) is False
         assert all(len(side.cores) <= 2 for side in wanted) is taken

@@ -20,7 +20,7 @@ from axolotl_qtha.circuit.program import program
 from axolotl_qtha.circuit.simulation import Simulation
 from axolotl_qtha.tuner import join_kernel
 from axolotl_qtha.tuner.bottleneck import Bottleneck, Circuit
-from axolotl_qtha.tuner.join import Joint
+from axolotl_qtha.tuner.joint import Joint
 
 from ..circuit.hopper import compiling
 from ..circuit.reference import expectations
