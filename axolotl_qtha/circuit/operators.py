@@ -47,6 +47,8 @@ def _each(call: Run, count: int, dims: tuple[Any, ...], args: tuple[Any, ...]) -
     """Call an operator for each sample of a batch, and stack its results."""
 
     def of(arg: Any, dim: Any, index: int) -> Any:
+        if isinstance(arg, (list, tuple)) and isinstance(dim, (list, tuple)):
+            return [of(part, own, index) for part, own in zip(arg, dim, strict=True)]
         return arg.select(dim, index) if isinstance(arg, Tensor) and dim is not None else arg
 
     found = [call(*(of(arg, dim, index) for arg, dim in zip(args, dims, strict=True))) for index in range(count)]

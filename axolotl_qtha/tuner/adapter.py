@@ -132,7 +132,7 @@ class QTHAAdapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the change of the output, (.., o), in the dtype of the products with x."""
-        if torch.compiler.is_compiling() or self.training or torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or self.training or torch.is_grad_enabled():
             made = self._fold(x)
         else:
             made = self.kept.get(self._tensors(), self.sizes, x, self._fold)
