@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from axolotl_qtha.errors import IncompleteAdapter
+from axolotl_qtha.tuner.layer import adapted_layers
 
 from .commands import QUICKSTART, losses, run, train_here, write_config
 
@@ -86,9 +87,9 @@ def test_every_folder_of_the_run_has_a_card_without_paths(uninterrupted, tmp_pat
 def test_adapter_has_its_own_learning_rate_for_the_angles(uninterrupted, folder):
     start = load_file(folder / "out" / "checkpoint-4" / "adapter_model.safetensors")
     end = load_file(folder / "out" / "adapter_model.safetensors")
-    moved = {part: max((end[k] - start[k]).abs().max() for k in end if k.endswith(part)) for part in (".angles", ".mpo_b_1")}
+    moved = {part: max((end[k] - start[k]).abs().max() for k in end if k.endswith(part)) for part in (".angles", ".cores")}
     # Adam moves an entry by about the learning rate per step: circuit_lr is 5 times learning_rate
-    assert moved[".angles"] > 2 * moved[".mpo_b_1"]
+    assert moved[".angles"] > 2 * moved[".cores"]
 
 
 def test_resume_continues_the_uninterrupted_run(uninterrupted, tmp_path):
@@ -218,10 +219,13 @@ def test_dpo_does_not_drop_an_adapter(uninterrupted, tmp_path):
 
 
 def test_dpo(tmp_path):
-    _, _, trainer = train_here(write_config(tmp_path, **dpo()))
+    model, _, trainer = train_here(write_config(tmp_path, **dpo()))
     assert losses(trainer)[1] == pytest.approx(0.6931, abs=1e-3)  # log 2: policy and reference agree at the start
     saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    assert any(tensor.abs().max() > 0 for name, tensor in saved.items() if name.endswith("mpo_b_1"))
+    for name, layer in adapted_layers(model).items():
+        adapter = layer.qtha_adapter["default"]
+        assert torch.equal(saved[f"base_model.model.{name}.qtha_adapter.cores"], adapter.cores.cpu())
+        assert not adapter.is_no_op()
     readme = tmp_path / "out" / "README.md"
     written = readme.read_text()
     assert "| method | dpo |" in written

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from axolotl_qtha.settings import quantization
-from axolotl_qtha.tuner.layer import QTHALayer
+from axolotl_qtha.tuner.layer import QTHALayer, adapted_layers
 
 from ..quantised import NF4
 from .commands import QUICKSTART, losses, run, train_here, write_config
@@ -135,7 +135,10 @@ def test_dpo(train, tmp_path):
     assert bases(model) == {bitsandbytes.nn.Linear4bit}
     assert losses(trainer)[1] == pytest.approx(0.6931, abs=1e-3)  # log 2: policy and reference agree at the start
     saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    assert all(tensor.any() for name, tensor in saved.items() if name.endswith("mpo_b_1"))  # starts at zero
+    for name, layer in adapted_layers(model).items():
+        adapter = layer.qtha_adapter["default"]
+        assert torch.equal(saved[f"base_model.model.{name}.qtha_adapter.cores"], adapter.cores.cpu())
+        assert not adapter.is_no_op()
 
 
 # ---- what reaches the model ----

@@ -1,0 +1,60 @@
+"""`axolotl train` with torch.compile, and with each kind of gradient checkpointing, does what it does without."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from axolotl_qtha.tuner.layer import adapted_layers
+
+from .commands import losses, train_here, write_config
+
+pytestmark = pytest.mark.e2e
+
+STEPS = {"max_steps": 4, "save_steps": 2, "warmup_steps": 0, "eval_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    model, _, trainer = train_here(write_config(folder, **STEPS))
+    return folder, model, losses(trainer)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"torch_compile": True},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"gradient_checkpointing": "offload"},
+    ],
+    ids=str,
+)
+def test_losses_are_the_same(keys, plain, tmp_path):
+    torch._dynamo.reset()
+    _, _, trainer = train_here(write_config(tmp_path, **STEPS, **keys))
+    found = losses(trainer)
+    assert found.keys() == plain[2].keys()
+    for step, loss in found.items():
+        assert loss == pytest.approx(plain[2][step], rel=1e-5)  # float32 in another order, where it is compiled
+    torch._dynamo.reset()
+
+
+def test_a_checkpoint_of_an_earlier_version_is_not_resumed_but_trained_on(plain, tmp_path):
+    folder, model, _ = plain
+    checkpoint = next(path for path in sorted(folder.rglob("checkpoint-2")))
+    path = checkpoint / "adapter_model.safetensors"
+    now, tensors = load_file(path), {}
+    for name, layer in adapted_layers(model).items():
+        adapter = layer.qtha_adapter["default"]
+        for key, part in adapter.table.items():
+            flat = now[f"base_model.model.{name}.qtha_adapter.{part.tensor}"]
+            tensors[f"base_model.model.{name}.qtha_adapter.{key}"] = flat[part.start : part.start + part.size].clone()
+    save_file(tensors, path)
+    try:
+        with pytest.raises(ValueError, match=r"resume_from_checkpoint: .*earlier version.*What works: `lora_model_dir: "):
+            train_here(write_config(tmp_path, **STEPS, resume_from_checkpoint=str(checkpoint)))
+        _, _, trainer = train_here(write_config(tmp_path, **{**STEPS, "max_steps": 1}, lora_model_dir=str(checkpoint)))
+        assert len(losses(trainer)) == 1
+    finally:
+        save_file(now, path)
