@@ -1,7 +1,6 @@
-"""`axolotl train` with torch.compile, and with each kind of gradient checkpointing, does what it does without."""
+"""`axolotl train` with each kind of gradient checkpointing does what it does without; checkpoints of earlier versions."""
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from axolotl_qtha.tuner.layer import adapted_layers
@@ -23,21 +22,14 @@ def plain(tmp_path_factory):
 @pytest.mark.parametrize(
     "keys",
     [
-        {"torch_compile": True},
         {"gradient_checkpointing": True},
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
-        {"gradient_checkpointing": "offload"},
     ],
     ids=str,
 )
 def test_losses_are_the_same(keys, plain, tmp_path):
-    torch._dynamo.reset()
     _, _, trainer = train_here(write_config(tmp_path, **STEPS, **keys))
-    found = losses(trainer)
-    assert found.keys() == plain[2].keys()
-    for step, loss in found.items():
-        assert loss == pytest.approx(plain[2][step], rel=1e-5)  # float32 in another order, where it is compiled
-    torch._dynamo.reset()
+    assert losses(trainer) == pytest.approx(plain[2], rel=1e-6)  # the log rounds
 
 
 def test_a_checkpoint_of_an_earlier_version_is_not_resumed_but_trained_on(plain, tmp_path):
