@@ -34,6 +34,9 @@ def _save(model: PeftModel, save_directory: str | Path, *args: Any, is_main_proc
         IncompleteAdapter: if a tensor is missing, of another shape, or not finite; nothing is replaced then.
     """
     write: Any = partial(type(model).save_pretrained, model)
+    if kwargs.get("state_dict") is not None:  # gathered by DeepSpeed or FSDP2, name by name
+        shared = _shared_names(model)
+        kwargs["state_dict"] = {name: tensor for name, tensor in kwargs["state_dict"].items() if name not in shared}
     if not is_main_process:
         write(str(save_directory), *args, is_main_process=False, **kwargs)
         return
@@ -49,6 +52,12 @@ def _save(model: PeftModel, save_directory: str | Path, *args: Any, is_main_proc
             if path.is_file():  # not one of `selected_adapters` otherwise
                 check(load_file(path), expected(model, adapter), folder)
         _move(scratch, folder)
+
+
+def _shared_names(model: PeftModel) -> set[str]:
+    """Return the names of tensors that an adapter has from another, which saves them."""
+    adapters = [(path, module) for path, module in model.named_modules() if isinstance(module, QTHAAdapter)]
+    return {f"{path}.{name}" for path, module in adapters for name in module.shared.owners}
 
 
 def expected(model: PeftModel, adapter: str) -> dict[str, tuple[int, ...]]:
