@@ -52,7 +52,8 @@ class Fitted:
 
 def exact(adapter: QTHAAdapter) -> LowRank:
     """Return the LoRA that equals a linear adapter (`quantum: none`)."""
-    return LowRank(cpu(adapter.fold_a()), cpu(adapter.fold_b(fused=True)))
+    a, b = adapter.folds(fused=True)
+    return LowRank(cpu(a), cpu(b))
 
 
 def classical(adapter: QTHAAdapter) -> Tensor:

@@ -150,7 +150,7 @@ def _circuits(adapters: dict[str, QTHAAdapter], runner: Runner, seen: _Seen | No
         for adapter in adapters.values():
             join = adapter.bottleneck()
             assert isinstance(join.branch, Circuit)
-            parts = runner, seen, join, join.branch, adapter.fold_a(), adapter.fold_b()
+            parts = runner, seen, join, join.branch, *adapter.folds()
             adapter.forward = partial(_forward, *parts)  # type: ignore[method-assign]
         yield
     finally:

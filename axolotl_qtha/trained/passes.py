@@ -84,7 +84,7 @@ def _observed(adapters: dict[str, QTHAAdapter], observer: Callable[[str, Tokens]
 
     try:
         for name, adapter in adapters.items():
-            parts = name, _join(adapter), adapter.fold_a(), adapter.fold_b()
+            parts = name, _join(adapter), *adapter.folds()
             adapter.forward = partial(forward, *parts)  # type: ignore[method-assign]
         yield seen
     finally:

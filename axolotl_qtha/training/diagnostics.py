@@ -24,6 +24,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -32,8 +33,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..circuit.torch_engine import expectation_values
 from ..tuner.adapter import QTHAAdapter
-from ..tuner.bottleneck import Circuit
-from ..tuner.join import silu_rings
+from ..tuner.bottleneck import Bottleneck, Circuit
 from ..tuner.layer import QTHALayer
 
 if TYPE_CHECKING:
@@ -119,7 +119,8 @@ def gradient_norms(adapters: Iterable[QTHAAdapter]) -> dict[str, Tensor]:
     """Return the norms of the gradients by part, as tensors; empty where gradients are not whole, or not here."""
     gradients: dict[str, list[Tensor]] = {}
     for adapter in adapters:
-        for name, part in adapter.table.items():
+        own = adapter.state_names()  # a tensor that several share counts once
+        for name, part in ((name, part) for name, part in adapter.table.items() if part.tensor in own):
             gradient = getattr(adapter, part.tensor).grad
             if type(gradient) is Tensor and gradient.numel() == adapter.sizes[part.tensor]:
                 kind = PARTS.get(name, "cores" if name.startswith("mpo_") else "classical")
@@ -201,7 +202,7 @@ def _of_tokens(adapters: list[QTHAAdapter], z: Tensor) -> dict[str, Tensor]:
         return found
     joins = [adapter.bottleneck() for adapter in adapters]
     z = z.to(joins[0].w_c.dtype)
-    q = _branches(adapters, z.transpose(0, 1).flatten(1)).unflatten(1, (layers, -1)).transpose(0, 1)
+    q = _branches(joins, z.transpose(0, 1).flatten(1)).unflatten(1, (layers, -1)).transpose(0, 1)
     if config.has_circuit:
         found["qtha/z_variance"] = q.var(dim=1, correction=0).mean(1)
     if not joins[0].product:
@@ -210,12 +211,12 @@ def _of_tokens(adapters: list[QTHAAdapter], z: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def _branches(adapters: list[QTHAAdapter], z: Tensor) -> Tensor:
+def _branches(joins: list[Bottleneck], z: Tensor) -> Tensor:
     """Return q, (tokens, layers * r), of z (tokens, layers * r); NaN where an angle is not finite, which the engine refuses."""
-    branches = [adapter.bottleneck().branch for adapter in adapters]
+    branches = [join.branch for join in joins]
     if not isinstance(branches[0], Circuit):
-        units = torch.cat([adapter.effective("units") for adapter in adapters], 1)
-        return silu_rings(z, units, adapters[0].config.circuit_qubits)
+        rings = cast("list[partial[Tensor]]", branches)
+        return rings[0](z, units=torch.cat([ring.keywords["units"] for ring in rings], 1))
     circuits = cast(list[Circuit], branches)
     scales = [circuit.scale for circuit in circuits if circuit.scale is not None]
     angles = torch.cat([circuit.angles for circuit in circuits], 1)
@@ -227,7 +228,7 @@ def _branches(adapters: list[QTHAAdapter], z: Tensor) -> Tensor:
 
 def _grams(adapter: QTHAAdapter) -> Tensor:
     """Return A A^T, W_C and B^T B, (3, r, r), float64."""
-    a, b, w_c = adapter.fold_a().double(), adapter.fold_b().double(), adapter.effective("w_c").double()
+    a, b, w_c = (matrix.double() for matrix in (*adapter.folds(), adapter.effective("w_c")))
     return torch.stack([a @ a.T, w_c, b.T @ b])
 
 

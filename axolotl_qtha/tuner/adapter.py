@@ -93,6 +93,7 @@ class QTHAAdapter(nn.Module):
     def take_shared(self) -> None:
         """Use the tensors of the adapters that own them: once it is where its layer is, and again after loading."""
         for name, owner in self.shared.owners.items():
+            # not by setattr: while PEFT loads with low_cpu_mem_usage, what is registered is replaced by a copy without data
             held = self._parameters if name in self._parameters else self._buffers
             held[name] = getattr(owner, name)
 
@@ -117,15 +118,20 @@ class QTHAAdapter(nn.Module):
 
     def fold_a(self) -> Tensor:
         """Return A = W_A MPO_A, (r, d)."""
-        return self._folded(precise(self.fusion).dtype)[0]
+        return self.folds()[0]
 
     def fold_b(self, fused: bool = False) -> Tensor:
         """Return (alpha / r) * MPO_B W_B, (o, r); times W_C, if it is to be fused."""
-        return self._folded(precise(self.fusion).dtype, fused)[1].T
+        return self.folds(fused)[1]
+
+    def folds(self, fused: bool = False) -> tuple[Tensor, Tensor]:
+        """Return both, from one call of the operator, in computing precision."""
+        a, b = self._folded(precise(self.fusion).dtype, fused)
+        return a, b.T
 
     def _folded(self, dtype: torch.dtype, fused: bool = False) -> list[Tensor]:
         """Return A (r, d) and the transposed B (r, o)."""
-        w_c, by_tensor = (None, self._sides)
+        w_c, by_tensor = None, self._sides
         if fused:  # without a branch all of `fusion`: no view, whose backward would be two operators more
             w_c, by_tensor = self.fusion[: self.shape.rank**2] if self.shape.has_branch else self.fusion, self._fused_sides
         return [matrix for name, both in by_tensor.items() for matrix in fold(getattr(self, name), w_c, both, dtype)]

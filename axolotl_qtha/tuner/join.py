@@ -17,6 +17,7 @@ from torch import Tensor
 from ..circuit import torch_engine
 from ..circuit.operators import differentiable, operator
 from . import join_kernel
+from .bottleneck import bounded
 from .joint import Joint, joint_of
 from .side import precise
 
@@ -38,7 +39,7 @@ def _like(scale: Tensor | None, angles: Tensor) -> Tensor:
 def _join(z: Tensor, fusion: Tensor, angles: Tensor, scale: Tensor | None, *others: Any) -> Tensor:
     joint = joint_of(*others)
     with torch_engine.exactly(z.device.type):
-        if joint.ansatz is not None and join_kernel.runs(z, joint):
+        if _on_kernel(z, joint):
             return join_kernel.forward(_rows(z), *_whole(fusion, angles, scale), joint).view(z.shape)
         run = _Run(z, angles, scale, joint)
         return _fused(run.z, run.values(), fusion, joint).to(z.dtype).view(z.shape)
@@ -48,7 +49,7 @@ def _join(z: Tensor, fusion: Tensor, angles: Tensor, scale: Tensor | None, *othe
 def _join_grad(grad: Tensor, z: Tensor, fusion: Tensor, angles: Tensor, scale: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
     joint = joint_of(*others)
     with torch_engine.exactly(z.device.type):
-        if joint.ansatz is not None and join_kernel.runs(z, joint):
+        if _on_kernel(z, joint):
             found = join_kernel.backward(_rows(grad), _rows(z), *_whole(fusion, angles, scale), joint)
             return _returned(found, z, fusion, angles, scale)
         run = _Run(z, angles, scale, joint)
@@ -63,9 +64,8 @@ def _join_grad(grad: Tensor, z: Tensor, fusion: Tensor, angles: Tensor, scale: T
 def _branch(z: Tensor, angles: Tensor, scale: Tensor | None, *others: Any) -> Tensor:
     joint = joint_of(*others)
     with torch_engine.exactly(z.device.type):
-        if joint.ansatz is not None and join_kernel.runs(z, joint):
-            fusion, alone = _identity(z, angles), replace(joint, product=False, gain=1.0)
-            return join_kernel.forward(_rows(z), *_whole(fusion, angles, scale), alone).view(z.shape)
+        if _on_kernel(z, joint):
+            return join_kernel.forward(_rows(z), *_whole(_identity(z, angles), angles, scale), _alone(joint)).view(z.shape)
         return _Run(z, angles, scale, joint).values().to(z.dtype, copy=True).view(z.shape)
 
 
@@ -76,9 +76,9 @@ def _branch(z: Tensor, angles: Tensor, scale: Tensor | None, *others: Any) -> Te
 def _branch_grad(grad: Tensor, z: Tensor, angles: Tensor, scale: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
     joint = joint_of(*others)
     with torch_engine.exactly(z.device.type):
-        if joint.ansatz is not None and join_kernel.runs(z, joint):
-            fusion, alone = _identity(z, angles), replace(joint, product=False, gain=1.0)
-            found = join_kernel.backward(_rows(grad), _rows(z), *_whole(fusion, angles, scale), alone)
+        if _on_kernel(z, joint):
+            fusion = _identity(z, angles)
+            found = join_kernel.backward(_rows(grad), _rows(z), *_whole(fusion, angles, scale), _alone(joint))
             of_z, _, *of_branch = _returned(found, z, fusion, angles, scale)
             return (of_z, *of_branch)
         run = _Run(z, angles, scale, joint)
@@ -140,6 +140,11 @@ def fuse(z: Tensor, q: Tensor, fusion: Tensor, joint: Joint) -> Tensor:
     return result
 
 
+def _on_kernel(z: Tensor, joint: Joint) -> bool:
+    """Return whether the GPU's kernel takes z (.., r)."""
+    return not torch_engine.plain() and join_kernel.runs(z, joint)
+
+
 def _rows(z: Tensor) -> Tensor:
     """Return z as (tokens, r), contiguous."""
     return z.reshape(-1, z.shape[-1]).contiguous()
@@ -165,8 +170,12 @@ def _squares(rank: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _identity(z: Tensor, angles: Tensor) -> Tensor:
-    """Return W_C and W_Q with which h is q."""
+    """Return W_C and W_Q with which, and with `_alone`, h is q."""
     return _squares(z.shape[-1], precise(angles).dtype, z.device)
+
+
+def _alone(joint: Joint) -> Joint:
+    return replace(joint, product=False, gain=1.0)
 
 
 def _matrices(fusion: Tensor, z: Tensor, joint: Joint) -> tuple[Tensor, Tensor]:
@@ -223,7 +232,7 @@ class _Run:
 
     def _encoded(self) -> Tensor:
         angles = self.z if self.scale is None else self.z * self.scale
-        return torch.tanh(angles / math.pi).mul_(math.pi) if self.joint.bounded else angles.contiguous()
+        return bounded(angles) if self.joint.bounded else angles.contiguous()
 
 
 def silu_rings(z: Tensor, units: Tensor, size: int) -> Tensor:

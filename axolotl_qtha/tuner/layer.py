@@ -149,7 +149,8 @@ class QTHALinear(nn.Module, QTHALayer):
         """
         adapter: QTHAAdapter = self.qtha_adapter[adapter_name]  # type: ignore[assignment]
         refuse_nonlinear_merge(adapter_name, adapter.config)
-        delta = adapter.fold_b(fused=True) @ adapter.fold_a()
+        a, b = adapter.folds(fused=True)
+        delta = b @ a
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

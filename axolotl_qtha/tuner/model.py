@@ -21,14 +21,13 @@ from .adapter import QTHAAdapter
 from .backends import prepare
 from .config import QTHAConfig
 from .earlier import MARK, converted, is_earlier
-from .layer import QTHALayer, QTHALinear, layer_sizes, refuse_nonlinear_merge, refuse_quantised_merge
+from .layer import QTHALayer, QTHALinear, refuse_nonlinear_merge, refuse_quantised_merge
 from .peft_type import QTHA
 from .quantised import keep_trainable
 from .reading import Reading, Shared
 from .share import Owned, Owners, owners
-from .sizes import adapter_shape, ansatz, resolve
-from .table import table, tensor_sizes
-from .targets import frozen, select_targets
+from .sizes import ansatz, resolve
+from .targets import select_targets
 
 CONTAINER = "qtha_adapter"
 
@@ -39,6 +38,7 @@ class QTHAModel(BaseTuner):
     prefix = "qtha_"
     tuner_layer_cls = QTHALayer
     _owners: dict[str, Owners]  # of the adapter that is being added
+    _followed: set[str]  # layers of it that are the first of several to read their input
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -57,6 +57,7 @@ class QTHAModel(BaseTuner):
         keep_trainable(model)
         targets = select_targets(config, model)
         self._owners = {} if not config.share else owners(config.share, {name: size[:2] for name, size in targets.items()})
+        self._followed = {own.together for name, own in self._owners.items() if own.together != name}
         settled = resolve(config, list(targets.values()))
         config.bond_dim, config.mid_dim = settled.bond_dim, settled.mid_dim
         if config.has_circuit and next(model.parameters()).device.type != "meta":
@@ -96,11 +97,11 @@ class QTHAModel(BaseTuner):
         def at(name: str) -> QTHAAdapter:
             return cast(QTHAAdapter, self.model.get_submodule(name).qtha_adapter[adapter_name])
 
-        tensors = tensor_sizes(table(config, adapter_shape(config, *layer_sizes(frozen(self.model.get_submodule(name))))))
-        shared = Shared({tensor: at(sources[tensor]) for tensor in tensors if sources.get(tensor, name) != name})
+        others = {tensor: at(source) for tensor, source in sources.items() if source != name}
+        shared = Shared({tensor: owner for tensor, owner in others.items() if tensor in owner.sizes})
         if own.together != name:
             shared.reading = at(own.together).shared.reading
-        elif sum(other.together == name for other in self._owners.values()) > 1:
+        elif name in self._followed:
             shared.reading = Reading()
         return own.owned(name), shared
 

@@ -36,12 +36,16 @@ class AdapterShape:
     def parts(self) -> dict[str, int]:
         """Trainable parameters by part, without those of a layer before it that it shares."""
         r, own = self.rank, self.owned
-        parts = {"mpo_a": 0, "w_a": 0, "w_b": 0, "mpo_b": 0, "w_c": r * r}
         if self.mpo_a is None or self.mpo_b is None:
-            parts = {"a": own.a * r * self.in_features, "b": own.b * r * self.out_features, "w_c": r * r}
+            parts = {"a": own.a * r * self.in_features, "b": own.b * r * self.out_features}
         else:
-            parts |= {"mpo_a": own.a * self.mpo_a.num_parameters, "w_a": own.a * r * self.mpo_a.outputs.padded}
-            parts |= {"mpo_b": own.b * self.mpo_b.num_parameters, "w_b": own.b * r * self.mpo_b.inputs.padded}
+            parts = {
+                "mpo_a": own.a * self.mpo_a.num_parameters,
+                "w_a": own.a * r * self.mpo_a.outputs.padded,
+                "w_b": own.b * r * self.mpo_b.inputs.padded,
+                "mpo_b": own.b * self.mpo_b.num_parameters,
+            }
+        parts["w_c"] = r * r
         if self.has_branch:
             parts["w_q"] = r * r
         if self.trains_branch:

@@ -117,14 +117,14 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D, QTHALinear))
 
 
-def frozen(module: nn.Module) -> nn.Module:
+def _frozen(module: nn.Module) -> nn.Module:
     """Return the frozen layer under an adapted one, or the module itself."""
     return module.get_base_layer() if isinstance(module, QTHALinear) else module
 
 
 def _supported(name: str, module: nn.Module, model: nn.Module) -> nn.Module:
     """Return the frozen layer itself, or refuse a kind of layer that cannot carry an adapter."""
-    layer = frozen(module)
+    layer = _frozen(module)
     # torch's attention reads this layer's weight without calling it, so an adapter there would do nothing
     linear = isinstance(layer, (nn.Linear, Conv1D)) and not isinstance(layer, NonDynamicallyQuantizableLinear)
     if not linear and not is_quantised(layer, model):

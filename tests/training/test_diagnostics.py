@@ -157,6 +157,14 @@ def test_gradient_norms_are_those_the_optimiser_gets(tmp_path):
         assert float(found[f"qtha/grad_norm_{part}"]) == pytest.approx(math.sqrt(total), rel=1e-5, abs=1e-12)
 
 
+def test_a_gradient_that_layers_share_counts_once():
+    model = adapted(llama(2), share={"layers": 2, "inputs": True})
+    model(input_ids=torch.tensor(ROWS[:2]), labels=torch.tensor(ROWS[:2])).loss.backward()
+    found = diagnostics.gradient_norms([adapter for _, adapter in active_adapters(model)])
+    every = sum(float(p.grad.double().square().sum()) for p in model.parameters() if p.requires_grad)
+    assert sum(float(norm) ** 2 for norm in found.values()) == pytest.approx(every, rel=1e-5)
+
+
 def test_tensors_that_are_not_whole_are_left_alone():
     model = train(adapted(llama(1)))
     adapters = dict(active_adapters(model))
