@@ -13,7 +13,8 @@ from torch import Tensor
 from ..circuit.triton_kernel import works
 from .side import Side
 
-INNER, COLUMNS = 16, 64  # the least that a tensor core's product takes; columns of a tile
+INNER = 16  # the least that a tensor core's product takes
+ROWS, COLUMNS = 32, 32  # of a tile, at most: twice as many spill registers, by kilobytes where W_C is part of B
 GROUPS = 64  # programs that share a side's i, at most: each has sums of its own
 ADDED = 128  # entries of a program that adds sums
 
@@ -25,7 +26,7 @@ def runs(flat: Tensor, sides: Sequence[Side]) -> bool:
 
 def rows(sides: Sequence[Side]) -> int:
     """Return the rows of a tile."""
-    return min(64, max(16, 1 << (sides[0].rank - 1).bit_length()))
+    return min(ROWS, max(INNER, 1 << (sides[0].rank - 1).bit_length()))
 
 
 def geometry(side: Side, squares: int) -> list[int]:

@@ -1,15 +1,13 @@
 """Axolotl's fused kernels for LoRA, put in place and taken away, train what PEFT's LoRA trains."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from axolotl_qtha.bench import fused_lora
+
+from .. import triton_runs
 
 # In Triton's interpreter, which must be chosen before Triton is imported. Axolotl's activation asks for memory on a GPU by name.
 INTERPRETED = """
@@ -64,11 +62,7 @@ print(json.dumps(found))
 
 @pytest.mark.slow
 def test_they_train_what_pefts_lora_trains():
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", INTERPRETED], cwd=root, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    *decoders, one_layer = json.loads(done.stdout.splitlines()[-1])
+    *decoders, one_layer = json.loads(triton_runs.interpreted(INTERPRETED).splitlines()[-1])
     for plain, fused, difference, launched, left, rows in decoders:
         assert fused == pytest.approx(plain, rel=1e-6)
         assert difference < 1e-5  # float32, other orders of sums

@@ -4,10 +4,7 @@ The interpreter runs the same source with NumPy. It is chosen before Triton is i
 all cases.
 """
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +16,7 @@ from axolotl_qtha.circuit.ansatz import GATE_ORDERS, Ansatz
 from axolotl_qtha.circuit.program import program
 from axolotl_qtha.circuit.torch_engine import expectation_values
 
-from .hopper import compiling
+from .. import triton_runs
 from .reference import angles_and_inputs, expectations, shift_gradients, shift_gradients_side_by_side
 
 # Rounding of up to 90 gates, as in test_torch_engine.py. Angle gradients are sums over up to 65 tokens, each of size 1.
@@ -84,10 +81,7 @@ def name(case):
 def interpreted(tmp_path_factory):
     """Return the numbers of every case, from the interpreter."""
     path = tmp_path_factory.mktemp("interpreted") / "numbers"
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", INTERPRETED, str(path)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    triton_runs.interpreted(INTERPRETED, path)
     return dict(zip(CASES, torch.load(path), strict=True))
 
 
@@ -187,7 +181,7 @@ def test_every_block_fits_the_registers(qubits):
 @pytest.fixture
 def compiled(monkeypatch, tmp_path):
     """Return the list of what was compiled instead of launched."""
-    yield from compiling(monkeypatch, tmp_path)
+    yield from triton_runs.compiling(monkeypatch, tmp_path)
 
 
 @pytest.mark.slow

@@ -1,10 +1,6 @@
 """From z to h: the formula, and that `prepared` gives the same in every case, on a CPU in one call of the compiled engine."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +10,8 @@ from axolotl_qtha.circuit.ansatz import GATE_ORDERS, Ansatz
 from axolotl_qtha.circuit.simulation import Simulation
 from axolotl_qtha.circuit.torch_engine import NonFiniteAngle, expectation_values
 from axolotl_qtha.tuner.bottleneck import Bottleneck, Circuit, bounded, prepared
+
+from .. import triton_runs
 
 compiled = pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
 # The rounding of the gates, and of cos, sin and tanh, as in test_torch_engine.py.
@@ -178,14 +176,4 @@ def test_bounded_has_the_gradient_of_its_formula():
 
 @pytest.mark.slow
 def test_fused_on_a_gpu_in_tritons_interpreter():
-    pytest.importorskip("triton")
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED],
-        capture_output=True,
-        text=True,
-        cwd=root,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith("the same")
+    assert triton_runs.interpreted(INTERPRETED).strip().endswith("the same")

@@ -4,10 +4,7 @@ The products themselves are tested against TensorLy and finite differences in te
 Triton is imported, so it has a process of its own: one for all cases.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+import re
 
 import pytest
 import torch
@@ -18,6 +15,8 @@ from axolotl_qtha.tuner.fold import fold
 from axolotl_qtha.tuner.side import sides, sides_of
 from axolotl_qtha.tuner.sizes import adapter_shape
 from axolotl_qtha.tuner.table import table, tensor_sizes
+
+from .. import triton_runs
 
 # Sums of at most some thousand products, of the norm: rounding of 6e-8 or 1e-16 that averages out. Results in 16 bits: theirs.
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-13, torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -50,23 +49,28 @@ assert "axolotl_qtha.tuner.fold_triton" in sys.modules
 """
 
 
-def results(case, device, alone=None, exact=False):
-    """Return the matrices, and the gradients of the flat tensor and W_C; `alone`: of one side as a tensor of its own."""
-    (inputs, outputs), rank, cores, bond, mid, fused, stored, dtype = case
+def sides_in(case, alone=None):
+    """Return the sides of a case in their flat tensor, and its size; `alone`: of one side as a tensor of its own."""
+    (inputs, outputs), rank, cores, bond, mid, fused, *_ = case
     network = {"mpo": "none"} if cores == "none" else {"num_cores": cores, "bond_dim": bond, "mid_dim": mid}
     share = {} if alone is None else {"share": {"inputs": True}}
     config = QTHAConfig(rank=rank, quantum="none", **network, **share)
-    shape = adapter_shape(config, inputs, outputs)
-    parts = table(config, shape)
+    parts = table(config, adapter_shape(config, inputs, outputs))
     name = "cores" if alone is None else f"cores_{'ab'[alone]}"
-    wanted = sides(parts, rank, inputs, outputs, config.scaling, fused)[name]
+    return sides(parts, rank, inputs, outputs, config.scaling, fused)[name], tensor_sizes(parts)[name]
+
+
+def results(case, device, alone=None, exact=False):
+    """Return the matrices, and the gradients of the flat tensor and W_C."""
+    _, rank, *_, fused, stored, dtype = case
+    wanted, size = sides_in(case, alone)
     generator = torch.Generator().manual_seed(0)
 
     def made(*size):
         value = torch.randn(*size, generator=generator, dtype=torch.float64).to(stored)
         return (value.double() if exact else value).to(device).requires_grad_()
 
-    flat, w_c = made(tensor_sizes(parts)[name]), made(rank * rank)
+    flat, w_c = made(size), made(rank * rank)
     found = fold(flat, w_c if fused else None, wanted, torch.float64 if exact else dtype)
     weights = [torch.randn(m.shape, generator=generator, dtype=torch.float64).to(dtype).to(device) for m in found]
     total = sum((matrix.double() * weight.double()).sum() for matrix, weight in zip(found, weights, strict=True))
@@ -84,10 +88,7 @@ def check(case, ours, alone):
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
     path = tmp_path_factory.mktemp("triton") / "results.pt"
-    root = Path(__file__).parents[2]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run([sys.executable, "-c", INTERPRETED, str(path)], env=env, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    triton_runs.interpreted(INTERPRETED, path)
     return torch.load(path)
 
 
@@ -114,3 +115,33 @@ def test_more_cores_are_not_for_the_kernel(monkeypatch):
         wanted = sides_of(tuple(numbers.numbers), tuple(numbers.gains))
         assert fold_kernel.runs(torch.empty(1, device="meta"), wanted) is False
         assert all(len(side.cores) <= 2 for side in wanted) is taken
+
+
+@pytest.fixture
+def compiled(monkeypatch, tmp_path):
+    """Return the list of what was compiled instead of launched."""
+    yield from triton_runs.compiling(monkeypatch, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        ((3584, 3584), 8, 2, 6, 9, False, torch.float32, torch.bfloat16),
+        ((3584, 18944), 64, 2, 12, 80, True, torch.float32, torch.bfloat16),
+        ((3584, 3584), 64, "none", None, None, True, torch.float32, torch.bfloat16),
+        ((3584, 3584), 64, 1, 4, 64, True, torch.float32, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_compiles_for_a_gpu_almost_without_spilling(case, compiled, capfd):
+    _, rank, *_, fused, stored, dtype = case
+    both, size = sides_in(case)
+    wanted = sides_of(tuple(both.numbers), tuple(both.gains))
+    flat, w_c = torch.empty(size, dtype=stored), torch.empty(rank * rank, dtype=stored)
+    w_c = w_c if fused else None
+    fold_kernel.backward(fold_kernel.forward(flat, w_c, wanted, dtype), flat, w_c, wanted)
+    assert len(compiled) == 3  # launches: one, and two back
+    spilled = [int(found) for found in re.findall(r"(\d+) bytes spill stores", capfd.readouterr().out)]
+    assert len(spilled) >= 3
+    assert max(spilled) <= 64  # bytes a thread, of some hundred registers; tiles twice as large spill up to 27 kB

@@ -4,11 +4,7 @@ The interpreter runs the same source with NumPy, in a process of its own: see te
 """
 
 import math
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +18,7 @@ from axolotl_qtha.tuner import join_kernel
 from axolotl_qtha.tuner.bottleneck import Bottleneck, Circuit
 from axolotl_qtha.tuner.joint import Joint
 
-from ..circuit.hopper import compiling
+from .. import triton_runs
 from ..circuit.reference import expectations
 
 # The rounding of the gates, of sums over the rank and, for parameters, over up to 40 tokens: of the largest entry, or of 1.
@@ -133,12 +129,8 @@ def expected(case):
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
     """Return the numbers of every case, from the interpreter."""
-    pytest.importorskip("triton")
     path = tmp_path_factory.mktemp("interpreted") / "numbers"
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", INTERPRETED, str(path)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    triton_runs.interpreted(INTERPRETED, path)
     return dict(zip(CASES, torch.load(path), strict=True))
 
 
@@ -195,7 +187,7 @@ def test_every_token_has_one_program(tokens, block, limit):
 @pytest.fixture
 def compiled(monkeypatch, tmp_path):
     """Return the list of what was compiled instead of launched."""
-    yield from compiling(monkeypatch, tmp_path)
+    yield from triton_runs.compiling(monkeypatch, tmp_path)
 
 
 def run(case):

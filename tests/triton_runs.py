@@ -1,9 +1,28 @@
-"""Kernels compiled for Hopper GPUs, which needs none."""
+"""Triton kernels without a GPU: run in its interpreter, or compiled for Hopper."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def interpreted(program, *arguments):
+    """Run a program in Triton's interpreter and return what it printed.
+
+    The interpreter is chosen before Triton is imported, so the program has a process of its own.
+    """
+    pytest.importorskip("triton")
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
 
 
 def compiling(monkeypatch, tmp_path):
