@@ -117,7 +117,7 @@ def test_compiled_transformer_matches():
 def test_compiled_layer_matches():
     model = get_peft_model(Mixed(), QTHAConfig(rank=2, bond_dim=2, mid_dim=4, target_modules=["linear"]))
     parameters, x = list(trainable(model).values()), torch.randn(5, 6)
-    torch.nn.init.normal_(adapters(model)["linear"].mpo_b_1, std=0.3)  # the core that starts at zero
+    torch.nn.init.normal_(adapters(model)["linear"].stored("mpo_b_1"), std=0.3)  # the core that starts at zero
     expected = model(x)
     compiled = torch.compile(model)(x)
     assert (compiled - expected).abs().max() <= 1e-5  # float32, fused and so rounded differently
