@@ -14,11 +14,12 @@ from peft import PeftModel, get_peft_model
 from .ibm.options import refuse_secrets
 from .settings import quantization
 from .settings.public_facts import facts_of
-from .settings.training_run import AdapterSettings, TrainingRun
+from .settings.training_run import AdapterSettings, TrainingRun, why_unread
 from .trained.adapter_folder import FREE_WHEN_LOADED, FREE_WHEN_RESUMED, check_fits
-from .training import checkpoints, guards
+from .training import checkpoints, guards, learning
 from .training.diagnostics import Diagnostics
 from .training.model_card import write_own_cards
+from .training.next_steps import whats_next
 from .tuner.config import QTHAConfig
 from .tuner.layer import adapted_layers, adapted_sizes
 from .tuner.model import synchronise
@@ -118,7 +119,9 @@ class QTHAPlugin(BasePlugin):
         """Log what the adapters do; with `quantum_backend: ibm` have the steps of a training alone use the device."""
         if cfg.adapter != "qtha":
             return []
-        settings, callbacks = self._settings(cfg), list["TrainerCallback"]()
+        settings = self._settings(cfg)
+        optimiser = getattr(cfg.optimizer, "value", cfg.optimizer)
+        callbacks: list[TrainerCallback] = [learning.watch(trainer, optimiser, (cfg.qtha or {}).get("circuit_lr"))]
         if settings.diagnostics_steps:
             callbacks.append(Diagnostics(trainer, settings.diagnostics_steps))
         if settings.parsed.quantum_backend == "ibm":
@@ -138,6 +141,12 @@ class QTHAPlugin(BasePlugin):
         if cfg.resume_from_checkpoint:
             active = cast(QTHAConfig, model.active_peft_config)
             check_fits("resume_from_checkpoint", Path(cfg.resume_from_checkpoint), active.to_dict(), FREE_WHEN_RESUMED)
+
+    def post_train(self, cfg: DictDefault, model: PreTrainedModel | PeftModel) -> None:
+        """Tell what to do with the trained adapter."""
+        if cfg.adapter == "qtha" and is_main_process():
+            for line in whats_next(cfg.axolotl_config_path, cfg.output_dir, why_unread(cfg) is None):
+                LOG.info(line)
 
     def _settings(self, cfg: DictDefault) -> AdapterSettings:
         """Return the `qtha:` block, parsed once: Axolotl hands the same configuration to every hook of a run."""

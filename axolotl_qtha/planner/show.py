@@ -32,9 +32,9 @@ def show_plan(plan: Plan, out: Console) -> None:
         gates = ", ".join(f"{count} {gate.upper()}" for gate, count in plan.gates.items())
         again = "; each is simulated forward twice (checkpointing) and backward once" if plan.gradient_checkpointing else ""
         out.print(
-            f"Circuits per step and GPU: {plan.circuits_per_step:,} ({plan.circuits_per_token} per adapted layer and token, "
-            f"{plan.tokens_per_step:,} tokens) of {plan.qubits} qubits and {gates}{again}. They are {plan.circuits_share:.1%} of "
-            "a step's arithmetic.",
+            f"Circuits per step and {_place(plan)}: {plan.circuits_per_step:,} ({plan.circuits_per_token} per adapted layer and "
+            f"token, {plan.tokens_per_step:,} tokens) of {plan.qubits} qubits and {gates}{again}. They are "
+            f"{plan.circuits_share:.1%} of a step's arithmetic.",
             highlight=False,
         )
     if plan.shift_circuits:
@@ -193,7 +193,7 @@ def _verdict(plan: Plan) -> str:
 
 
 def _memory(plan: Plan, memory: Memory) -> Table:
-    table = Table(title=f"expected memory of one GPU, {plan.micro_batch_size} x {plan.sequence_len} tokens")
+    table = Table(title=f"expected memory of one {_place(plan)}, {plan.micro_batch_size} x {plan.sequence_len} tokens")
     unit, divisor = ("GiB", 2**30) if memory.total >= 2**30 else ("MiB", 2**20)
     table.add_column("part")
     table.add_column(unit, justify="right")
@@ -219,6 +219,10 @@ def _memory(plan: Plan, memory: Memory) -> Table:
     return table
 
 
+def _place(plan: Plan) -> str:
+    return "GPU" if plan.gpus else "process"
+
+
 def _weights(plan: Plan) -> str:
     sharded = plan.sharing.startswith(("ZeRO-3", "FSDP2"))
     return (
@@ -232,7 +236,7 @@ def _fit(plan: Plan) -> str:
     assert plan.needed is not None
     need = f"{_gib(plan.needed)} GiB with {_gib(CONTEXT_BYTES)} GiB for CUDA and {FRAGMENTATION:.0%} lost in the allocator"
     if not plan.gpus:
-        return f"No GPU here. A GPU needs about {need}."
+        return f"There is no GPU here. On one it would take about {need}."
     names = ", ".join(sorted({f"{name} ({_gib(size)} GiB)" for name, size in plan.gpus}))
     if plan.fits:
         return f"Fits: about {need}, on {names}."

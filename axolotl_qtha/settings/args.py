@@ -15,7 +15,7 @@ from ..circuit import noise
 from ..errors import refusal, unknown_keys
 from ..ibm.options import refuse_secrets, refuse_too_wide
 from ..tuner.config import QTHAConfig
-from . import checkpointing, parallel, quantization
+from . import checkpointing, optimisers, parallel, quantization
 
 # LoRA keys that `adapter: qtha` does not read, and what to write instead.
 LORA_KEYS = {
@@ -174,7 +174,8 @@ class QTHAArgs(BaseModel):
         if block.get("circuit_lr") is not None:
             groups = [group for group in data.get("lr_groups") or [] if group.get("name") != "qtha_circuit"]
             lr = float(block["circuit_lr"])
-            data["lr_groups"] = [*groups, {"name": "qtha_circuit", "modules": CIRCUIT_PARAMETERS, "lr": lr}]
+            # the first group that names a part of a tensor's name gets it
+            data["lr_groups"] = [{"name": "qtha_circuit", "modules": CIRCUIT_PARAMETERS, "lr": lr}, *groups]
         return data
 
 
@@ -185,6 +186,5 @@ def _refuse(data: dict[str, Any], block: dict[str, Any]) -> None:
     for key, advice in REFUSED.items():
         if value := data.get(key):
             raise ValueError(f"{key}: {value!r} does not work with `adapter: qtha`: {advice}.")
-    if data.get("optimizer") == "polora":
-        raise ValueError("optimizer: 'polora' trains LoRA's two matrices only. What works: `optimizer: adamw_torch`.")
+    optimisers.refuse(data)
     checkpointing.refuse_reentrant(data)

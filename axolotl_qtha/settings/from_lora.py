@@ -13,6 +13,7 @@ import yaml
 
 from . import fsdp2
 from .args import LORA_KEYS, REFUSED
+from .optimisers import MATRICES
 from .parallel import DATA_PARALLEL, SPLIT_MODEL
 from .yaml_lines import Entry, YamlLines
 
@@ -112,8 +113,8 @@ def _stops(values: dict[str, Any]) -> dict[str, str]:
             found[key] = f"the model cannot be split yet; use {DATA_PARALLEL}"
     if values.get("lora_model_dir"):
         found["lora_model_dir"] = "a trained LoRA cannot be gone on with as QTHA, which starts anew; leave it out"
-    if values.get("optimizer") == "polora":
-        found["optimizer"] = "polora trains LoRA's two matrices only; use `optimizer: adamw_torch`"
+    if why := MATRICES.get(str(values.get("optimizer"))):
+        found["optimizer"] = f"{values['optimizer']} {why}; use `optimizer: adamw_torch`"
     if values.get("load_in_8bit") and (values.get("fsdp") or values.get("fsdp_config")):
         found["load_in_8bit"] = "FSDP2 cannot shard 8-bit weights; use `load_in_4bit: true`, DDP, or ZeRO-1 or 2"
     companions = {"relora": "relora_", "expert_parallel_size": "expert_parallel_", "nvfp4_merge_aware": "nvfp4_merge_aware_"}

@@ -69,7 +69,7 @@ class RefuseUntrainedEvaluation(TrainerCallback):
         if self._settled or model is None:
             return
         adapters = [module for module in model.modules() if isinstance(module, QTHAAdapter)]
-        if adapters and all(_is_no_op(adapter) for adapter in adapters):
+        if adapters and all([is_no_op(adapter) for adapter in adapters]):  # of all: gathering is for every rank
             raise ValueError(
                 "lora_model_dir: None leaves evaluate an untrained adapter, that is the base model. What works: "
                 "`--lora-model-dir` with the output_dir of a training, or no `adapter:` to measure the base."
@@ -77,7 +77,8 @@ class RefuseUntrainedEvaluation(TrainerCallback):
         self._settled = True  # one look is enough
 
 
-def _is_no_op(adapter: QTHAAdapter) -> bool:
+def is_no_op(adapter: QTHAAdapter) -> bool:
+    """Return whether an adapter changes nothing; to be called on every rank, where ZeRO-3 or FSDP2 has partitioned it."""
     with whole(adapter):
         return adapter.is_no_op()
 

@@ -32,7 +32,7 @@ def test_it_writes_beside_and_ends_with_the_plans_two_lines(path):
     *_, parameters, memory = done.output.strip().splitlines()
     assert parameters.startswith("rank 4, bond_dim ")
     assert "fewer trainable parameters than LoRA of rank 4" in parameters
-    assert "A GPU needs about" in memory or "Fits" in memory
+    assert "On one it would take about" in memory or "Fits" in memory
     assert checked(yaml.safe_load(new(path).read_text()))[1] == ""
 
 
