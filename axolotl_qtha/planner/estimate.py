@@ -13,9 +13,9 @@ from peft import PeftModel, get_peft_model
 from ..settings.public_facts import quantised_as
 from ..settings.training_run import TrainingRun
 from ..tuner.config import AER, QTHAConfig
-from ..tuner.layer import QTHALayer
+from ..tuner.layer import QTHALayer, adapted_sizes
 from ..tuner.share import in_words
-from ..tuner.sizes import adapter_shape, ansatz, branch, count_lora_parameters, count_parameters, resolve
+from ..tuner.sizes import adapter_shape, ansatz, branch, count_lora_parameters, count_parameters, gave_way, resolve
 from ..tuner.targets import select_targets
 from .flops import gate_counts, step_flops
 from .memory import Memory, footprint, weight_bytes
@@ -68,6 +68,7 @@ class Plan:
     targets: list[Target]
     parameters: int
     lora_parameters: int
+    note: str  # what became of a param_budget that nobody asked for, where it cannot be met; else ""
     micro_batch_size: int
     sequence_len: int
     tokens_per_step: int  # on one GPU, with gradient accumulation
@@ -164,6 +165,7 @@ def make_plan(run: TrainingRun, gpus: list[tuple[str, int]], advise: bool = True
         targets=targets,
         parameters=sum(target.total for target in targets),
         lora_parameters=sum(target.count * target.lora_parameters for target in targets),
+        note=gave_way(config, adapted_sizes(model)),
         micro_batch_size=run.micro_batch_size,
         sequence_len=run.sequence_len,
         tokens_per_step=tokens,

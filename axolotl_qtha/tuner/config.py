@@ -63,7 +63,8 @@ class QTHAConfig(PeftConfig):
     param_budget: float | None = _key(
         None,
         "Trainable parameters as a share of LoRA of the same rank on the same modules. Picks bond_dim and mid_dim, "
-        "whichever is not set. Default 0.24 (the paper's 76 % fewer) unless both are set.",
+        "whichever is not set. Default 0.24 (the paper's 76 % fewer) unless both are set; where that cannot be met, as on narrow "
+        "layers, the least that can. One that is set and cannot be met is refused.",
     )
     bond_dim: int | None = _key(None, "Bond dimension chi of the matrix product operators. Default: from param_budget.")
     mid_dim: int | None = _key(
