@@ -26,6 +26,7 @@ from ..circuit.torch_engine import NonFiniteAngle
 from ..errors import refusal
 from .adapter import QTHAAdapter
 from .config import QTHAConfig
+from .mixed import rows
 from .quantised import backend
 from .reading import Shared
 from .share import ALL, LayerSize, Owned
@@ -106,18 +107,37 @@ class QTHALinear(nn.Module, QTHALayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, *adapter)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the layer's output (.., out_features) in the base layer's dtype."""
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """Return the layer's output (.., out_features) in the base layer's dtype.
+
+        Args:
+            x: (.., in_features).
+            args: further arguments of the base layer.
+            adapter_names: an adapter, or `__base__`, for each entry of the first axis; default: the active ones for all.
+            kwargs: further arguments of the base layer.
+
+        Raises:
+            ValueError: if there are more or fewer names than entries, or adapters are merged.
+        """
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         result: Tensor = self.base_layer(x, *args, **kwargs)
         if self.merged:
+            if adapter_names is not None:
+                works = "unmerge_adapter() first"
+                raise ValueError(f"adapter_names: {self.name} has {self.merged_adapters} merged. What works: {works}.")
             return result
         if self.quantization_backend is not None:
             self._refuse_cut_gradient(x, result)
             result = self.quantization_backend.maybe_clone_base_result(result)
+        if adapter_names is not None:
+            for name, own in rows(adapter_names, len(x), self.name).items():
+                if name in self.qtha_adapter:  # not the base's, nor one without an adapter here
+                    at = torch.tensor(own, device=x.device)
+                    result = result.index_add(0, at, self._change(name, x[at]).to(result.dtype))
+            return result
         for name in self.active_adapters:
             if name in self.qtha_adapter:
                 result = result + self._change(name, x).to(result.dtype)
@@ -193,7 +213,7 @@ def adapted_sizes(model: PeftModel) -> list[LayerSize]:
     """Return the sizes of every layer of a PEFT model that carries its active adapter, and what each has of its own."""
     layers = (layer for layer in adapted_layers(model).values() if model.active_adapter in layer.qtha_adapter)
     shapes = (cast(QTHAAdapter, layer.qtha_adapter[model.active_adapter]).shape for layer in layers)
-    return [LayerSize(shape.in_features, shape.out_features, shape.owned) for shape in shapes]
+    return [LayerSize(shape.in_features, shape.out_features, shape.owned, shape.rank) for shape in shapes]
 
 
 def layer_sizes(layer: nn.Module) -> tuple[int, int]:

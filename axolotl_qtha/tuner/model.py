@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -22,6 +22,7 @@ from .backends import prepare
 from .config import QTHAConfig
 from .earlier import MARK, converted, is_earlier
 from .layer import QTHALayer, QTHALinear, refuse_nonlinear_merge, refuse_quantised_merge
+from .mixed import mixed
 from .peft_type import QTHA
 from .quantised import keep_trainable
 from .reading import Reading, Shared
@@ -38,6 +39,7 @@ class QTHAModel(BaseTuner):
     prefix = "qtha_"
     tuner_layer_cls = QTHALayer
     _owners: dict[str, Owners]  # of the adapter that is being added
+    _layer_configs: dict[tuple[int, float], QTHAConfig]  # of it, where patterns give layers a rank or alpha of their own
     _followed: set[str]  # layers of it that are the first of several to read their input
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
 
@@ -56,12 +58,14 @@ class QTHAModel(BaseTuner):
         config = cast(QTHAConfig, peft_config)
         keep_trainable(model)
         targets = select_targets(config, model)
-        self._owners = {} if not config.share else owners(config.share, {name: size[:2] for name, size in targets.items()})
+        self._owners = {} if not config.share else owners(config.share, targets)
         self._followed = {own.together for name, own in self._owners.items() if own.together != name}
         settled = resolve(config, list(targets.values()))
         config.bond_dim, config.mid_dim = settled.bond_dim, settled.mid_dim
+        self._layer_configs = {}
         if config.has_circuit and next(model.parameters()).device.type != "meta":
-            prepare(ansatz(config), config.simulation)
+            for circuit in {ansatz(config.of_layer(name)) for name in targets}:
+                prepare(circuit, config.simulation)
 
     def _create_and_replace(
         self,
@@ -73,7 +77,7 @@ class QTHAModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        config = cast(QTHAConfig, peft_config)
+        config = self._of_layer(cast(QTHAConfig, peft_config), current_key)
         assert config.seed is not None
         seed = config.seed + zlib.crc32(current_key.encode())  # the same on every rank, another on every layer
         owned, shared = self._sharing(current_key, adapter_name, config)
@@ -85,6 +89,11 @@ class QTHAModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _of_layer(self, config: QTHAConfig, name: str) -> QTHAConfig:
+        """Return the configuration of a layer; layers of the same rank and alpha have the same object."""
+        own = config.of_layer(name)
+        return own if own is config else self._layer_configs.setdefault((own.rank, own.alpha), own)
 
     def _sharing(self, name: str, adapter_name: str, config: QTHAConfig) -> tuple[Owned, Shared | None]:
         """Return what the layer of this name has of its own, and what it has from layers before it."""
@@ -130,14 +139,11 @@ class QTHAModel(BaseTuner):
                 refuse_quantised_merge(module)
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Refuse the one argument of PEFT's forward and generate that would otherwise be dropped."""
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                f"adapter_names={kwargs['adapter_names']!r}: QTHA runs one set of adapters per batch. "
-                "What works: set_adapter before each batch."
-            )
-        yield
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+        """Run a forward or generate, with `adapter_names` each sequence with its own adapter."""
+        names = kwargs.get("adapter_names")
+        with nullcontext() if names is None else mixed(self.model, names, list(self.peft_config), kwargs):
+            yield
 
 
 def register() -> None:

@@ -67,34 +67,45 @@ def ansatz(config: QTHAConfig) -> Ansatz:
     return Ansatz(config.circuit_qubits, config.circuit_layers, config.gate_order)
 
 
-def _branch_rows(config: QTHAConfig) -> int:
+def _branch_rows(config: QTHAConfig, rank: int) -> int:
     """Rows of the branch's (rows, rank) table. The classical twin `silu` has as many as the circuit it stands in for."""
     if config.has_circuit:
-        return ansatz(config).rows
+        return Ansatz(config.qubits_at(rank), config.circuit_layers, config.gate_order).rows
     return 4 * config.circuit_layers if config.quantum == "silu" else 0
 
 
-def adapter_shape(config: QTHAConfig, in_features: int, out_features: int, owned: Owned = ALL) -> AdapterShape:
-    """Return the sizes of the adapter on a (out_features, in_features) layer; bond_dim and mid_dim must be set."""
-    return _shape(config, LayerSize(in_features, out_features, owned), config.mid_dim, config.bond_dim)
+def adapter_shape(
+    config: QTHAConfig, in_features: int, out_features: int, owned: Owned = ALL, rank: int | None = None
+) -> AdapterShape:
+    """Return the sizes of the adapter on a (out_features, in_features) layer; bond_dim and mid_dim must be set.
+
+    Args:
+        config: the adapter's configuration.
+        in_features: of the layer.
+        out_features: of the layer.
+        owned: what the layer does not share with one before it.
+        rank: of the layer, where it is another than the configuration's.
+    """
+    return _shape(config, LayerSize(in_features, out_features, owned, rank), config.mid_dim, config.bond_dim)
 
 
 def _shape(config: QTHAConfig, layer: LayerSize, mid_dim: int | None, bond_dim: int | None) -> AdapterShape:
-    in_features, out_features, owned = layer
+    in_features, out_features, owned, rank = layer
+    rank = rank or config.rank
     mpo_a = mpo_b = None
     if config.mpo == "tt":
         assert bond_dim is not None
         assert mid_dim is not None
-        mid = factorize(mid_dim, config.num_cores)
+        mid = factorize(max(mid_dim, rank), config.num_cores)
         mpo_a = MPOShape(mid, _factors(config.in_factors, in_features, config.num_cores), bond_dim)
         mpo_b = MPOShape(_factors(config.out_factors, out_features, config.num_cores), mid, bond_dim)
     return AdapterShape(
         in_features,
         out_features,
-        config.rank,
+        rank,
         mpo_a,
         mpo_b,
-        branch_rows=_branch_rows(config),
+        branch_rows=_branch_rows(config, rank),
         has_branch=config.quantum != "none",
         trains_branch=config.quantum in ("qtha", "qwthn", "silu"),
         learns_scale=config.has_circuit and config.angle_scale == "learned",
@@ -119,10 +130,13 @@ def count_parameters(config: QTHAConfig, sizes: Iterable[Size]) -> int:
 def count_lora_parameters(rank: int, sizes: Iterable[Size]) -> int:
     """Return the trainable parameters of LoRA of the same rank on the same layers, (in_features, out_features) each.
 
+    A layer that has a rank of its own, as a `LayerSize`, is counted with that.
+
     >>> count_lora_parameters(8, [(3584, 3584), (3584, 18944)])
     237568
     """
-    return sum(rank * (inputs + outputs) for inputs, outputs, *_ in sizes)
+    layers = (LayerSize(*size) for size in sizes)
+    return sum((layer.rank or rank) * (layer.inputs + layer.outputs) for layer in layers)
 
 
 def resolve(config: QTHAConfig, sizes: Sequence[Size]) -> QTHAConfig:
@@ -138,7 +152,7 @@ def resolve(config: QTHAConfig, sizes: Sequence[Size]) -> QTHAConfig:
         ValueError: if no bond_dim and mid_dim meet a budget that was asked for; names settings that were found to work.
     """
     for key, index in (("in_factors", 0), ("out_factors", 1)):
-        named, present = getattr(config, key) or {}, {size[index] for size in sizes}
+        named, present = getattr(config, key) or {}, {size[:2][index] for size in sizes}
         if unused := sorted(set(named) - present):
             raise refusal(
                 key, {size: named[size] for size in unused}, "names sizes no adapted layer has", f"sizes of {sorted(present)}"
@@ -290,6 +304,19 @@ def branch(config: QTHAConfig) -> str:
     return f"quantum: {config.quantum} ({config.blocks} {what}{'s' * (config.blocks > 1)} of {config.circuit_qubits} {of})"
 
 
+def in_ranks(config: QTHAConfig, sizes: Sequence[Size]) -> str:
+    """Return which ranks `rank_pattern` gives how many layers, in words; "" without one.
+
+    >>> in_ranks(QTHAConfig(rank=8, rank_pattern={"k_proj": 2}), [LayerSize(64, 64), LayerSize(64, 32, rank=2)])
+    'rank_pattern: rank 2 on 1 layer, rank 8 on 1 layer.'
+    """
+    if not config.rank_pattern:
+        return ""
+    counts = Counter(LayerSize(*size).rank or config.rank for size in sizes)
+    words = [f"rank {rank} on {n} layer{'s' * (n > 1)}" for rank, n in sorted(counts.items())]
+    return f"rank_pattern: {', '.join(words)}."
+
+
 def describe(config: QTHAConfig, sizes: Sequence[Size]) -> list[str]:
     """Return lines for the log: what was chosen, the parameters against LoRA's, and which sizes were padded."""
     total, lora = count_parameters(config, sizes), count_lora_parameters(config.rank, sizes)
@@ -299,6 +326,8 @@ def describe(config: QTHAConfig, sizes: Sequence[Size]) -> list[str]:
         f"QTHA on {len(sizes)} modules: rank {config.rank}, {network}, {branch(config)}; {total:,} trainable "
         f"parameters, {compared(total, lora)} than LoRA of the same rank ({lora:,})."
     ]
+    if config.rank_pattern:
+        lines.append(f"  {in_ranks(config, sizes)}")
     if note := gave_way(config, sizes):
         lines.append(f"  {note}")
     if config.mpo == "tt":
