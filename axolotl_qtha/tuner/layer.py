@@ -13,6 +13,7 @@ Everything outside the circuit is linear and passes through r numbers, so tokens
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -173,18 +174,45 @@ class QTHALinear(nn.Module, QTHALayer):
         delta = b @ a
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Return whether PEFT's `convert_to_lora` can convert the adapter: it is there, and linear (`quantum: none`)."""
+        if adapter_name not in self.qtha_adapter:
+            return False
+        config = cast(QTHAAdapter, self.qtha_adapter[adapter_name]).config
+        if config.quantum != "none":  # PEFT names the class of the layer, and no reason
+            warnings.warn(
+                f"adapter {adapter_name!r} has `quantum: {config.quantum}`, which is not linear: no LoRA equals it. What works: "
+                "`axolotl qtha-export`, which fits one and says how well; or `quantum: none`.",
+                stacklevel=2,
+            )
+        return config.quantum == "none"
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add linear adapters into the frozen weight; with `safe_merge`, not if the sum holds NaN or infinity."""
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.qtha_adapter:
+        """Add linear adapters into the frozen weight; with `safe_merge`, none if the sum holds NaN or infinity."""
+        names = check_adapters_to_merge(self, adapter_names)
+        if (merged := self.merged_weight(names, safe_merge)) is not None:
+            self.set_base_weight(merged)
+            self.merged_adapters += [name for name in names if name in self.qtha_adapter]
+
+    def merged_weight(self, names: list[str], safe_merge: bool) -> Tensor | None:
+        """Return the weight with adapters added that are not merged yet, in the base's layout; None if it has none of them.
+
+        Raises:
+            ValueError: if an adapter is not linear, the base quantised, or with `safe_merge` the weight holds NaN or infinity.
+        """
+        weight = None
+        for name in names:
+            if name not in self.qtha_adapter or name in self.merged_adapters:
                 continue
             refuse_quantised_merge(self)
-            weight = self.get_base_weight()
-            merged = (weight + self.get_delta_weight(name)).to(weight.dtype)
-            if safe_merge and not bool(merged.isfinite().all()):
-                raise ValueError(f"merging adapter {name!r} gives NaN or infinite weights; nothing was merged.")
-            self.set_base_weight(merged)
-            self.merged_adapters.append(name)
+            weight = self.get_base_weight() if weight is None else weight
+            weight = (weight + self.get_delta_weight(name)).to(weight.dtype)
+            if safe_merge and not bool(weight.isfinite().all()):
+                raise ValueError(
+                    f"merging adapter {name!r} gives NaN or infinite weights in {self.name}; nothing was merged. "
+                    "What works: an earlier checkpoint, or a smaller alpha where the base is in 16 bits."
+                )
+        return weight
 
     def unmerge(self) -> None:
         """Take merged adapters out of the weight again (up to rounding)."""

@@ -43,6 +43,8 @@ def mixed(model: nn.Module, names: Sequence[str], adapters: Sequence[str], argum
         for module in model.modules():
             if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
                 given = list(names) if module in early else repeated
+                if isinstance(module, AuxiliaryTrainingWrapper):  # of some adapters only; PEFT would look for all
+                    given = [name if name in module._get_available_adapters() else BASE for name in given]
                 hooks.callback(module.register_forward_pre_hook(partial(_hand_over, given), with_kwargs=True).remove)  # type: ignore[union-attr]
         yield
 
