@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, cr
 from ..circuit import noise
 from ..errors import refusal
 from ..ibm.options import refuse_secrets, refuse_too_wide
-from ..tuner.arguments import refuse_unknown
+from ..tuner.arguments import check_patterns, refuse_unknown
 from ..tuner.config import QTHAConfig
 from . import checkpointing, parallel, quantization
 
@@ -86,6 +86,8 @@ class _Block(BaseModel):
     def _names_known(cls, data: Any) -> Any:
         refuse_secrets(data, "qtha")
         refuse_unknown(data, cls.model_fields, "the `qtha:` block")
+        if isinstance(data, dict):  # here, since pydantic would take true for a rank of 1
+            check_patterns(data.get("rank_pattern"), data.get("alpha_pattern"), None, "none", False)
         return data
 
     @model_validator(mode="after")
@@ -113,7 +115,9 @@ def _block_fields() -> dict[str, Any]:
             hints[field.name],
             # strict where a boolean would pass as a number; floats stay lax, since YAML reads 1e-3 as text
             Field(
-                default=field.default, description=field.metadata["help"], strict=True if field.type.startswith("int") else None
+                default=field.default,
+                description=field.metadata["help"],
+                strict=True if field.type.startswith("int") else None,
             ),
         )
         for field in dataclasses.fields(QTHAConfig)

@@ -32,10 +32,9 @@ def select_targets(config: QTHAConfig, model: nn.Module) -> dict[str, LayerSize]
     matched = [name for name in candidates if check_target_module_exists(config, name)]
     _check_matches(config, candidates, matched)
     refuse_unmatched({key: getattr(config, key) for key in ("rank_pattern", "alpha_pattern")}, matched)
-    sizes = {
-        name: LayerSize(*layer_sizes(_supported(name, candidates[name], model)), rank=config.of_layer(name).rank)
-        for name in matched
-    }
+    ranks = {name: rank for name in matched if (rank := config.of_layer(name).rank) != config.rank}
+    found = {name: layer_sizes(_supported(name, candidates[name], model)) for name in matched}
+    sizes = {name: LayerSize(*size, rank=ranks.get(name)) for name, size in found.items()}
     shared = {} if not config.share else owners(config.share, sizes)
     return {name: size._replace(owned=shared[name].owned(name)) if shared else size for name, size in sizes.items()}
 
