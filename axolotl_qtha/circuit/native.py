@@ -93,7 +93,7 @@ class Tables:
         half_wall = torch.stack([angles[list(wall.rows)].sum(0) / 2 for wall in self.program.walls])
         rings = [angles[row].view(-1, ansatz.qubits) @ self.phases[kind] for row, kind in self.program.diagonals]
         phase = torch.stack(rings) if rings else angles.new_zeros(0, 2**ansatz.qubits)  # (walls - 1, circuits, 2**n)
-        encodes = torch.tensor([wall.encodes > 0 for wall in self.program.walls])
+        encodes = torch.tensor([wall.encodes > 0 for wall in self.program.walls], dtype=torch.bool, device="cpu")
         self.tensors = [encodes, half_wall.cos(), half_wall.sin(), phase.cos(), phase.sin()]
         self.pointers = [tensor.data_ptr() for tensor in self.tensors]
         self.qubits, self.walls, self.width = ansatz.qubits, len(self.program.walls), angles.shape[1]
@@ -180,8 +180,9 @@ def backward(grad: Tensor, z: Tensor, angles: Tensor, ansatz: Ansatz) -> tuple[T
     tables = Tables(angles, ansatz)
     chunks = -(-z.shape[0] // _chunk(z.shape[0]))
     values, grad_z, grad_angles = torch.empty_like(z), torch.empty_like(z), torch.zeros_like(angles)
-    of_walls = torch.zeros(chunks, tables.walls, tables.width, dtype=torch.float64)
-    of_rings = torch.zeros(chunks, tables.walls - 1, tables.width // ansatz.qubits, 2**ansatz.qubits, dtype=torch.float64)
+    of_walls = torch.zeros(chunks, tables.walls, tables.width, dtype=torch.float64, device="cpu")
+    rings = chunks, tables.walls - 1, tables.width // ansatz.qubits, 2**ansatz.qubits
+    of_rings = torch.zeros(rings, dtype=torch.float64, device="cpu")
     _call("backward", z, tables, grad, values, grad_z, of_walls, of_rings)
     for wall, total in zip(tables.program.walls, of_walls.sum(0).to(z.dtype), strict=True):
         grad_angles[list(wall.rows)] += total

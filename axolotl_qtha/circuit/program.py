@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +67,8 @@ class Tables:
 def tables(ansatz: Ansatz, device: torch.device, dtype: torch.dtype) -> Tables:
     """Return the constants on a device."""
     n = ansatz.qubits
-    states = torch.arange(2**n)
+    here: Any = {"dtype": dtype, "device": "cpu"}  # whatever torch.set_default_dtype and torch.device say
+    states = torch.arange(2**n, dtype=torch.int64, device="cpu")
     bits = torch.stack([(states >> (n - 1 - i)) & 1 for i in range(n)]).to(dtype)  # (n, 2**n)
     phases: dict[Kind, Tensor] = {}
     if n > 1:
@@ -74,11 +76,11 @@ def tables(ansatz: Ansatz, device: torch.device, dtype: torch.dtype) -> Tables:
             # CRZ(t) = diag(1, 1, exp(-it/2), exp(it/2)) on (control, target)
             rows = [bits[control] * (bits[target] - 0.5) for control, target in ansatz.pairs(kind)]
             phases[kind] = torch.stack(rows).to(device)
-    generator = torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=dtype)
+    generator = torch.tensor([[0.0, -1.0], [1.0, 0.0]], **here)
 
     def generators(qubits: int) -> Tensor:
         columns = [
-            torch.kron(torch.kron(torch.eye(2**i, dtype=dtype), generator), torch.eye(2 ** (qubits - 1 - i), dtype=dtype))
+            torch.kron(torch.kron(torch.eye(2**i, **here), generator), torch.eye(2 ** (qubits - 1 - i), **here))
             for i in range(qubits)
         ]
         flat = [column.flatten() for column in columns]

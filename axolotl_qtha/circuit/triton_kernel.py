@@ -75,7 +75,7 @@ class _Constants:
 def _constants(ansatz: Ansatz, device: torch.device, dtype: torch.dtype) -> _Constants:
     folded = program(ansatz)
     walls = len(folded.walls)
-    select = torch.zeros(2 * walls - 1, ansatz.rows, 1, dtype=dtype)
+    select = torch.zeros(2 * walls - 1, ansatz.rows, 1, dtype=dtype, device="cpu")
     for i, wall in enumerate(folded.walls):
         select[2 * i, list(wall.rows)] = 1
     for i, (row, _) in enumerate(folded.diagonals):
@@ -103,7 +103,7 @@ def plan(ansatz: Ansatz, device: torch.device) -> Tensor:
         (wall.encodes > 0, step, min(wall.rows, default=0), max(wall.rows, default=-1) + 1, row)
         for wall, (step, row) in zip(folded.walls, diagonals, strict=True)
     ]
-    return torch.tensor(entries, dtype=torch.int32).to(device)
+    return torch.tensor(entries, dtype=torch.int32, device=device)
 
 
 def factor(ansatz: Ansatz) -> float:

@@ -146,7 +146,7 @@ def _text(options: ExportOptions, cfg: DictDefault, config: QTHAConfig, tokenize
     else:
         meta = load_datasets(cfg=cfg)
         found, key = calibration_text.of_datasets(meta.train_dataset, meta.eval_dataset, options.tokens), "datasets"
-    calibration_text.check(found, 1 if config.quantum == "none" else TOKENS_PER_RANK * (config.rank + 1), key)
+    calibration_text.check(found, 1 if config.quantum == "none" else TOKENS_PER_RANK * (max(config.ranks) + 1), key)
     return found
 
 

@@ -13,9 +13,9 @@ from peft import PeftModel, get_peft_model
 from ..settings.public_facts import quantised_as
 from ..settings.training_run import TrainingRun
 from ..tuner.config import AER, QTHAConfig
-from ..tuner.layer import QTHALayer
+from ..tuner.layer import QTHALayer, adapted_sizes
 from ..tuner.share import in_words
-from ..tuner.sizes import adapter_shape, ansatz, branch, count_lora_parameters, count_parameters, resolve
+from ..tuner.sizes import adapter_shape, ansatz, branch, count_lora_parameters, count_parameters, gave_way, in_ranks, resolve
 from ..tuner.targets import select_targets
 from .flops import gate_counts, step_flops
 from .memory import Memory, footprint, weight_bytes
@@ -68,6 +68,9 @@ class Plan:
     targets: list[Target]
     parameters: int
     lora_parameters: int
+    note: (
+        str  # ranks of a rank_pattern, and what became of a param_budget that nobody asked for; "" where there is nothing to say
+    )
     micro_batch_size: int
     sequence_len: int
     tokens_per_step: int  # on one GPU, with gradient accumulation
@@ -150,7 +153,8 @@ def make_plan(run: TrainingRun, gpus: list[tuple[str, int]], advise: bool = True
         memory = footprint(run, model, weights, shared).of_rank(ranks)
     except Exception as error:  # a model whose forward looks at values cannot run on the meta device
         unknown = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-    tokens, circuits = run.tokens * run.accumulation, config.blocks if config.has_circuit else 0
+    tokens, sizes = run.tokens * run.accumulation, adapted_sizes(model)
+    of_layers = [cast(int, size.rank) // config.qubits_at(cast(int, size.rank)) for size in sizes] if config.has_circuit else []
     work = step_flops(model, run.sequence_len, run.gradient_checkpointing)
     plan = Plan(
         base_model=run.base_model,
@@ -164,14 +168,15 @@ def make_plan(run: TrainingRun, gpus: list[tuple[str, int]], advise: bool = True
         targets=targets,
         parameters=sum(target.total for target in targets),
         lora_parameters=sum(target.count * target.lora_parameters for target in targets),
+        note=" ".join(filter(None, (in_ranks(config, sizes), gave_way(config, sizes)))),
         micro_batch_size=run.micro_batch_size,
         sequence_len=run.sequence_len,
         tokens_per_step=tokens,
         gradient_checkpointing=run.gradient_checkpointing,
         memory=memory,
         memory_unknown=unknown,
-        circuits_per_step=tokens * len(layers) * circuits,
-        circuits_per_token=circuits,
+        circuits_per_step=tokens * sum(of_layers),
+        circuits_per_token=config.blocks if config.has_circuit else 0,
         circuits_share=work.circuit / work.total,
         shift_circuits=_shift_circuits(config),
         qubits=config.circuit_qubits if config.has_circuit else 0,
@@ -224,13 +229,14 @@ def adapted(run: TrainingRun) -> tuple[PeftModel, int]:
 
 
 def _targets(config: QTHAConfig, layers: dict[str, Any]) -> list[Target]:
-    owned: dict[tuple[str, int, int], list[int]] = {}
+    owned: dict[tuple[str, int, int, int], list[int]] = {}
     for name, layer in layers.items():
-        entries = layer.qtha_adapter[layer.active_adapters[0]].shape.num_parameters
-        owned.setdefault((name.rsplit(".", 1)[-1], layer.in_features, layer.out_features), []).append(entries)
+        shape = layer.qtha_adapter[layer.active_adapters[0]].shape
+        kind = name.rsplit(".", 1)[-1], layer.in_features, layer.out_features, shape.rank
+        owned.setdefault(kind, []).append(shape.num_parameters)
     targets = []
-    for (name, inputs, outputs), entries in owned.items():
-        shape = adapter_shape(config, inputs, outputs)
+    for (name, inputs, outputs, rank), entries in owned.items():
+        shape = adapter_shape(config, inputs, outputs, rank=rank)
         bonds = tuple(bond for mpo in (shape.mpo_a, shape.mpo_b) if mpo for bond in mpo.bonds[1:-1])
         targets.append(
             Target(
@@ -243,7 +249,7 @@ def _targets(config: QTHAConfig, layers: dict[str, Any]) -> list[Target]:
                 bonds,
                 shape.num_parameters,
                 sum(entries),
-                count_lora_parameters(config.rank, [(inputs, outputs)]),
+                count_lora_parameters(rank, [(inputs, outputs)]),
             )
         )
     return targets

@@ -51,7 +51,6 @@ def gate_counts(config: QTHAConfig) -> dict[str, int]:
 def step_flops(model: PeftModel, length: int, checkpointing: bool) -> Flops:
     """Return the FLOPs of one token, in sequences of `length`, as the module's docstring has them."""
     base: Any = model.get_base_model()
-    config = cast(QTHAConfig, model.active_peft_config)
     again = {id(m) for block in decoder_blocks(model) for m in block.modules()} if checkpointing else set()
     text = base.config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)  # state-space models have none
@@ -63,10 +62,11 @@ def step_flops(model: PeftModel, length: int, checkpointing: bool) -> Flops:
         if isinstance(module, nn.Linear) and "original_module" not in name:
             linear += 2 * module.in_features * module.out_features * (repeats + module.weight.requires_grad)
         elif isinstance(module, QTHALayer):
-            adapter += 2 * config.rank * (module.in_features + module.out_features) * (repeats + 1)
-            if config.has_circuit and config.quantum_backend == "torch":
-                gate = 6 * 2**config.circuit_qubits
-                circuit += config.blocks * sum(gate_counts(config).values()) * gate * (repeats - 1 + ADJOINT)
+            own = cast(QTHAConfig, module.qtha_adapter[model.active_adapter].config)
+            adapter += 2 * own.rank * (module.in_features + module.out_features) * (repeats + 1)
+            if own.has_circuit and own.quantum_backend == "torch":
+                gate = 6 * 2**own.circuit_qubits
+                circuit += own.blocks * sum(gate_counts(own).values()) * gate * (repeats - 1 + ADJOINT)
         else:
             stacks = [p for p in module.parameters(recurse=False) if p.dim() == 3 and not p.requires_grad]
             linear += sum(2 * p.numel() * min(1.0, chosen / p.shape[0]) * repeats for p in stacks)

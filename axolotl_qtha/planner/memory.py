@@ -205,7 +205,7 @@ def footprint(run: TrainingRun, model: PeftModel, weights: int, shards: Shards) 
     batch, length = run.sequences, run.sequence_len
     both = {wanted: activations(model, batch, length, wanted, not run.fused_loss) for wanted in (True, False)}
     mine = both[run.gradient_checkpointing]
-    qubits = config.circuit_qubits  # circuits side by side are simulated one after the other
+    qubits = max(map(config.qubits_at, config.ranks))  # circuits side by side are simulated one after the other
     here = config.has_circuit and config.quantum_backend == "torch"  # Aer has memory of its own, for one chunk of circuits
     return Footprint(
         shards=shards,

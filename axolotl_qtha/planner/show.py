@@ -189,7 +189,8 @@ def _verdict(plan: Plan) -> str:
     network = "full matrices" if plan.bond_dim is None else f"bond_dim {plan.bond_dim}, mid_dim {plan.mid_dim}"
     compare = compared(plan.parameters, plan.lora_parameters)
     network += f", {plan.shared}" if plan.shared else ""
-    return f"rank {plan.rank}, {network}, {plan.quantum}: {compare} trainable parameters than LoRA of rank {plan.rank}."
+    verdict = f"rank {plan.rank}, {network}, {plan.quantum}: {compare} trainable parameters than LoRA of rank {plan.rank}."
+    return f"{verdict} {plan.note}".strip()
 
 
 def _memory(plan: Plan, memory: Memory) -> Table:

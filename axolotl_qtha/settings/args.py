@@ -12,8 +12,9 @@ from typing import Any, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, create_model, model_validator
 
 from ..circuit import noise
-from ..errors import refusal, unknown_keys
+from ..errors import refusal
 from ..ibm.options import refuse_secrets, refuse_too_wide
+from ..tuner.arguments import check_patterns, refuse_unknown
 from ..tuner.config import QTHAConfig
 from . import checkpointing, optimisers, parallel, quantization
 
@@ -24,6 +25,8 @@ LORA_KEYS = {
     "lora_dropout": "dropout",
     "lora_target_modules": "target_modules",
     "lora_modules_to_save": "modules_to_save",
+    "lora_rank_pattern": "rank_pattern",
+    "lora_alpha_pattern": "alpha_pattern",
     "peft_layers_to_transform": "layers_to_transform",
     "peft_layers_pattern": "layers_pattern",
 }
@@ -36,8 +39,6 @@ REFUSED = {
     "lora_embedding_kernel": "these kernels are LoRA's own; leave it out",
     "dsv4_shared_mlp_lora_kernel": "these kernels are LoRA's own; leave it out",
     "dsv4_fp8_lora_kernel": "these kernels are LoRA's own; leave it out",
-    "lora_rank_pattern": "all modules share `qtha: {rank: ...}`; leave it out",
-    "lora_alpha_pattern": "all modules share `qtha: {alpha: ...}`; leave it out",
     "lora_target_parameters": "only modules can be adapted, with `qtha: {target_modules: ...}`; leave it out",
     "lora_fan_in_fan_out": "GPT-2's transposed layers are recognised by themselves; leave it out",
     "loraplus_lr_ratio": "LoRA+ knows LoRA's two matrices only; leave it out, and see `qtha: {circuit_lr: ...}`",
@@ -84,8 +85,9 @@ class _Block(BaseModel):
     @classmethod
     def _names_known(cls, data: Any) -> Any:
         refuse_secrets(data, "qtha")
-        for key, value, works in unknown_keys(data, cls.model_fields):
-            raise refusal(key, value, "is not a key of the `qtha:` block", works)
+        refuse_unknown(data, cls.model_fields, "the `qtha:` block")
+        if isinstance(data, dict):  # here, since pydantic would take true for a rank of 1
+            check_patterns(data.get("rank_pattern"), data.get("alpha_pattern"), None, "none", False)
         return data
 
     @model_validator(mode="after")
@@ -94,7 +96,7 @@ class _Block(BaseModel):
         if self.circuit_lr is not None and config.quantum in ("none", "frozen"):
             raise refusal("circuit_lr", self.circuit_lr, f"has nothing to train with `quantum: {config.quantum}`", "leave it out")
         if config.has_circuit and config.noise_model != "none":
-            noise.check(config.noise_model, config.circuit_qubits)
+            noise.check(config.noise_model, max(map(config.qubits_at, config.ranks)))
         if config.ibm is not None and config.ibm.is_fake:
             choices = "`least_busy`, a device's name, or `fake:manila`"
             found = noise.device(config.ibm.backend, config.circuit_qubits, "ibm.backend", choices)
@@ -113,7 +115,9 @@ def _block_fields() -> dict[str, Any]:
             hints[field.name],
             # strict where a boolean would pass as a number; floats stay lax, since YAML reads 1e-3 as text
             Field(
-                default=field.default, description=field.metadata["help"], strict=True if field.type.startswith("int") else None
+                default=field.default,
+                description=field.metadata["help"],
+                strict=True if field.type.startswith("int") else None,
             ),
         )
         for field in dataclasses.fields(QTHAConfig)

@@ -108,6 +108,9 @@ def _stops(values: dict[str, Any]) -> dict[str, str]:
     found = {key: why for key, why in REFUSED.items() if values.get(key) and key not in FALLS_AWAY and key not in translated}
     if values.get("peft_init_lora_weights") in PLAIN_INIT:
         found.pop("peft_init_lora_weights", None)
+    for key in ("lora_rank_pattern", "lora_alpha_pattern") if values.get("peft_use_rslora") else ():
+        if values.get(key):
+            found[key] = "peft_use_rslora divides by the root of each layer's rank; write `alpha_pattern` by hand"
     for key in SPLIT_MODEL:
         if (values.get(key) or 1) != 1:
             found[key] = f"the model cannot be split yet; use {DATA_PARALLEL}"
@@ -157,7 +160,7 @@ def _adapter(document: YamlLines, made: Translation) -> None:
 def _block(document: YamlLines, made: Translation, budget: float) -> set[str]:
     """Put the `qtha:` block where the first of LoRA's keys stood that it takes over; return the keys that are done with."""
     values, lines = document.values, list[str]()
-    kept = {key: name for key, name in LORA_KEYS.items() if values.get(key) not in (None, [], "")}
+    kept = {key: name for key, name in LORA_KEYS.items() if values.get(key) not in (None, [], {}, "")}
     done = set(kept)
     if values.get("lora_target_linear"):
         kept["lora_target_linear"] = "target_modules"

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 Kind = Literal["adapter", "lora", "merged"]
 FILE = "README.md"
 # Settings of the adapter that a card shows.
-SETTINGS = ("rank", "alpha", "dropout", "target_modules", "exclude_modules", "layers_to_transform", "modules_to_save", "seed")
+SETTINGS = (
+    *("rank", "rank_pattern", "alpha", "alpha_pattern", "dropout"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save", "seed"),
+)
 CORE_SETTINGS = ("bond_dim", "mid_dim", "num_cores", "in_factors", "out_factors", "init", "core_gain")
 CIRCUIT_SETTINGS = ("angle_scale", "gate_order", "quantum_backend", "shots", "noise_model", "precision", "gradient")
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
@@ -209,12 +212,13 @@ def _has_path(value: Any) -> bool:
 
 def _parameters(config: QTHAConfig, sizes: Sequence[Size], kind: Kind, rank: int) -> str:
     ours, lora = count_parameters(config, sizes), count_lora_parameters(config.rank, sizes)
+    also = " with the same rank_pattern" if config.rank_pattern else ""
     rows = [
         ("this adapter" if kind == "adapter" else "the QTHA adapter", f"{ours:,}"),
-        (f"LoRA of rank {config.rank} on the same {len(sizes)} layers", f"{lora:,}"),
+        (f"LoRA of rank {config.rank}{also} on the same {len(sizes)} layers", f"{lora:,}"),
     ]
     if kind == "lora":
-        rows.append((f"this LoRA, rank {rank}", f"{count_lora_parameters(rank, sizes):,}"))
+        rows.append((f"this LoRA, rank {rank}", f"{count_lora_parameters(rank, [size[:2] for size in sizes]):,}"))
     text = f"QTHA trains {compared(ours, lora)} than LoRA of the same rank."
     if config.has_circuit and (angles := sum(adapter_shape(config, *size).parts.get("branch", 0) for size in sizes)):
         text += f" {angles:,} of its parameters are angles of the circuits."
@@ -226,6 +230,7 @@ def _parameters(config: QTHAConfig, sizes: Sequence[Size], kind: Kind, rank: int
 def _circuit(config: QTHAConfig, kind: Kind) -> str:
     again = f" A circuit has {config.circuit_layers} such layers, with angles of their own." if config.circuit_layers > 1 else ""
     n, own = config.circuit_qubits, "its own circuit" if config.blocks == 1 else f"{config.blocks} of its own side by side"
+    own += " (layers of a rank by rank_pattern have circuits of that rank)" if config.rank_pattern else ""
     return (
         f"## Circuit{'' if kind == 'adapter' else ' of the QTHA adapter'}\n\n"
         f"One layer on {n} qubits: `z` are {n} of the {config.rank} numbers of the bottleneck, `theta` the angles, ■ marks a "

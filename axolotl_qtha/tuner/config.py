@@ -6,7 +6,7 @@ The `qtha:` block of an Axolotl YAML is generated from these fields (see `settin
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,7 +16,7 @@ from ..circuit.ansatz import GATE_ORDERS, MAX_QUBITS
 from ..circuit.simulation import Backend, Gradient, Precision, Simulation
 from ..errors import refusal
 from ..ibm.options import IBMOptions
-from . import blocks
+from . import arguments, blocks
 from .adapter_file import check_adapter_file
 from .blocks import LARGEST, ONE_CIRCUIT, SMALLEST, USUAL, usual_qubits
 from .peft_type import QTHA
@@ -58,12 +58,19 @@ class QTHAConfig(PeftConfig):
         "side, with angles of their own (`silu`: rings of q units). A circuit costs 2**q a token. Default: rank, if that is at "
         f"most {ONE_CIRCUIT}; above, its divisor from {SMALLEST} to {LARGEST} nearest to {USUAL}.",
     )
+    rank_pattern: dict[str, int] | None = _key(
+        None,
+        "Other ranks for some layers, as LoRA's: `{down_proj: 16}`, by the ends of their names or regular expressions; the first "
+        "that matches counts. Circuits follow each layer's rank (see qubits), and so does mid_dim where it is below it.",
+    )
     alpha: float = _key(16.0, "The adapter's output is scaled by alpha / rank, as in LoRA.")
+    alpha_pattern: dict[str, float] | None = _key(None, "Other values of alpha for some layers, written as rank_pattern.")
     dropout: float = _key(0.0, "Dropout probability on the adapter's input, in [0, 1).")
     param_budget: float | None = _key(
         None,
         "Trainable parameters as a share of LoRA of the same rank on the same modules. Picks bond_dim and mid_dim, "
-        "whichever is not set. Default 0.24 (the paper's 76 % fewer) unless both are set.",
+        "whichever is not set. Default 0.24 (the paper's 76 % fewer) unless both are set; where that cannot be met, as on narrow "
+        "layers, the least that can. One that is set and cannot be met is refused.",
     )
     bond_dim: int | None = _key(None, "Bond dimension chi of the matrix product operators. Default: from param_budget.")
     mid_dim: int | None = _key(
@@ -153,10 +160,16 @@ class QTHAConfig(PeftConfig):
     )
     seed: int | None = _key(None, "Seed of the adapter's initial values. Default: Axolotl's `seed`, else 42.")
 
+    def __new__(cls, *_: Any, **settings: Any) -> QTHAConfig:
+        """Refuse names that are not known; PEFT leaves them out, with a warning, where it reads a file of a later version."""
+        if type(settings.get("peft_type")) is not str:
+            arguments.refuse_unknown(settings, [each.name for each in fields(cls)], "QTHAConfig")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if type(self.peft_type) is str and self.qubits is None:
-            self.qubits = self.rank  # read from a file, of a time when a circuit had as many qubits as the rank
+        if type(self.peft_type) is str:
+            self._complete_saved()
         self.peft_type = QTHA
         for key in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, key), (list, tuple)):
@@ -175,6 +188,18 @@ class QTHAConfig(PeftConfig):
         self._check_values()
         self._check_combinations()
 
+    def _complete_saved(self) -> None:
+        """Make up for what earlier versions wrote into files."""
+        if self.qubits is None and not self.rank_pattern:
+            self.qubits = self.rank  # of a time when a circuit had as many qubits as the rank
+        for key, default in self._idle().items():  # they were let through
+            setattr(self, key, default)
+
+    def _idle(self) -> dict[str, Any]:
+        """Return the defaults of the settings that have another value, and do nothing beside `quantum`."""
+        defaults = {each.name: each.default for each in fields(self) if self.quantum in arguments.IDLE.get(each.name, ())}
+        return {key: default for key, default in defaults.items() if getattr(self, key) != default}
+
     @property
     def scaling(self) -> float:
         """The factor alpha / rank of the adapter's output."""
@@ -188,7 +213,25 @@ class QTHAConfig(PeftConfig):
     @property
     def circuit_qubits(self) -> int:
         """Qubits of each circuit, units of each ring of `silu`: `qubits`, or what stands for it."""
-        return self.qubits or usual_qubits(self.rank) or self.rank
+        return self.qubits_at(self.rank)
+
+    def qubits_at(self, rank: int) -> int:
+        """Return the qubits of each circuit of a layer of this rank."""
+        return self.qubits or usual_qubits(rank) or rank
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks that layers can have."""
+        return [self.rank, *(self.rank_pattern or {}).values()]
+
+    def of_layer(self, name: str) -> QTHAConfig:
+        """Return the configuration of one layer, without patterns; the same object where none matches its name."""
+        rank = arguments.matched(self.rank_pattern, name, self.rank)
+        alpha = arguments.matched(self.alpha_pattern, name, self.alpha)
+        if (rank, alpha) == (self.rank, self.alpha):
+            return self
+        mid_dim = None if self.mid_dim is None else max(self.mid_dim, rank)
+        return replace(self, rank=rank, alpha=alpha, mid_dim=mid_dim, rank_pattern=None, alpha_pattern=None)
 
     @property
     def blocks(self) -> int:
@@ -204,14 +247,8 @@ class QTHAConfig(PeftConfig):
             return Simulation()
         if self.quantum_backend not in AER:
             return Simulation(self.quantum_backend, seed=seed, ibm=self.ibm)
-        return Simulation(
-            self.quantum_backend,
-            self.shots,
-            seed,
-            self.noise_model,
-            self.precision or "double",
-            self.gradient or "parameter_shift",
-        )
+        precision, gradient = self.precision or "double", self.gradient or "parameter_shift"
+        return Simulation(self.quantum_backend, self.shots, seed, self.noise_model, precision, gradient)
 
     def run_as(self, other: QTHAConfig) -> None:
         """Take over from another configuration how circuits are run."""
@@ -227,7 +264,8 @@ class QTHAConfig(PeftConfig):
         result = super().to_dict()
         result.pop("ibm")
         result["share"] = self.share.model_dump() if self.share else None
-        result["qubits"] = None if self.quantum == "none" else self.circuit_qubits
+        if not self.rank_pattern:  # else each rank has its own
+            result["qubits"] = None if self.quantum == "none" else self.circuit_qubits
         if self.quantum_backend == "ibm":
             result["quantum_backend"] = "torch"
         return result
@@ -244,17 +282,11 @@ class QTHAConfig(PeftConfig):
         }
         assert set(get_args(GateOrder)) == set(GATE_ORDERS)
         for key, kind in choices.items():
-            if (value := getattr(self, key)) not in get_args(kind):
-                raise refusal(key, value, "is not a choice", ", ".join(f"`{choice}`" for choice in get_args(kind)))
+            arguments.check_choice(key, getattr(self, key), get_args(kind))
         for key in ("rank", "bond_dim", "mid_dim", "num_cores", "circuit_layers"):
-            value = getattr(self, key)
-            if value is None and key in ("bond_dim", "mid_dim"):
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise refusal(key, value, "is not a positive whole number", f"`{key}: 8`")
+            arguments.check_count(key, getattr(self, key), key in ("bond_dim", "mid_dim"))
         for key, kind in {"precision": Precision, "gradient": Gradient}.items():
-            if (value := getattr(self, key)) is not None and value not in get_args(kind):
-                raise refusal(key, value, "is not a choice", ", ".join(f"`{choice}`" for choice in get_args(kind)))
+            arguments.check_choice(key, getattr(self, key), (None, *get_args(kind)))
         if self.shots is not None and (type(self.shots) is not int or not 1 <= self.shots <= MAX_SHOTS):
             raise refusal("shots", self.shots, f"is not a whole number from 1 to {MAX_SHOTS:,}", "`shots: 1024`, or none: exact")
         if self.num_cores > MAX_CORES:
@@ -264,6 +296,7 @@ class QTHAConfig(PeftConfig):
             if (value is not None or key == "seed") and (type(value) is not int or not 0 <= value < 2**32):
                 raise refusal(key, value, "is not a whole number from 0 to 2**32 - 1", f"`{key}: 42`")
         blocks.check(self.rank, self.qubits, self.quantum, self.has_circuit)
+        arguments.check_patterns(self.rank_pattern, self.alpha_pattern, self.qubits, self.quantum, self.has_circuit)
         if not 0 <= self.dropout < 1:
             raise refusal("dropout", self.dropout, "is not a probability below 1", "`dropout: 0.05`")
         if not 0 < self.alpha < math.inf:
@@ -272,6 +305,9 @@ class QTHAConfig(PeftConfig):
             raise refusal("param_budget", self.param_budget, "is not a share in (0, 1]", "`param_budget: 0.24`")
 
     def _check_combinations(self) -> None:
+        for key, default in self._idle().items():
+            why, works = f"has no effect with `quantum: {self.quantum}`", f"leave {key} out (its default: {default})"
+            raise refusal(key, getattr(self, key), why, f"{works}, or `quantum: qtha`")
         if self.mid_dim is not None and self.mid_dim < self.rank:
             raise refusal(
                 "mid_dim",
@@ -280,16 +316,7 @@ class QTHAConfig(PeftConfig):
                 f"`mid_dim: {self.rank}`",
             )
         for key in ("in_factors", "out_factors"):
-            for size, factors in (getattr(self, key) or {}).items():
-                if len(factors) != self.num_cores or any(i < 1 for i in factors) or math.prod(factors) < size:
-                    raise refusal(
-                        key,
-                        {size: factors},
-                        f"is not {self.num_cores} (num_cores) positive factors whose product is {size}, or more to pad",
-                        f"leave {size} out, or e.g. `num_cores: 2` with `{{3584: [64, 56]}}`",
-                    )
-                if math.prod(factors) >= 2 * size:
-                    raise refusal(key, {size: factors}, f"has a product of {math.prod(factors)}, not {size}", f"leave {size} out")
+            arguments.check_factors(key, getattr(self, key), self.num_cores)
         if self.share and self.init == "tt_svd":
             raise refusal(
                 "init", self.init, "starts from the weight of one layer, and `share:` is for several", "`init: kaiming`"
@@ -311,21 +338,9 @@ class QTHAConfig(PeftConfig):
             )
 
     def _check_simulation(self) -> None:
-        if self.quantum_backend != "torch" and not self.has_circuit:
-            why = f"has no circuit to run with `quantum: {self.quantum}`"
-            raise refusal("quantum_backend", self.quantum_backend, why, "leave it out")
-        if self.ibm is not None and self.quantum_backend != "ibm":
-            why = f"has no effect with `quantum_backend: {self.quantum_backend}`"
-            raise refusal("ibm", self.ibm.backend, why, "`quantum_backend: ibm`, or no `ibm:` block")
-        for key in AER_KEYS if self.quantum_backend not in AER else ():
-            if (value := getattr(self, key)) in (None, "none") or (self.quantum_backend == "ibm" and key == "seed_simulator"):
-                continue
-            if self.quantum_backend == "torch":
-                why, works = "is Aer's: `quantum_backend: torch` is exact", f"leave {key} out, or `quantum_backend: aer`"
-            else:
-                ours = f"`ibm: {{{key}: ...}}`" if key in IBMOptions.model_fields else "a device has its own noise: leave it out"
-                why, works = "is Aer's, not of `quantum_backend: ibm`", ours
-            raise refusal(key, value, why, works)
+        other = {key: getattr(self, key) for key in AER_KEYS} if self.quantum_backend not in AER else {}
+        no_circuit = None if self.has_circuit else self.quantum
+        arguments.check_backend(self.quantum_backend, no_circuit, self.ibm, other, self.rank_pattern)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:

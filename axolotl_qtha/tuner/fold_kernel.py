@@ -71,8 +71,8 @@ class _Plan:
     def __init__(self, sides: Sequence[Side], total: int, device: torch.device, dtype: torch.dtype) -> None:
         numbers = [geometry(side, total) for side in sides]
         padded = numbers if len(numbers) == 2 else [numbers[0], numbers[0]]
-        self.geometry = torch.tensor(padded, dtype=torch.int32).to(device)
-        self.gains = torch.tensor([side.gain for side in (sides[0], sides[-1])], dtype=dtype).to(device)
+        self.geometry = torch.tensor(padded, dtype=torch.int32, device=device)
+        self.gains = torch.tensor([side.gain for side in (sides[0], sides[-1])], dtype=dtype, device=device)
         self.rows, self.total = rows(sides), total
         height = -(-sides[0].rank // self.rows)
         self.tiles = [height * found[3] * found[18] for found in numbers]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,17 +26,18 @@ def values(
         seed: of the random numbers.
         weight: the frozen weight (out_features, in_features), for `init: tt_svd`.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    here: Any = {"device": "cpu", "dtype": torch.float32}  # whatever torch.set_default_dtype and torch.device say
     found: dict[str, Tensor] = {}
 
     def normal(*names: str) -> None:
         for name in names:
-            number = torch.randn(parts[name].shape, generator=generator, device="cpu", dtype=torch.float32)
+            number = torch.randn(parts[name].shape, generator=generator, **here)
             found[name] = number * parts[name].std + 0.0  # where that is zero, not -0
 
     if shape.mpo_a is None or shape.mpo_b is None:
         normal("a")
-        found["b"] = torch.zeros(parts["b"].shape)
+        found["b"] = torch.zeros(parts["b"].shape, **here)
     else:
         cores = [name for name in parts if name.startswith("mpo_")]
         normal("w_a", "w_b")
@@ -45,19 +47,19 @@ def values(
             left, right = _leading_directions(weight, mid, generator)
             decomposed = [*decompose(right, shape.mpo_a), *decompose(left, shape.mpo_b)]
             directions = dict(zip(cores, decomposed, strict=True))
-            found |= {"w_a": torch.eye(r, mid), "w_b": torch.eye(mid, r)}
+            found |= {"w_a": torch.eye(r, mid, **here), "w_b": torch.eye(mid, r, **here)}
         normal(*cores)
         for name, core in directions.items():
             found[name] = core * (parts[name].std / core.square().mean().sqrt().clamp_min(1e-30)) + 0.0
     r = shape.rank
     for name in ("w_c", "w_q") if shape.has_branch else ("w_c",):  # kaiming_uniform_, as the authors
-        found[name] = (2 * torch.rand(r, r, generator=generator) - 1) * math.sqrt(6 / r)
+        found[name] = (2 * torch.rand(r, r, generator=generator, **here) - 1) * math.sqrt(6 / r)
     if "units" in parts:
         normal("units")
     if "angles" in parts:
-        found["angles"] = (2 * torch.rand(parts["angles"].shape, generator=generator) - 1) * math.pi
+        found["angles"] = (2 * torch.rand(parts["angles"].shape, generator=generator, **here) - 1) * math.pi
     if "scale" in parts:
-        found["scale"] = torch.ones(r)
+        found["scale"] = torch.ones(r, **here)
     return found
 
 

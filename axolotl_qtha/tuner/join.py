@@ -166,7 +166,8 @@ def _returned(found: tuple[Tensor | None, ...], z: Tensor, *parameters: Tensor |
 
 @lru_cache(maxsize=64)
 def _squares(rank: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.stack([torch.zeros(rank, rank, dtype=dtype), torch.eye(rank, dtype=dtype)]).flatten().to(device)
+    here: Any = {"dtype": dtype, "device": device}
+    return torch.stack([torch.zeros(rank, rank, **here), torch.eye(rank, **here)]).flatten()
 
 
 def _identity(z: Tensor, angles: Tensor) -> Tensor:

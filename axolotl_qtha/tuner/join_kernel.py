@@ -74,7 +74,7 @@ def _slots(ansatz: Ansatz, device: torch.device) -> Tensor:
             slots[row] = 2 * index
     for index, (row, _) in enumerate(folded.diagonals):
         slots[row] = 2 * index + 1
-    return torch.tensor([*slots, 2 * walls - 1], dtype=torch.int32).to(device)
+    return torch.tensor([*slots, 2 * walls - 1], dtype=torch.int32, device=device)
 
 
 def forward(z: Tensor, fusion: Tensor, angles: Tensor, scale: Tensor | None, joint: Joint) -> Tensor:

@@ -13,6 +13,7 @@ Everything outside the circuit is linear and passes through r numbers, so tokens
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from ..circuit.torch_engine import NonFiniteAngle
 from ..errors import refusal
 from .adapter import QTHAAdapter
 from .config import QTHAConfig
+from .mixed import rows
 from .quantised import backend
 from .reading import Shared
 from .share import ALL, LayerSize, Owned
@@ -106,18 +108,37 @@ class QTHALinear(nn.Module, QTHALayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, *adapter)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the layer's output (.., out_features) in the base layer's dtype."""
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """Return the layer's output (.., out_features) in the base layer's dtype.
+
+        Args:
+            x: (.., in_features).
+            args: further arguments of the base layer.
+            adapter_names: an adapter, or `__base__`, for each entry of the first axis; default: the active ones for all.
+            kwargs: further arguments of the base layer.
+
+        Raises:
+            ValueError: if there are more or fewer names than entries, or adapters are merged.
+        """
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         result: Tensor = self.base_layer(x, *args, **kwargs)
         if self.merged:
+            if adapter_names is not None:
+                works = "unmerge_adapter() first"
+                raise ValueError(f"adapter_names: {self.name} has {self.merged_adapters} merged. What works: {works}.")
             return result
         if self.quantization_backend is not None:
             self._refuse_cut_gradient(x, result)
             result = self.quantization_backend.maybe_clone_base_result(result)
+        if adapter_names is not None:
+            for name, own in rows(adapter_names, len(x), self.name).items():
+                if name in self.qtha_adapter:  # not the base's, nor one without an adapter here
+                    at = torch.tensor(own, device=x.device)
+                    result = result.index_add(0, at, self._change(name, x[at]).to(result.dtype))
+            return result
         for name in self.active_adapters:
             if name in self.qtha_adapter:
                 result = result + self._change(name, x).to(result.dtype)
@@ -153,18 +174,45 @@ class QTHALinear(nn.Module, QTHALayer):
         delta = b @ a
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Return whether PEFT's `convert_to_lora` can convert the adapter: it is there, and linear (`quantum: none`)."""
+        if adapter_name not in self.qtha_adapter:
+            return False
+        config = cast(QTHAAdapter, self.qtha_adapter[adapter_name]).config
+        if config.quantum != "none":  # PEFT names the class of the layer, and no reason
+            warnings.warn(
+                f"adapter {adapter_name!r} has `quantum: {config.quantum}`, which is not linear: no LoRA equals it. What works: "
+                "`axolotl qtha-export`, which fits one and says how well; or `quantum: none`.",
+                stacklevel=2,
+            )
+        return config.quantum == "none"
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add linear adapters into the frozen weight; with `safe_merge`, not if the sum holds NaN or infinity."""
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.qtha_adapter:
+        """Add linear adapters into the frozen weight; with `safe_merge`, none if the sum holds NaN or infinity."""
+        names = check_adapters_to_merge(self, adapter_names)
+        if (merged := self.merged_weight(names, safe_merge)) is not None:
+            self.set_base_weight(merged)
+            self.merged_adapters += [name for name in names if name in self.qtha_adapter]
+
+    def merged_weight(self, names: list[str], safe_merge: bool) -> Tensor | None:
+        """Return the weight with adapters added that are not merged yet, in the base's layout; None if it has none of them.
+
+        Raises:
+            ValueError: if an adapter is not linear, the base quantised, or with `safe_merge` the weight holds NaN or infinity.
+        """
+        weight = None
+        for name in names:
+            if name not in self.qtha_adapter or name in self.merged_adapters:
                 continue
             refuse_quantised_merge(self)
-            weight = self.get_base_weight()
-            merged = (weight + self.get_delta_weight(name)).to(weight.dtype)
-            if safe_merge and not bool(merged.isfinite().all()):
-                raise ValueError(f"merging adapter {name!r} gives NaN or infinite weights; nothing was merged.")
-            self.set_base_weight(merged)
-            self.merged_adapters.append(name)
+            weight = self.get_base_weight() if weight is None else weight
+            weight = (weight + self.get_delta_weight(name)).to(weight.dtype)
+            if safe_merge and not bool(weight.isfinite().all()):
+                raise ValueError(
+                    f"merging adapter {name!r} gives NaN or infinite weights in {self.name}; nothing was merged. "
+                    "What works: an earlier checkpoint, or a smaller alpha where the base is in 16 bits."
+                )
+        return weight
 
     def unmerge(self) -> None:
         """Take merged adapters out of the weight again (up to rounding)."""
@@ -193,7 +241,7 @@ def adapted_sizes(model: PeftModel) -> list[LayerSize]:
     """Return the sizes of every layer of a PEFT model that carries its active adapter, and what each has of its own."""
     layers = (layer for layer in adapted_layers(model).values() if model.active_adapter in layer.qtha_adapter)
     shapes = (cast(QTHAAdapter, layer.qtha_adapter[model.active_adapter]).shape for layer in layers)
-    return [LayerSize(shape.in_features, shape.out_features, shape.owned) for shape in shapes]
+    return [LayerSize(shape.in_features, shape.out_features, shape.owned, shape.rank) for shape in shapes]
 
 
 def layer_sizes(layer: nn.Module) -> tuple[int, int]:

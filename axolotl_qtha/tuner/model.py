@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import get_quantization_kwargs, register_peft_method
+from peft.tuners.tuners_utils import BaseTuner, onload_layer
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    get_quantization_kwargs,
+    register_peft_method,
+)
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -22,6 +26,7 @@ from .backends import prepare
 from .config import QTHAConfig
 from .earlier import MARK, converted, is_earlier
 from .layer import QTHALayer, QTHALinear, refuse_nonlinear_merge, refuse_quantised_merge
+from .mixed import mixed
 from .peft_type import QTHA
 from .quantised import keep_trainable
 from .reading import Reading, Shared
@@ -38,8 +43,9 @@ class QTHAModel(BaseTuner):
     prefix = "qtha_"
     tuner_layer_cls = QTHALayer
     _owners: dict[str, Owners]  # of the adapter that is being added
+    _layer_configs: dict[tuple[int, float], QTHAConfig]  # of it, where patterns give layers a rank or alpha of their own
     _followed: set[str]  # layers of it that are the first of several to read their input
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -47,8 +53,15 @@ class QTHAModel(BaseTuner):
         self.register_load_state_dict_post_hook(_share_again)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
-        if not cast(QTHAConfig, peft_config).target_modules:
-            raise refusal("target_modules", None, "names no module", "`target_modules: all-linear`")
+        config = cast(QTHAConfig, peft_config)
+        if config.target_modules is None:  # PEFT's own default for LoRA
+            kind = model_config.get("model_type")
+            if (modules := self.target_module_mapping.get(str(kind))) is None:
+                why = f"is left to PEFT, which knows no default for LoRA on `model_type: {kind}`"
+                raise refusal("target_modules", None, why, "`target_modules: all-linear`, or a list of the names of layers")
+            config.target_modules = modules if isinstance(modules, str) else cast(list[str], set(modules))
+        if not config.target_modules:
+            raise refusal("target_modules", config.target_modules, "names no module", "`target_modules: all-linear`")
         return peft_config
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
@@ -56,12 +69,14 @@ class QTHAModel(BaseTuner):
         config = cast(QTHAConfig, peft_config)
         keep_trainable(model)
         targets = select_targets(config, model)
-        self._owners = {} if not config.share else owners(config.share, {name: size[:2] for name, size in targets.items()})
+        self._owners = {} if not config.share else owners(config.share, targets)
         self._followed = {own.together for name, own in self._owners.items() if own.together != name}
         settled = resolve(config, list(targets.values()))
         config.bond_dim, config.mid_dim = settled.bond_dim, settled.mid_dim
+        self._layer_configs = {}
         if config.has_circuit and next(model.parameters()).device.type != "meta":
-            prepare(ansatz(config), config.simulation)
+            for circuit in {ansatz(config.of_layer(name)) for name in targets}:
+                prepare(circuit, config.simulation)
 
     def _create_and_replace(
         self,
@@ -73,7 +88,7 @@ class QTHAModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        config = cast(QTHAConfig, peft_config)
+        config = self._of_layer(cast(QTHAConfig, peft_config), current_key)
         assert config.seed is not None
         seed = config.seed + zlib.crc32(current_key.encode())  # the same on every rank, another on every layer
         owned, shared = self._sharing(current_key, adapter_name, config)
@@ -85,6 +100,11 @@ class QTHAModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _of_layer(self, config: QTHAConfig, name: str) -> QTHAConfig:
+        """Return the configuration of a layer; layers of the same rank and alpha have the same object."""
+        own = config.of_layer(name)
+        return own if own is config else self._layer_configs.setdefault((own.rank, own.alpha), own)
 
     def _sharing(self, name: str, adapter_name: str, config: QTHAConfig) -> tuple[Owned, Shared | None]:
         """Return what the layer of this name has of its own, and what it has from layers before it."""
@@ -107,7 +127,7 @@ class QTHAModel(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge linear adapters into full-precision weights; refused as a whole where one is not linear or quantised."""
-        self._refuse_merge(adapter_names)
+        self._refuse_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names, safe_merge)
 
     def _unload_and_optionally_merge(
@@ -118,26 +138,45 @@ class QTHAModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> Any:
         if merge:
-            self._refuse_merge(adapter_names)
+            self._refuse_merge(adapter_names, safe_merge)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
-    def _refuse_merge(self, adapter_names: list[str] | None) -> None:
+    def add_weighted_adapter(self, *_: Any, **__: Any) -> None:
+        """Refuse PEFT's weighted sum of adapters, which is none of the same kind and size.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "add_weighted_adapter: a weighted sum of QTHA adapters is no QTHA adapter: a circuit is not linear, and the bonds of "
+            "tensor networks add up. What works: all of them active, `model.base_model.set_adapter([...])`, which adds their "
+            "outputs; or with `quantum: none` each as a LoRA (`peft.convert_to_lora`), and LoRA's add_weighted_adapter."
+        )
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Return whether the adapter can be converted to LoRA: it is linear (`quantum: none`)."""
+        layers = (module for module in self.modules() if isinstance(module, QTHALayer))
+        return all(layer.supports_lora_conversion(adapter_name) for layer in layers)
+
+    def _refuse_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Refuse a merge of all layers, so that none is merged where one cannot be."""
         for name in self.active_adapters if adapter_names is None else adapter_names:
             if name in self.peft_config:
                 refuse_nonlinear_merge(name, cast(QTHAConfig, self.peft_config[name]))
         for module in self.modules():
             if isinstance(module, QTHALayer):
                 refuse_quantised_merge(module)
+        for module in self.modules() if safe_merge else ():
+            if isinstance(module, QTHALinear):
+                with onload_layer(module):
+                    module.merged_weight(adapter_names or self.active_adapters, safe_merge)
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Refuse the one argument of PEFT's forward and generate that would otherwise be dropped."""
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                f"adapter_names={kwargs['adapter_names']!r}: QTHA runs one set of adapters per batch. "
-                "What works: set_adapter before each batch."
-            )
-        yield
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+        """Run a forward or generate, with `adapter_names` each sequence with its own adapter."""
+        names = kwargs.get("adapter_names")
+        with nullcontext() if names is None else mixed(self.model, names, list(self.peft_config), kwargs):
+            yield
 
 
 def register() -> None:

@@ -116,9 +116,9 @@ def decompose(matrix: Tensor, shape: MPOShape) -> list[Tensor]:
     import tensorly
     from tensorly.decomposition import tensor_train_matrix
 
-    padded = torch.zeros(shape.outputs.padded, shape.inputs.padded, dtype=torch.float64)
+    padded = torch.zeros(shape.outputs.padded, shape.inputs.padded, dtype=torch.float64, device="cpu")
     padded[: matrix.shape[0], : matrix.shape[1]] = matrix
     tensor = padded.reshape(*shape.outputs.sizes, *shape.inputs.sizes)
-    with tensorly.backend_context("pytorch", local_threadsafe=True):
+    with tensorly.backend_context("pytorch", local_threadsafe=True), torch.device("cpu"):
         cores = tensor_train_matrix(tensor, rank=list(shape.bonds))
     return [core.reshape(wanted).to(matrix) for core, wanted in zip(cores, shape.core_shapes, strict=True)]

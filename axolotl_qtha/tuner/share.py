@@ -88,6 +88,7 @@ class LayerSize(NamedTuple):
     inputs: int  # in_features
     outputs: int  # out_features
     owned: Owned = ALL
+    rank: int | None = None  # where it is another than the configuration's
 
 
 class Owners(NamedTuple):
@@ -103,31 +104,39 @@ class Owners(NamedTuple):
         return Owned(self.a == name, self.b == name, self.branch == name)
 
 
-def owners(share: Share, sizes: Mapping[str, tuple[int, int]]) -> dict[str, Owners]:
+def owners(share: Share, sizes: Mapping[str, tuple[int, int] | LayerSize]) -> dict[str, Owners]:
     """Return whose tensors each layer uses.
 
     Args:
         share: what is shared.
-        sizes: (in_features, out_features) of the adapted layers by name, in the model's order.
+        sizes: (in_features, out_features) of the adapted layers by name, in the model's order; or with a rank of their own.
 
     Raises:
-        ValueError: if layers of a group have different sizes.
+        ValueError: if layers of a group have different sizes or ranks.
     """
+    layers = {name: LayerSize(*size)._replace(owned=ALL) for name, size in sizes.items()}
     firsts: dict[Any, str] = {}  # of those with one input
     together: dict[str, str] = {}
-    for name, (inputs, _) in sizes.items():
+    for name, (inputs, _, _, rank) in layers.items():
         parent, _, leaf = name.rpartition(".")
         kind = _kind(parent, leaf) if share.inputs else None
-        together[name] = name if kind is None else firsts.setdefault((parent, kind, inputs), name)
+        together[name] = name if kind is None else firsts.setdefault((parent, kind, inputs, rank), name)
     found: dict[str, Owners] = {}
     for same in _same(sizes).values():
         for place, name in enumerate(same):
             first = same[place - place % share.layers]
-            if sizes[first] != sizes[name]:
+            if layers[first].rank != layers[name].rank:
                 raise refusal(
                     "share",
                     {"layers": share.layers},
-                    f"would share the tensors of {first} and {name}, whose sizes are {sizes[first]} and {sizes[name]}",
+                    f"would share the tensors of {first} and {name}, to which rank_pattern gives different ranks",
+                    "a rank_pattern that names modules and no layers (`k_proj`), or no `layers:`",
+                )
+            if layers[first] != layers[name]:
+                raise refusal(
+                    "share",
+                    {"layers": share.layers},
+                    f"would share the tensors of {first} and {name}, whose sizes are {layers[first][:2]} and {layers[name][:2]}",
                     "`layers_to_transform` with layers of one size, target_modules of one size, or no `layers:`",
                 )
             found[name] = Owners(first, first, together[name], together[name])

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..circuit.ansatz import Ansatz
 from ..errors import refusal
@@ -15,6 +16,7 @@ from .share import ALL, LayerSize, Owned
 
 DEFAULT_BUDGET = 0.24
 LARGEST_MID = 8  # mid_dim is searched up to this many times the rank
+LARGER_RANKS, FEW_CORES = (2, 4, 8, 12, 16, 24, 32, 48, 64), (2, 3, 4)  # tried where a budget is not met
 
 
 @dataclass(frozen=True)
@@ -65,34 +67,45 @@ def ansatz(config: QTHAConfig) -> Ansatz:
     return Ansatz(config.circuit_qubits, config.circuit_layers, config.gate_order)
 
 
-def _branch_rows(config: QTHAConfig) -> int:
+def _branch_rows(config: QTHAConfig, rank: int) -> int:
     """Rows of the branch's (rows, rank) table. The classical twin `silu` has as many as the circuit it stands in for."""
     if config.has_circuit:
-        return ansatz(config).rows
+        return Ansatz(config.qubits_at(rank), config.circuit_layers, config.gate_order).rows
     return 4 * config.circuit_layers if config.quantum == "silu" else 0
 
 
-def adapter_shape(config: QTHAConfig, in_features: int, out_features: int, owned: Owned = ALL) -> AdapterShape:
-    """Return the sizes of the adapter on a (out_features, in_features) layer; bond_dim and mid_dim must be set."""
-    return _shape(config, LayerSize(in_features, out_features, owned), config.mid_dim, config.bond_dim)
+def adapter_shape(
+    config: QTHAConfig, in_features: int, out_features: int, owned: Owned = ALL, rank: int | None = None
+) -> AdapterShape:
+    """Return the sizes of the adapter on a (out_features, in_features) layer; bond_dim and mid_dim must be set.
+
+    Args:
+        config: the adapter's configuration.
+        in_features: of the layer.
+        out_features: of the layer.
+        owned: what the layer does not share with one before it.
+        rank: of the layer, where it is another than the configuration's.
+    """
+    return _shape(config, LayerSize(in_features, out_features, owned, rank), config.mid_dim, config.bond_dim)
 
 
 def _shape(config: QTHAConfig, layer: LayerSize, mid_dim: int | None, bond_dim: int | None) -> AdapterShape:
-    in_features, out_features, owned = layer
+    in_features, out_features, owned, rank = layer
+    rank = rank or config.rank
     mpo_a = mpo_b = None
     if config.mpo == "tt":
         assert bond_dim is not None
         assert mid_dim is not None
-        mid = factorize(mid_dim, config.num_cores)
+        mid = factorize(max(mid_dim, rank), config.num_cores)
         mpo_a = MPOShape(mid, _factors(config.in_factors, in_features, config.num_cores), bond_dim)
         mpo_b = MPOShape(_factors(config.out_factors, out_features, config.num_cores), mid, bond_dim)
     return AdapterShape(
         in_features,
         out_features,
-        config.rank,
+        rank,
         mpo_a,
         mpo_b,
-        branch_rows=_branch_rows(config),
+        branch_rows=_branch_rows(config, rank),
         has_branch=config.quantum != "none",
         trains_branch=config.quantum in ("qtha", "qwthn", "silu"),
         learns_scale=config.has_circuit and config.angle_scale == "learned",
@@ -117,58 +130,74 @@ def count_parameters(config: QTHAConfig, sizes: Iterable[Size]) -> int:
 def count_lora_parameters(rank: int, sizes: Iterable[Size]) -> int:
     """Return the trainable parameters of LoRA of the same rank on the same layers, (in_features, out_features) each.
 
+    A layer that has a rank of its own, as a `LayerSize`, is counted with that.
+
     >>> count_lora_parameters(8, [(3584, 3584), (3584, 18944)])
     237568
     """
-    return sum(rank * (inputs + outputs) for inputs, outputs, *_ in sizes)
+    layers = (LayerSize(*size) for size in sizes)
+    return sum((layer.rank or rank) * (layer.inputs + layer.outputs) for layer in layers)
 
 
 def resolve(config: QTHAConfig, sizes: Sequence[Size]) -> QTHAConfig:
     """Return the configuration with bond_dim and mid_dim set, as large as param_budget allows.
+
+    A param_budget that was not asked for, the default, gives way where nothing meets it: to the smallest adapter there is.
 
     Args:
         config: the adapter's configuration.
         sizes: (in_features, out_features) of every adapted layer.
 
     Raises:
-        ValueError: if no bond_dim and mid_dim meet the budget; names the smallest budget that can be met.
+        ValueError: if no bond_dim and mid_dim meet a budget that was asked for; names settings that were found to work.
     """
     for key, index in (("in_factors", 0), ("out_factors", 1)):
-        named, present = getattr(config, key) or {}, {size[index] for size in sizes}
+        named, present = getattr(config, key) or {}, {size[:2][index] for size in sizes}
         if unused := sorted(set(named) - present):
             raise refusal(
                 key, {size: named[size] for size in unused}, "names sizes no adapted layer has", f"sizes of {sorted(present)}"
             )
     if config.mpo == "none":
         return config
+    found, total = _settled(config, sizes)
+    if found is not None:
+        return found
     lora = count_lora_parameters(config.rank, sizes)
     if config.bond_dim is not None and config.mid_dim is not None:
-        total = count_parameters(config, sizes)
-        if config.param_budget is not None and total > config.param_budget * lora:
-            raise refusal(
-                "param_budget",
-                config.param_budget,
-                f"is below bond_dim {config.bond_dim} and mid_dim {config.mid_dim}: {total:,} parameters of LoRA's {lora:,}",
-                _advice(total, lora, "leave bond_dim or mid_dim out"),
-            )
-        return config
-    budget = DEFAULT_BUDGET if config.param_budget is None else config.param_budget
+        why = f"is below bond_dim {config.bond_dim} and mid_dim {config.mid_dim}: {total:,} parameters of LoRA's {lora:,}"
+        otherwise = "no param_budget"
+    else:
+        why = f"cannot be met at rank {config.rank} on these {len(sizes)} modules (LoRA: {lora:,} parameters)"
+        least, _ = _settled(replace(config, param_budget=None), sizes)
+        assert least is not None
+        otherwise = f"no param_budget, with `bond_dim: {least.bond_dim}, mid_dim: {least.mid_dim}`: {total:,} parameters"
+    raise refusal("param_budget", config.param_budget, why, _advice(config, sizes, total, lora, otherwise))
+
+
+def _settled(config: QTHAConfig, sizes: Sequence[Size]) -> tuple[QTHAConfig | None, int]:
+    """Return the configuration as `resolve` does, or None where it cannot meet its budget; and the fewest parameters it can have.
+
+    The number is 0 where it does not matter: the budget is met.
+    """
+    limit = (config.param_budget or DEFAULT_BUDGET) * count_lora_parameters(config.rank, sizes)
+    if config.bond_dim is not None and config.mid_dim is not None:
+        total = count_parameters(config, sizes) if config.param_budget is not None else 0
+        return (None, total) if total > limit else (config, 0)
     mids = list(_mid_dims(config)) if config.mid_dim is None else [config.mid_dim]
     counted = Counter(LayerSize(*size) for size in sizes)
 
     def total_of(mid: int, bond: int) -> int:
         return sum(count * _shape(config, size, mid, bond).num_parameters for size, count in counted.items())
 
-    best = _widest(total_of, mids, config.bond_dim, max(max(size[:2]) for size in sizes), budget * lora)
+    best = _widest(total_of, mids, config.bond_dim, max(max(size[:2]) for size in sizes), limit)
+    total = 0
     if best is None:
-        total = min(total_of(mid, config.bond_dim or 1) for mid in mids)
-        raise refusal(
-            "param_budget",
-            budget,
-            f"cannot be met at rank {config.rank} on these {len(sizes)} modules (LoRA: {lora:,} parameters)",
-            _advice(total, lora, f"a larger rank, wider target_modules or another num_cores (the least here: {total:,})"),
-        )
-    return replace(config, mid_dim=best[0], bond_dim=best[1])
+        bond = config.bond_dim or 1
+        total, mid = min((total_of(mid, bond), mid) for mid in mids)
+        if config.param_budget is not None:
+            return None, total
+        best = mid, bond
+    return replace(config, mid_dim=best[0], bond_dim=best[1]), total
 
 
 def _mid_dims(config: QTHAConfig) -> Iterator[int]:
@@ -206,10 +235,52 @@ def _widest(
     return best
 
 
-def _advice(total: int, lora: int, otherwise: str) -> str:
-    """Say which param_budget would do, if one can: shares above 1 are not accepted."""
+def _advice(config: QTHAConfig, sizes: Sequence[Size], total: int, lora: int, otherwise: str) -> str:
+    """Return settings that work where a param_budget is not met; those that keep to it have been tried.
+
+    Args:
+        config: the adapter's configuration.
+        sizes: of its layers.
+        total: parameters of the smallest adapter, which a larger budget allows; shares above 1 are not accepted.
+        lora: parameters of LoRA.
+        otherwise: what works in any case.
+    """
     share = math.ceil(1e4 * total / lora - 1e-9) / 1e4  # rounded up, so that the printed value works
-    return f"`param_budget: {share}`, or {otherwise}" if total <= lora else otherwise
+    works = [f"`param_budget: {share}`"] if total <= lora else []
+    free: dict[str, Any] = {key: None for key in ("bond_dim", "mid_dim") if getattr(config, key) is not None}
+    if free and _meets(config, sizes, free):
+        works.append(f"this budget without {' and '.join(free)}")
+    changes: list[tuple[str, list[Any]]] = [("rank", [rank for rank in LARGER_RANKS if rank > config.rank])]
+    changes.append(("num_cores", [cores for cores in FEW_CORES if cores != config.num_cores]))
+    if config.quantum != "none":
+        changes += [("circuit_layers", [1]), ("quantum", ["none"])]
+    for key, values in changes:
+        found = next((value for value in values if _meets(config, sizes, {key: value})), None)
+        works += [f"this budget with `{key}: {found}`"] if found is not None else []
+    return ", or ".join([*works, otherwise])
+
+
+def _meets(config: QTHAConfig, sizes: Sequence[Size], changes: dict[str, Any]) -> bool:
+    """Return whether the budget can be met with these changes of the configuration."""
+    try:
+        return _settled(replace(config, **changes), sizes)[0] is not None
+    except ValueError:  # they do not go with its other settings
+        return False
+
+
+def gave_way(config: QTHAConfig, sizes: Sequence[Size]) -> str:
+    """Return what became of a default param_budget that cannot be met on these layers, in words; "" where it is met."""
+    total, lora = count_parameters(config, sizes), count_lora_parameters(config.rank, sizes)
+    if config.mpo == "none" or config.param_budget is not None or total <= DEFAULT_BUDGET * lora:
+        return ""
+    least, _ = _settled(replace(config, bond_dim=None, mid_dim=None), sizes)
+    assert least is not None
+    if (least.bond_dim, least.mid_dim) != (config.bond_dim, config.mid_dim):  # they were asked for
+        return ""
+    return (
+        f"The default param_budget {DEFAULT_BUDGET} cannot be met on layers this small: this is the least that rank "
+        f"{config.rank} takes there, {total / lora:.3g} of LoRA's parameters."
+    )
 
 
 def compared(total: int, lora: int) -> str:
@@ -233,6 +304,19 @@ def branch(config: QTHAConfig) -> str:
     return f"quantum: {config.quantum} ({config.blocks} {what}{'s' * (config.blocks > 1)} of {config.circuit_qubits} {of})"
 
 
+def in_ranks(config: QTHAConfig, sizes: Sequence[Size]) -> str:
+    """Return which ranks `rank_pattern` gives how many layers, in words; "" without one.
+
+    >>> in_ranks(QTHAConfig(rank=8, rank_pattern={"k_proj": 2}), [LayerSize(64, 64), LayerSize(64, 32, rank=2)])
+    'rank_pattern: rank 2 on 1 layer, rank 8 on 1 layer.'
+    """
+    if not config.rank_pattern:
+        return ""
+    counts = Counter(LayerSize(*size).rank or config.rank for size in sizes)
+    words = [f"rank {rank} on {n} layer{'s' * (n > 1)}" for rank, n in sorted(counts.items())]
+    return f"rank_pattern: {', '.join(words)}."
+
+
 def describe(config: QTHAConfig, sizes: Sequence[Size]) -> list[str]:
     """Return lines for the log: what was chosen, the parameters against LoRA's, and which sizes were padded."""
     total, lora = count_parameters(config, sizes), count_lora_parameters(config.rank, sizes)
@@ -242,6 +326,10 @@ def describe(config: QTHAConfig, sizes: Sequence[Size]) -> list[str]:
         f"QTHA on {len(sizes)} modules: rank {config.rank}, {network}, {branch(config)}; {total:,} trainable "
         f"parameters, {compared(total, lora)} than LoRA of the same rank ({lora:,})."
     ]
+    if config.rank_pattern:
+        lines.append(f"  {in_ranks(config, sizes)}")
+    if note := gave_way(config, sizes):
+        lines.append(f"  {note}")
     if config.mpo == "tt":
         shapes = {size: adapter_shape(config, *size) for size in sorted(set(sizes))}
         factors = {

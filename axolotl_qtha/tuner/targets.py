@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import alternatives, refusal
+from .arguments import refuse_unmatched
 from .config import QTHAConfig
 from .layer import QTHALinear, layer_sizes
 from .quantised import is_quantised
@@ -30,9 +31,12 @@ def select_targets(config: QTHAConfig, model: nn.Module) -> dict[str, LayerSize]
     _expand_all_linear(config, model)
     matched = [name for name in candidates if check_target_module_exists(config, name)]
     _check_matches(config, candidates, matched)
-    sizes = {name: layer_sizes(_supported(name, candidates[name], model)) for name in matched}
+    refuse_unmatched({key: getattr(config, key) for key in ("rank_pattern", "alpha_pattern")}, matched)
+    ranks = {name: rank for name in matched if (rank := config.of_layer(name).rank) != config.rank}
+    found = {name: layer_sizes(_supported(name, candidates[name], model)) for name in matched}
+    sizes = {name: LayerSize(*size, rank=ranks.get(name)) for name, size in found.items()}
     shared = {} if not config.share else owners(config.share, sizes)
-    return {name: LayerSize(*size, *([shared[name].owned(name)] if shared else [])) for name, size in sizes.items()}
+    return {name: size._replace(owned=shared[name].owned(name)) if shared else size for name, size in sizes.items()}
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:

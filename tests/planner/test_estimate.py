@@ -77,6 +77,29 @@ def test_circuits_side_by_side(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_layers_of_another_rank_are_planned_with_it(tmp_path):
+    config = CONFIGS["llama"]
+    block = {"rank": 4, "param_budget": 0.6, "rank_pattern": {"k_proj": 1, "up_proj": 12}, "alpha_pattern": {"q_proj": 4}}
+    run = run_on(tmp_path, config, qtha=block)
+    plan = make_plan(run, [])
+    model = get_peft_model(AutoModelForCausalLM.from_config(config), run.adapter)
+    assert plan.parameters == trainable(model)
+    ranks = {"r": 4, "rank_pattern": block["rank_pattern"]}
+    lora = get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig(target_modules="all-linear", **ranks))
+    assert plan.lora_parameters == trainable(lora)
+    assert plan.circuits_per_step == 3 * (5 * 1 + 1 + 3) * 128 * 4 * 2  # rank 12: three circuits
+    assert "rank 1 on 3 layers, rank 4 on 15 layers, rank 12 on 3 layers" in plan.note
+
+
+@pytest.mark.slow
+def test_the_plan_says_that_the_default_budget_gave_way(tmp_path, capsys):
+    plan = make_plan(run_on(tmp_path, CONFIGS["llama"], qtha={"rank": 32}), [])
+    assert f"the least that rank 32 takes there, {plan.parameters / plan.lora_parameters:.3g} of LoRA's" in plan.note
+    show_plan(plan, console())
+    assert "The default param_budget 0.24 cannot be met on layers this small" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.slow
 def test_parameter_shift_takes_further_circuits(tmp_path, capsys):
     aer = {"rank": 4, "quantum_backend": "aer"}
     plan = make_plan(run_on(tmp_path, CONFIGS["llama"], qtha=aer), [])

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from axolotl_qtha.settings.args import LORA_KEYS, REFUSED
+from axolotl_qtha.settings.args import LORA_KEYS, REFUSED, QTHABlock
 from axolotl_qtha.settings.from_lora import FALLS_AWAY, PLUGIN, READ_BY_US, translate
 from axolotl_qtha.settings.parallel import SPLIT_MODEL
 
@@ -111,6 +111,22 @@ def test_every_key_that_is_known_is_translated_or_falls_away_or_stops(key):
         kept = translate(text, force=True).text
         assert f"# {key}: 3\n" in kept
         assert key not in yaml.safe_load(kept)
+
+
+PATTERN = "lora_rank_pattern:\n  q_proj: 4  # narrow\n  'layers.1.*': 16\nlora_alpha_pattern: {q_proj: 2}\n"
+
+
+def test_patterns_stay_what_they_are():
+    block = values(SMALL + PATTERN)["qtha"]
+    assert block["rank_pattern"] == {"q_proj": 4, "layers.1.*": 16}
+    assert block["alpha_pattern"] == {"q_proj": 2}
+    assert "narrow" in translate(SMALL + PATTERN).text
+    assert QTHABlock.model_validate(block).adapter_settings()["rank_pattern"] == block["rank_pattern"]
+
+
+def test_patterns_beside_rslora_have_no_counterpart():
+    with pytest.raises(ValueError, match=r"lora_rank_pattern: (.|\n)*peft_use_rslora(.|\n)*lora_alpha_pattern: "):
+        translate(f"{SMALL}peft_use_rslora: true\n{PATTERN}")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from axolotl_qtha.errors import IncompleteAdapter
 
-from ..models import BASES, FILE, VARIANTS, adapted, adapters, config, gpt2, llama, logits, qwen2, tokens, train, trainable
+from ..models import BASES, FILE, VARIANTS, adapted, adapters, config, gpt2, llama, logits, qwen2, train, trainable
 
 # ---- saving and loading ----
 
@@ -176,9 +176,3 @@ def test_adding_an_adapter_leaves_the_first_alone():
     train(model)
     model.set_adapter("default")
     assert torch.equal(logits(model), expected)
-
-
-def test_adapter_names_in_one_batch_are_refused():
-    model = adapted(llama())
-    with pytest.raises(ValueError, match="one set of adapters per batch"):  # PEFT itself drops the argument in silence
-        model(input_ids=tokens(), adapter_names=["default", "__base__"])

@@ -66,9 +66,16 @@ class Layers(nn.Module):
 
 
 @pytest.mark.parametrize("rank", [1, 5])
-@pytest.mark.parametrize("angle_scale", ["raw", "learned", "tanh"])
 @pytest.mark.parametrize("mpo", ["tt", "none"])
-@pytest.mark.parametrize("quantum", QUANTUM)
+@pytest.mark.parametrize(
+    ("quantum", "angle_scale"),
+    [
+        (quantum, scale)
+        for quantum in QUANTUM
+        for scale in ("tanh", "raw", "learned")
+        if quantum not in ("none", "silu") or scale == "tanh"
+    ],
+)
 def test_counts_what_is_created(quantum, mpo, angle_scale, rank):
     sizes = [(48, 89), (89, 48), (17, 256)]
     factors = {"bond_dim": 3, "mid_dim": 7, "num_cores": 3} if mpo == "tt" else {}
@@ -108,6 +115,7 @@ SETTINGS = {
 @settings(max_examples=30, deadline=None)
 @given(**SETTINGS)
 def test_a_budget_is_met_and_used(rank, sizes, cores, quantum, layers, budget):
+    layers = 2 if quantum == "none" else layers
     config = QTHAConfig(rank=rank, num_cores=cores, quantum=quantum, circuit_layers=layers, param_budget=budget)
     try:
         settled = resolve(config, sizes)
@@ -125,6 +133,7 @@ def test_a_budget_is_met_and_used(rank, sizes, cores, quantum, layers, budget):
 @settings(max_examples=30, deadline=None)
 @given(**SETTINGS)
 def test_an_impossible_budget_names_the_smallest_that_works(rank, sizes, cores, quantum, layers, budget):
+    layers = 2 if quantum == "none" else layers
     config = QTHAConfig(rank=rank, num_cores=cores, quantum=quantum, circuit_layers=layers, param_budget=budget)
     try:
         resolve(config, sizes)
@@ -154,8 +163,47 @@ def test_an_impossible_budget_of_a_real_size():
         resolve(replace(config, param_budget=share - 1e-4), 28 * [Q, V])
 
 
+NARROW = [(5, [(74, 118)]), (8, [(32, 64)]), (8, [(64, 32), (32, 32)]), (4, [(10, 20)])]
+
+
+@pytest.mark.parametrize(("rank", "sizes"), NARROW)
+def test_a_default_budget_gives_way_to_the_least_there_is_and_says_so(rank, sizes):
+    settled = resolve(QTHAConfig(rank=rank), sizes)
+    total, lora = count_parameters(settled, sizes), count_lora_parameters(rank, sizes)
+    assert total > DEFAULT_BUDGET * lora
+    assert total == min(count_parameters(replace(settled, mid_dim=mid), sizes) for mid in even_widths(rank, 2))
+    assert settled.bond_dim == 1
+    (line,) = [line for line in describe(settled, sizes) if "param_budget" in line]
+    assert f"the least that rank {rank} takes there, {total / lora:.3g} of LoRA's parameters" in line
+    wider = replace(settled, bond_dim=2)  # asked for: the default has not given way
+    assert not [line for line in describe(wider, sizes) if "param_budget" in line]
+
+
+@pytest.mark.parametrize("fixed", [{}, {"bond_dim": 2}, {"mid_dim": 16}, {"bond_dim": 3, "mid_dim": 16}])
+@pytest.mark.parametrize(("rank", "sizes"), [*NARROW, (8, [(128, 128), (128, 384)]), (2, [(512, 512)])])
+def test_what_the_refusal_of_a_budget_names_has_been_tried(rank, sizes, fixed):
+    config = QTHAConfig(rank=rank, param_budget=0.03, **fixed)
+    with pytest.raises(ValueError, match=r"qtha.param_budget: 0.03 .*What works: ") as caught:
+        resolve(config, sizes)
+    choices = str(caught.value).partition("What works: ")[2].rstrip(".").split(", or ")
+    assert choices
+    for choice in choices:
+        changes = {key: int(value) if value.isdigit() else value for key, value in re.findall(r"(\w+): (\w+)(?=[`,])", choice)}
+        if shares := printed_budgets(choice):
+            changes = {"param_budget": shares[0]}
+        elif choice.startswith("no param_budget"):
+            changes |= {"param_budget": None}
+        else:
+            assert choice.startswith("this budget with")
+            changes |= dict.fromkeys(re.findall(r"bond_dim|mid_dim", choice.partition("without ")[2]))
+        changed = replace(config, **changes)
+        settled = resolve(changed, sizes)
+        limit = (changed.param_budget or 1e9) * count_lora_parameters(changed.rank, sizes)
+        assert count_parameters(settled, sizes) <= limit
+
+
 def test_no_budget_is_named_where_none_works():
-    config = QTHAConfig(rank=8, num_cores=1)  # one core is as large as LoRA's matrix, and the rest comes on top
+    config = QTHAConfig(rank=8, num_cores=1, param_budget=0.24)  # one core is as large as LoRA's matrix
     with pytest.raises(ValueError, match="cannot be met") as caught:
         resolve(config, [(100, 100)])
     for share in printed_budgets(caught.value):
