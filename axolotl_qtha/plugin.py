@@ -19,6 +19,7 @@ from .trained.adapter_folder import FREE_WHEN_LOADED, FREE_WHEN_RESUMED, check_f
 from .training import checkpoints, guards
 from .training.diagnostics import Diagnostics
 from .training.model_card import write_own_cards
+from .training.reached import Reached
 from .tuner.config import QTHAConfig
 from .tuner.layer import adapted_layers, adapted_sizes
 from .tuner.model import synchronise
@@ -115,10 +116,10 @@ class QTHAPlugin(BasePlugin):
         return [guards.RefuseUntrainedEvaluation(), *([guards.DropOneRanksShard()] if cfg.fsdp_config else [])]
 
     def add_callbacks_post_trainer(self, cfg: DictDefault, trainer: Trainer) -> list[TrainerCallback]:
-        """Log what the adapters do; with `quantum_backend: ibm` have the steps of a training alone use the device."""
+        """Log what adapters do, and which no step reaches; with `quantum_backend: ibm` have only a training use the device."""
         if cfg.adapter != "qtha":
             return []
-        settings, callbacks = self._settings(cfg), list["TrainerCallback"]()
+        settings, callbacks = self._settings(cfg), list["TrainerCallback"]([Reached()])
         if settings.diagnostics_steps:
             callbacks.append(Diagnostics(trainer, settings.diagnostics_steps))
         if settings.parsed.quantum_backend == "ibm":
