@@ -20,6 +20,7 @@ from .training import checkpoints, guards, learning
 from .training.diagnostics import Diagnostics
 from .training.model_card import write_own_cards
 from .training.next_steps import whats_next
+from .training.reached import Reached
 from .tuner.config import QTHAConfig
 from .tuner.layer import adapted_layers, adapted_sizes
 from .tuner.model import synchronise
@@ -116,12 +117,12 @@ class QTHAPlugin(BasePlugin):
         return [guards.RefuseUntrainedEvaluation(), *([guards.DropOneRanksShard()] if cfg.fsdp_config else [])]
 
     def add_callbacks_post_trainer(self, cfg: DictDefault, trainer: Trainer) -> list[TrainerCallback]:
-        """Log what the adapters do; with `quantum_backend: ibm` have the steps of a training alone use the device."""
+        """Log what adapters do, and which no step reaches; with `quantum_backend: ibm` have only a training use the device."""
         if cfg.adapter != "qtha":
             return []
         settings = self._settings(cfg)
         optimiser = getattr(cfg.optimizer, "value", cfg.optimizer)
-        callbacks: list[TrainerCallback] = [learning.watch(trainer, optimiser, (cfg.qtha or {}).get("circuit_lr"))]
+        callbacks: list[TrainerCallback] = [learning.watch(trainer, optimiser, (cfg.qtha or {}).get("circuit_lr")), Reached()]
         if settings.diagnostics_steps:
             callbacks.append(Diagnostics(trainer, settings.diagnostics_steps))
         if settings.parsed.quantum_backend == "ibm":

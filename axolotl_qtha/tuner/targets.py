@@ -17,6 +17,7 @@ from .config import QTHAConfig
 from .layer import QTHALinear, layer_sizes
 from .quantised import is_quantised
 from .share import LayerSize, owners
+from .uncalled import reader
 
 
 def select_targets(config: QTHAConfig, model: nn.Module) -> dict[str, LayerSize]:
@@ -64,7 +65,10 @@ def _expand_all_linear(config: QTHAConfig, model: nn.Module) -> None:
         for name, module in _candidates(model).items()
         if module is not head and not _is_linear(module) and is_quantised(module, model)
     }
-    config.target_modules = cast(list[str], set(config.target_modules) | others)
+    called = {name for name in set(config.target_modules) | others if reader(model, name) is None}
+    if not called:
+        raise refusal("target_modules", "all-linear", "finds no linear layer that can carry an adapter", "the layers by name")
+    config.target_modules = cast(list[str], called)
     if config.layers_to_transform is not None:
         wanted = _indices(config)
         kept = {name for name in config.target_modules if _layer_index(name, config) in wanted}
@@ -138,4 +142,19 @@ def _supported(name: str, module: nn.Module, model: nn.Module) -> nn.Module:
             f"is a {type(layer).__name__}, which cannot carry an adapter",
             "linear layers (nn.Linear, GPT-2's Conv1D, quantised ones PEFT knows); train others in full with modules_to_save",
         )
+    if kind := reader(model, name):
+        leaf = name.rsplit(".", 1)[-1]
+        raise refusal(
+            "target_modules",
+            name,
+            f"is a layer whose weight {kind} reads without calling it, so an adapter there would do nothing",
+            f"`all-linear`, which leaves such layers out; `exclude_modules: [{leaf}]`; or {_called(model)} by name",
+        )
     return layer
+
+
+def _called(model: nn.Module) -> str:
+    """Return the last names of the linear layers that can carry an adapter."""
+    modules = _candidates(model)
+    leaves = {name.rsplit(".", 1)[-1] for name, module in modules.items() if _is_linear(module) and reader(model, name) is None}
+    return ", ".join(f"`{leaf}`" for leaf in sorted(leaves))

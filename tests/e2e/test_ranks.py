@@ -139,6 +139,16 @@ def test_tt_svd_reads_weights_that_zero3_has_partitioned(folder, servers):
     assert len({path.read_text() for path in output(shared).glob("rank-*.json")}) == 1
 
 
+@pytest.mark.parametrize("strategy", ["zero2", "zero3", "fsdp2"])
+def test_the_one_layer_that_is_never_called_is_named_once(strategy, folder, servers):
+    plugins = ["axolotl_qtha.QTHAPlugin", "leaves_out.LeavesOut"]
+    changes = {"plugins": plugins, "max_steps": 2, "save_steps": 2, "eval_steps": None, "test_datasets": None}
+    text = servers.train(config_for(folder / f"{strategy}-left-out", strategy, **changes), strategy)
+    text = " ".join(text.split())  # the log breaks lines
+    assert text.count("not reached by the first step") == 1
+    assert "1 of 28 adapters were not reached by the first step, on model.layers.*.mlp.up_proj:" in text
+
+
 def test_shots_repeat_from_run_to_run(folder, servers):
     small = {"target_modules": ["q_proj"], "rank": 2, "circuit_layers": 1, "layers_to_transform": [0], "param_budget": None}
     changes = {"qtha": {**small, "quantum_backend": "aer", "shots": 20}, "micro_batch_size": 1, "max_steps": 2, "save_steps": 2}
