@@ -217,7 +217,7 @@ def adapted(run: TrainingRun) -> tuple[PeftModel, int]:
     """Return the base with adapters on the meta device, and the bytes of the base alone."""
     base = run.base()
     weights = weight_bytes(base)
-    model = cast(PeftModel, get_peft_model(base, run.adapter))
+    model = cast(PeftModel, get_peft_model(base, run.adapter_settings.config_for(base)))
     model.train()
     base.enable_input_require_grads()
     return model, weights

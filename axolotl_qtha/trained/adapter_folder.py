@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import refusal
+from ..settings.training_run import HEADED, HEADS
 from ..tuner.config import SIMULATION_KEYS, QTHAConfig
 from ..tuner.saving import WEIGHTS
 
@@ -95,6 +96,8 @@ def differences(saved: QTHAConfig, wanted: dict[str, Any]) -> list[str]:
     rows = []
     for key, value in asked.items():
         have = current.get(key)
+        if key == "modules_to_save" and have and saved.task_type in HEADED:
+            have = [name for name in have if name in (value or []) or name not in HEADS]
         if isinstance(have, list) and isinstance(value, list):
             have, value = sorted(have), sorted(value)
         if have != value:
