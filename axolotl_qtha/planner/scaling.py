@@ -192,7 +192,7 @@ def communication(shared: Shards, network: Network, ranks: int, micro_batches: i
 def lora_model(run: TrainingRun, config: QTHAConfig) -> PeftModel:
     """Return the base with PEFT's LoRA of the same rank on the same layers, on the meta device."""
     same = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
-    lora = LoraConfig(r=config.rank, task_type="CAUSAL_LM", **{key: getattr(config, key) for key in same})
+    lora = LoraConfig(r=config.rank, task_type=config.task_type, **{key: getattr(config, key) for key in same})
     return cast(PeftModel, get_peft_model(run.base(), lora))
 
 

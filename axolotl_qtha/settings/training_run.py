@@ -12,6 +12,7 @@ from peft import TaskType
 from pydantic import ValidationError
 
 from ..tuner.config import QTHAConfig
+from ..tuner.targets import HEADED, HEADS
 from . import quantization
 from .args import QTHABlock
 from .parallel import deepspeed_settings
@@ -31,8 +32,6 @@ TASKS = {
     TaskType.SEQ_CLS: "`reward_model: true`",
     TaskType.TOKEN_CLS: "`process_reward_model: true`",
 }
-HEADED = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS)  # with these PEFT adds the head to `modules_to_save`, by every name it knows:
-HEADS = ("classifier", "score")
 
 
 def task_type(model: nn.Module) -> TaskType:

@@ -17,6 +17,9 @@ from .layer import QTHALinear, layer_sizes
 from .quantised import is_quantised
 from .share import LayerSize, owners
 
+HEADED = ("SEQ_CLS", "TOKEN_CLS")  # tasks whose head PEFT trains in full: it adds to `modules_to_save` every name it knows
+HEADS = ("classifier", "score")
+
 
 def select_targets(config: QTHAConfig, model: nn.Module) -> dict[str, LayerSize]:
     """Return the size of every layer an adapter will be placed on, and what it has of its own, by name.
@@ -60,7 +63,9 @@ def _expand_all_linear(config: QTHAConfig, model: nn.Module) -> None:
         for name, module in _candidates(model).items()
         if module is not head and not _is_linear(module) and is_quantised(module, model)
     }
-    config.target_modules = cast(list[str], set(config.target_modules) | others)
+    # trained in full; PEFT itself leaves out the head of SEQ_CLS alone
+    full = (*(config.modules_to_save or ()), *(HEADS if config.task_type in HEADED else ()))
+    config.target_modules = cast(list[str], {name for name in {*config.target_modules, *others} if not name.endswith(full)})
     if config.layers_to_transform is not None:
         wanted = _indices(config)
         kept = {name for name in config.target_modules if _layer_index(name, config) in wanted}

@@ -251,6 +251,8 @@ def test_import_starts_neither_qiskit_nor_axolotl_nor_cuda():
         ({"nvfp4_merge_aware": True}, ["nvfp4_merge_aware: True", "4-bit grid"]),
         ({"ple_cpu_offload": True}, ["ple_cpu_offload: True", "leave it out"]),
         ({"optimizer": "polora"}, ["optimizer: 'polora'", "`optimizer: adamw_torch`"]),
+        ({"rl": "gdpo"}, ["rl: 'gdpo'", "also with `adapter: lora`", "`rl: grpo`"]),
+        ({"rl": "simpo"}, ["simpo_gamma: None", "`simpo_gamma: 0.5`"]),
         ({"relora": True, "jagged_restart_steps": 10}, ["relora: True", "LoRA's matrices"]),
         ({"qat": {"weight_dtype": "int4"}, "optimizer": "q_galore_adamw8bit"}, ["qat:"]),
     ],
