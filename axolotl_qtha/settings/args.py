@@ -15,7 +15,7 @@ from ..circuit import noise
 from ..errors import refusal, unknown_keys
 from ..ibm.options import refuse_secrets, refuse_too_wide
 from ..tuner.config import QTHAConfig
-from . import checkpointing, parallel, quantization
+from . import checkpointing, parallel, quantization, trainers
 
 # LoRA keys that `adapter: qtha` does not read, and what to write instead.
 LORA_KEYS = {
@@ -187,14 +187,5 @@ def _refuse(data: dict[str, Any], block: dict[str, Any]) -> None:
             raise ValueError(f"{key}: {value!r} does not work with `adapter: qtha`: {advice}.")
     if data.get("optimizer") == "polora":
         raise ValueError("optimizer: 'polora' trains LoRA's two matrices only. What works: `optimizer: adamw_torch`.")
-    if data.get("rl") == "gdpo":
-        raise ValueError(
-            "rl: 'gdpo' does not work with an adapter: Axolotl 0.19 hands its trainer the adapter twice, which it refuses, also "
-            "with `adapter: lora`. What works: `rl: grpo`, with several `trl: {reward_funcs: [...]}`, too."
-        )
-    if data.get("rl") == "simpo" and data.get("simpo_gamma") is None:
-        raise ValueError(
-            "simpo_gamma: None, without which the first step of `rl: simpo` fails, also with `adapter: lora`. "
-            "What works: `simpo_gamma: 0.5`."
-        )
+    trainers.refuse(data, block)
     checkpointing.refuse_reentrant(data)

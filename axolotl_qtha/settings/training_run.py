@@ -62,7 +62,9 @@ class AdapterSettings:
         """
         block: Any = QTHABlock.model_validate(dict(cfg.qtha or {}))
         named = block.adapter_settings()
-        config = QTHAConfig(**{"seed": cfg.seed, **named}, task_type=TaskType.CAUSAL_LM.value, base_model_name_or_path=cfg.base_model)
+        config = QTHAConfig(
+            **{"seed": cfg.seed, **named}, task_type=TaskType.CAUSAL_LM.value, base_model_name_or_path=cfg.base_model
+        )
         return cls(named, block.diagnostics_steps, config)
 
     @property

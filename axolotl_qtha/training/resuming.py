@@ -1,4 +1,4 @@
-"""A run that continues from a checkpoint trains that checkpoint's adapter: what the trainer leaves out is loaded, all is compared."""
+"""A run that continues from a checkpoint has its adapter: what the trainer leaves out is loaded, and all is compared."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ class CompareWithCheckpoint(TrainerCallback):
         """
         if (name := first_difference(cast(PeftModel, model), self._folder)) is not None:
             raise ValueError(
-                f"resume_from_checkpoint: {str(self._folder)!r}: after loading it, the adapter tensor {name} is not the one in its "
-                f"file: the run would go on from another adapter. What works: `lora_model_dir: {self._folder}` to start at step 0 "
-                "with its adapter, or to start anew without `resume_from_checkpoint`."
+                f"resume_from_checkpoint: {str(self._folder)!r}: after loading it, the adapter tensor {name} is not the one in "
+                "its file: the run would go on from another adapter. What works: to start at step 0 with its adapter, by "
+                f"`lora_model_dir: {self._folder}`, or anew, without `resume_from_checkpoint`."
             )
 
 

@@ -252,6 +252,12 @@ def test_import_starts_neither_qiskit_nor_axolotl_nor_cuda():
         ({"ple_cpu_offload": True}, ["ple_cpu_offload: True", "leave it out"]),
         ({"optimizer": "polora"}, ["optimizer: 'polora'", "`optimizer: adamw_torch`"]),
         ({"rl": "gdpo"}, ["rl: 'gdpo'", "also with `adapter: lora`", "`rl: grpo`"]),
+        ({"rl": "grpo", "trl": {"use_vllm": True}}, ["trl.use_vllm: True", "`quantum: qtha`", "`use_vllm: false`"]),
+        (
+            {"rl": "grpo", "trl": {"use_vllm": True}, "load_in_4bit": True, "qtha": {"quantum": "none"}},
+            ["trl.use_vllm: True", "`load_in_4bit: true`", "`use_vllm: false`"],
+        ),
+        ({"rl": "grpo", "trl": {"vllm_lora_sync": True}}, ["trl.vllm_lora_sync: True", "leave it out"]),
         ({"rl": "simpo"}, ["simpo_gamma: None", "`simpo_gamma: 0.5`"]),
         ({"relora": True, "jagged_restart_steps": 10}, ["relora: True", "LoRA's matrices"]),
         ({"qat": {"weight_dtype": "int4"}, "optimizer": "q_galore_adamw8bit"}, ["qat:"]),

@@ -72,7 +72,9 @@ def test_all_linear_leaves_the_head_to_be_trained_in_full(tmp_path, kind):
     model = base(kind)
     model = get_peft_model(model, settings_of(tmp_path, target_modules="all-linear").config_for(model))
     assert len(adapted_layers(model)) == 7
-    assert {name.split(".")[3] for name, p in model.named_parameters() if p.requires_grad and "score" in name} == {"modules_to_save"}
+    assert {name.split(".")[3] for name, p in model.named_parameters() if p.requires_grad and "score" in name} == {
+        "modules_to_save"
+    }
 
 
 @pytest.mark.parametrize("modules", [None, ["embed_tokens"], ["score", "embed_tokens"]])
@@ -93,7 +95,7 @@ def test_the_head_that_peft_adds_is_no_difference(tmp_path, modules):
 def test_an_adapter_for_another_task_is_refused(tmp_path):
     settings, model = settings_of(tmp_path, target_modules=["q_proj"]), base(LlamaForCausalLM)
     get_peft_model(model, settings.config_for(model)).save_pretrained(tmp_path / "trained")
-    words = r"lora_model_dir: .*trained' is an adapter for CAUSAL_LM .*LlamaForSequenceClassification, which is SEQ_CLS.*What works: nei"
+    words = r"trained' is an adapter for CAUSAL_LM .*LlamaForSequenceClassification, which is SEQ_CLS.*What works: neither"
     with pytest.raises(ValueError, match=words):
         settings.of_trained(str(tmp_path / "trained"), base(LlamaForSequenceClassification))
     assert settings.of_trained(str(tmp_path / "trained"), base(LlamaForCausalLM)).modules_to_save is None

@@ -47,7 +47,9 @@ def test_transformers_alone_leaves_the_trained_adapter_out_and_is_stopped(checkp
     model = fresh()
     trainer = trainer_of(model, tmp_path, 3)
     trainer.add_callback(CompareWithCheckpoint(checkpoint))
-    with pytest.raises(ValueError, match=r"resume_from_checkpoint: '.*checkpoint-2': .* tensor base_model\.\S+ is not the one .*What w"):
+    with pytest.raises(
+        ValueError, match=r"resume_from_checkpoint: '.*checkpoint-2': .* tensor base_model\.\S+ is not the one .*What w"
+    ):
         trainer.train(resume_from_checkpoint=str(checkpoint))
     assert trainer.state.global_step <= 2
 
@@ -59,7 +61,9 @@ def test_both_adapters_are_loaded_and_one_is_trained(checkpoint, tmp_path):
     load_the_trained(trainer)
     trainer.add_callback(CompareWithCheckpoint(checkpoint))
     seen = {}
-    trainer.add_callback(type("See", (CompareWithCheckpoint,), {"on_train_begin": lambda *_, **__: seen.update(copied(model))})(checkpoint))
+    trainer.add_callback(
+        type("See", (CompareWithCheckpoint,), {"on_train_begin": lambda *_, **__: seen.update(copied(model))})(checkpoint)
+    )
     frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     trainer.train(resume_from_checkpoint=str(checkpoint))
     saved = load_file(checkpoint / FILE)
