@@ -16,7 +16,7 @@ from .settings import quantization
 from .settings.public_facts import facts_of
 from .settings.training_run import AdapterSettings, TrainingRun, why_unread
 from .trained.adapter_folder import FREE_WHEN_LOADED, FREE_WHEN_RESUMED, check_fits
-from .training import checkpoints, guards, learning
+from .training import checkpoints, guards, learning, resuming
 from .training.diagnostics import Diagnostics
 from .training.model_card import write_own_cards
 from .training.next_steps import whats_next
@@ -90,17 +90,17 @@ class QTHAPlugin(BasePlugin):
         if folder:
             check_fits("lora_model_dir", Path(folder), settings.named, FREE_WHEN_LOADED)
         if config_only:
-            return None, settings.config
+            return None, settings.config_for(model)
         options: dict[str, Any] = {}
         if cfg.peft_autocast_adapter_dtype is not None:
             options["autocast_adapter_dtype"] = cfg.peft_autocast_adapter_dtype
         if folder and cfg.lora_on_cpu:
             options |= {"max_memory": {"cpu": "256GiB"}, "device_map": {"": "cpu"}}
         if folder:
-            options |= {"config": settings.of_trained(folder), "is_trainable": not (inference or self._inference)}
+            options |= {"config": settings.of_trained(folder, model), "is_trainable": not (inference or self._inference)}
             peft_model = PeftModel.from_pretrained(model, folder, **options)
         else:
-            peft_model = cast(PeftModel, get_peft_model(model, settings.config, **options))
+            peft_model = cast(PeftModel, get_peft_model(model, settings.config_for(model), **options))
         self._take_over(cfg, peft_model)
         for line in describe(peft_model.active_peft_config, adapted_sizes(peft_model)):
             LOG.info(line)
@@ -141,7 +141,10 @@ class QTHAPlugin(BasePlugin):
             self._take_over(cfg, model)
         if cfg.resume_from_checkpoint:
             active = cast(QTHAConfig, model.active_peft_config)
-            check_fits("resume_from_checkpoint", Path(cfg.resume_from_checkpoint), active.to_dict(), FREE_WHEN_RESUMED)
+            checkpoint = Path(cfg.resume_from_checkpoint)
+            check_fits("resume_from_checkpoint", checkpoint, active.to_dict(), FREE_WHEN_RESUMED)
+            resuming.load_the_trained(trainer)
+            trainer.add_callback(resuming.CompareWithCheckpoint(checkpoint))
 
     def post_train(self, cfg: DictDefault, model: PreTrainedModel | PeftModel) -> None:
         """Tell what to do with the trained adapter."""

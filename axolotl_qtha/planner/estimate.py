@@ -196,8 +196,9 @@ def find_settings(run: TrainingRun, budget: float) -> list[Setting]:
     Raises:
         ValueError: if `budget` is not a share in (0, 1], or nothing meets it.
     """
-    config = run.adapter
-    sizes = list(select_targets(config, run.base()).values())
+    base = run.base()
+    config = run.adapter_settings.config_for(base)
+    sizes = list(select_targets(config, base).values())
     free: dict[str, Any] = {"bond_dim": None, "mid_dim": None, "param_budget": budget}
     settings = []
     for rank in sorted({config.rank, *RANKS}):
@@ -222,7 +223,7 @@ def adapted(run: TrainingRun) -> tuple[PeftModel, int]:
     """Return the base with adapters on the meta device, and the bytes of the base alone."""
     base = run.base()
     weights = weight_bytes(base)
-    model = cast(PeftModel, get_peft_model(base, run.adapter))
+    model = cast(PeftModel, get_peft_model(base, run.adapter_settings.config_for(base)))
     model.train()
     base.enable_input_require_grads()
     return model, weights

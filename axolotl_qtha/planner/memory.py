@@ -203,7 +203,8 @@ def footprint(run: TrainingRun, model: PeftModel, weights: int, shards: Shards) 
     """
     config = cast(QTHAConfig, model.active_peft_config)
     batch, length = run.sequences, run.sequence_len
-    both = {wanted: activations(model, batch, length, wanted, not run.fused_loss) for wanted in (True, False)}
+    logits = not run.fused_loss and config.task_type == "CAUSAL_LM"  # a head with a few labels is as good as none
+    both = {wanted: activations(model, batch, length, wanted, logits) for wanted in (True, False)}
     mine = both[run.gradient_checkpointing]
     qubits = max(map(config.qubits_at, config.ranks))  # circuits side by side are simulated one after the other
     here = config.has_circuit and config.quantum_backend == "torch"  # Aer has memory of its own, for one chunk of circuits

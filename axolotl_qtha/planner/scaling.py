@@ -193,7 +193,7 @@ def lora_model(run: TrainingRun, config: QTHAConfig) -> PeftModel:
     """Return the base with PEFT's LoRA of the same rank on the same layers, on the meta device."""
     same = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
     others = {key: getattr(config, key) for key in same}
-    lora = LoraConfig(r=config.rank, rank_pattern=config.rank_pattern or {}, task_type="CAUSAL_LM", **others)
+    lora = LoraConfig(r=config.rank, rank_pattern=config.rank_pattern or {}, task_type=config.task_type, **others)
     return cast(PeftModel, get_peft_model(run.base(), lora))
 
 

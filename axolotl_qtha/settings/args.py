@@ -16,7 +16,7 @@ from ..errors import refusal
 from ..ibm.options import refuse_secrets, refuse_too_wide
 from ..tuner.arguments import check_patterns, refuse_unknown
 from ..tuner.config import QTHAConfig
-from . import checkpointing, optimisers, parallel, quantization
+from . import checkpointing, optimisers, parallel, quantization, trainers
 
 # LoRA keys that `adapter: qtha` does not read, and what to write instead.
 LORA_KEYS = {
@@ -191,4 +191,5 @@ def _refuse(data: dict[str, Any], block: dict[str, Any]) -> None:
         if value := data.get(key):
             raise ValueError(f"{key}: {value!r} does not work with `adapter: qtha`: {advice}.")
     optimisers.refuse(data)
+    trainers.refuse(data, block)
     checkpointing.refuse_reentrant(data)

@@ -136,7 +136,7 @@ def _build(cfg: DictDefault, config: Any, attention: str) -> PreTrainedModel:
     kind: Any = getattr(transformers, name) if name and not cfg.trust_remote_code else AutoModelForCausalLM
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # it would ask for the weights
-    if kind is AutoModelForCausalLM:
+    if hasattr(kind, "from_config"):  # a class of transformers' that finds the model's own
         make, options = kind.from_config, {"trust_remote_code": bool(cfg.trust_remote_code)}
     else:
         make, options = kind._from_config, {}

@@ -8,19 +8,41 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from axolotl.utils.dict import DictDefault
+from peft import TaskType
 from pydantic import ValidationError
 
 from ..tuner.config import QTHAConfig
+from ..tuner.targets import HEADED, HEADS
 from . import quantization
 from .args import QTHABlock
 from .parallel import deepspeed_settings
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedModel
 
 PAIRS = ("dpo", "ipo", "orpo", "simpo")  # `rl:` methods that run a chosen and a rejected answer side by side
 FUSED_LOSSES = ("cut_cross_entropy", "liger_fused_linear_cross_entropy", "chunked_cross_entropy")
+
+
+# What a YAML says to load a base for each task that Axolotl's loader knows.
+TASKS = {
+    TaskType.CAUSAL_LM: "neither `reward_model` nor `process_reward_model`",
+    TaskType.SEQ_CLS: "`reward_model: true`",
+    TaskType.TOKEN_CLS: "`process_reward_model: true`",
+}
+
+
+def task_type(model: nn.Module) -> TaskType:
+    """Return PEFT's task for a base, by the name of its class, as Axolotl's loader chooses it for LoRA.
+
+    With `HEADED` ones PEFT trains the head in full, and saves it with the adapter.
+    """
+    name = type(model).__name__
+    if "SequenceClassification" in name:
+        return TaskType.SEQ_CLS
+    return TaskType.TOKEN_CLS if "TokenClassification" in name else TaskType.CAUSAL_LM
 
 
 @dataclass(frozen=True)
@@ -40,7 +62,9 @@ class AdapterSettings:
         """
         block: Any = QTHABlock.model_validate(dict(cfg.qtha or {}))
         named = block.adapter_settings()
-        config = QTHAConfig(**{"seed": cfg.seed, **named}, task_type="CAUSAL_LM", base_model_name_or_path=cfg.base_model)
+        config = QTHAConfig(
+            **{"seed": cfg.seed, **named}, task_type=TaskType.CAUSAL_LM.value, base_model_name_or_path=cfg.base_model
+        )
         return cls(named, block.diagnostics_steps, config)
 
     @property
@@ -48,13 +72,31 @@ class AdapterSettings:
         """The adapter, as a copy of its own: PEFT writes names of modules and sizes into the one it is given."""
         return copy.deepcopy(self.parsed)
 
-    def of_trained(self, folder: str) -> QTHAConfig:
+    def config_for(self, model: nn.Module) -> QTHAConfig:
+        """Return the adapter for a base as it was loaded: with a classification head, that is trained and saved as well."""
+        config = self.config
+        config.task_type = task_type(model).value
+        return config
+
+    def of_trained(self, folder: str, model: nn.Module) -> QTHAConfig:
         """Return the configuration of a trained adapter, its circuits run as this YAML says.
 
         Args:
             folder: of the adapter, or its name on the Hub.
+            model: the base it is put on.
+
+        Raises:
+            ValueError: if it was trained for another task, so that the model's head would be missing in it, or have no place.
         """
         saved: QTHAConfig = QTHAConfig.from_pretrained(folder)
+        theirs, ours = TaskType(saved.task_type or TaskType.CAUSAL_LM), task_type(model)
+        if theirs != ours:
+            raise ValueError(
+                f"lora_model_dir: {folder!r} is an adapter for {theirs.value} (PEFT's task type), while the YAML loads a "
+                f"{type(model).__name__}, which is {ours.value}. What works: {TASKS[theirs]}, or no `lora_model_dir`."
+            )
+        if saved.modules_to_save and ours in HEADED:  # PEFT adds them each time
+            saved.modules_to_save = [name for name in saved.modules_to_save if name not in HEADS] or None
         saved.run_as(self.parsed)
         return saved
 
@@ -101,7 +143,7 @@ class TrainingRun:
             micro_batch_size=int(cfg.micro_batch_size),
             accumulation=int(cfg.gradient_accumulation_steps or 1),
             sequence_len=cfg.sequence_len,
-            pairs=getattr(cfg.rl, "value", cfg.rl) in PAIRS,
+            pairs=bool(cfg.reward_model) or getattr(cfg.rl, "value", cfg.rl) in PAIRS,
             gradient_checkpointing=bool(cfg.gradient_checkpointing),
             fused_loss=any(cfg[key] for key in FUSED_LOSSES),
             optimizer=getattr(cfg.optimizer, "value", cfg.optimizer) or "adamw_torch",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import refusal
 from ..tuner.config import SIMULATION_KEYS, QTHAConfig
 from ..tuner.saving import WEIGHTS
+from ..tuner.targets import HEADED, HEADS
 
 if TYPE_CHECKING:
     from axolotl.utils.dict import DictDefault
@@ -95,6 +96,8 @@ def differences(saved: QTHAConfig, wanted: dict[str, Any]) -> list[str]:
     rows = []
     for key, value in asked.items():
         have = current.get(key)
+        if key == "modules_to_save" and have and saved.task_type in HEADED:
+            have = [name for name in dict.fromkeys(have) if name in (value or []) or name not in HEADS]
         if isinstance(have, list) and isinstance(value, list):
             have, value = sorted(have), sorted(value)
         if have != value:

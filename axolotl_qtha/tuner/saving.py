@@ -62,7 +62,12 @@ def _shared_names(model: PeftModel) -> set[str]:
 
 def expected(model: PeftModel, adapter: str) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the tensors that the saved adapter holds, by name; modules_to_save included."""
-    shapes: dict[str, tuple[int, ...]] = {}
+    return {name: _whole_shape(tensor) for name, tensor in saved_tensors(model, adapter).items()}
+
+
+def saved_tensors(model: PeftModel, adapter: str) -> dict[str, Tensor]:
+    """Return a model's tensors that a saved adapter holds, by their names in its file; modules_to_save included."""
+    found: dict[str, Tensor] = {}
     for path, module in model.named_modules():
         if isinstance(module, QTHAAdapter) and path.endswith(f".{adapter}"):
             tensors, path = module.state_names(), path.removesuffix(f".{adapter}")
@@ -70,8 +75,8 @@ def expected(model: PeftModel, adapter: str) -> dict[str, tuple[int, ...]]:
             tensors = dict(kept[adapter].named_parameters())
         else:
             continue
-        shapes |= {f"{path}.{name}": _whole_shape(tensor) for name, tensor in tensors.items()}
-    return shapes
+        found |= {f"{path}.{name}": tensor for name, tensor in tensors.items()}
+    return found
 
 
 def _whole_shape(tensor: Tensor) -> tuple[int, ...]:

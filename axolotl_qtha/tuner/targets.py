@@ -19,6 +19,9 @@ from .quantised import is_quantised
 from .share import LayerSize, owners
 from .uncalled import reader
 
+HEADED = ("SEQ_CLS", "TOKEN_CLS")  # tasks whose head PEFT trains in full: it adds to `modules_to_save` every name it knows
+HEADS = ("classifier", "score")
+
 
 def select_targets(config: QTHAConfig, model: nn.Module) -> dict[str, LayerSize]:
     """Return the size of every layer an adapter will be placed on, and what it has of its own, by name.
@@ -65,7 +68,10 @@ def _expand_all_linear(config: QTHAConfig, model: nn.Module) -> None:
         for name, module in _candidates(model).items()
         if module is not head and not _is_linear(module) and is_quantised(module, model)
     }
-    called = {name for name in set(config.target_modules) | others if reader(model, name) is None}
+    # trained in full; PEFT itself leaves out the head of SEQ_CLS alone
+    full = (*(config.modules_to_save or ()), *(HEADS if config.task_type in HEADED else ()))
+    named = {name for name in {*config.target_modules, *others} if not (full and name.endswith(full))}
+    called = {name for name in named if reader(model, name) is None}
     if not called:
         raise refusal("target_modules", "all-linear", "finds no linear layer that can carry an adapter", "the layers by name")
     config.target_modules = cast(list[str], called)

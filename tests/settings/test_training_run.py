@@ -2,9 +2,14 @@
 
 import pytest
 import torch
+from peft import get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaForTokenClassification, LlamaModel
 
 from axolotl_qtha.planner.estimate import make_plan
+from axolotl_qtha.trained.adapter_folder import FREE_WHEN_LOADED, check_fits
+from axolotl_qtha.tuner.layer import adapted_layers
 
+from ..models import SIZES
 from ..planner.bases import CONFIGS, run_on
 
 
@@ -36,3 +41,74 @@ def test_what_peft_writes_into_the_adapter_does_not_stay(tmp_path):
     assert run.adapter.bond_dim is None
     assert run.adapter.target_modules == "all-linear"
     assert run.adapter is not run.adapter
+
+
+TASKS = {
+    LlamaForCausalLM: "CAUSAL_LM",
+    LlamaModel: "CAUSAL_LM",
+    LlamaForSequenceClassification: "SEQ_CLS",
+    LlamaForTokenClassification: "TOKEN_CLS",
+}
+
+
+def settings_of(tmp_path, **block):
+    return run_on(tmp_path, CONFIGS["llama"], qtha={"rank": 4, "bond_dim": 4, "mid_dim": 8, **block}).adapter_settings
+
+
+def base(kind):
+    return kind(LlamaConfig(**SIZES, num_hidden_layers=1))
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_the_task_is_the_one_axolotls_loader_chooses(tmp_path, kind):
+    from axolotl.loaders.adapter import _get_peft_task_type
+
+    model = base(kind)
+    assert settings_of(tmp_path).config_for(model).task_type == TASKS[kind] == _get_peft_task_type(model).value
+
+
+@pytest.mark.parametrize("kind", list(TASKS)[2:])
+def test_all_linear_leaves_the_head_to_be_trained_in_full(tmp_path, kind):
+    model = base(kind)
+    model = get_peft_model(model, settings_of(tmp_path, target_modules="all-linear").config_for(model))
+    assert len(adapted_layers(model)) == 7
+    assert {name.split(".")[3] for name, p in model.named_parameters() if p.requires_grad and "score" in name} == {
+        "modules_to_save"
+    }
+
+
+@pytest.mark.parametrize("modules", [None, ["embed_tokens"], ["score", "embed_tokens"]])
+def test_the_head_that_peft_adds_is_no_difference(tmp_path, modules):
+    model = base(LlamaForSequenceClassification)
+    settings = settings_of(tmp_path, target_modules=["q_proj"], modules_to_save=modules)
+    get_peft_model(model, settings.config_for(model)).save_pretrained(tmp_path / "trained")
+    check_fits("lora_model_dir", tmp_path / "trained", settings.named, FREE_WHEN_LOADED)
+    other = settings_of(tmp_path, target_modules=["q_proj"], modules_to_save=["norm"])
+    with pytest.raises(ValueError, match=r"qtha\.modules_to_save: the adapter was made with .* the YAML says \['norm'\]"):
+        check_fits("lora_model_dir", tmp_path / "trained", other.named, FREE_WHEN_LOADED)
+    again = settings.of_trained(str(tmp_path / "trained"), model)
+    model = get_peft_model(base(LlamaForSequenceClassification), again)
+    kept = model.active_peft_config.modules_to_save
+    assert sorted(kept) == sorted({*(modules or []), "classifier", "score"})
+
+
+def test_an_adapter_for_another_task_is_refused(tmp_path):
+    settings, model = settings_of(tmp_path, target_modules=["q_proj"]), base(LlamaForCausalLM)
+    get_peft_model(model, settings.config_for(model)).save_pretrained(tmp_path / "trained")
+    words = r"trained' is an adapter for CAUSAL_LM .*LlamaForSequenceClassification, which is SEQ_CLS.*What works: neither"
+    with pytest.raises(ValueError, match=words):
+        settings.of_trained(str(tmp_path / "trained"), base(LlamaForSequenceClassification))
+    assert settings.of_trained(str(tmp_path / "trained"), base(LlamaForCausalLM)).modules_to_save is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["reward_model", "process_reward_model"])
+def test_a_reward_model_is_planned(tmp_path, key):
+    """With the head's entries, in pairs for `reward_model`, and without the logits of a language model."""
+    chat = run_on(tmp_path, CONFIGS["llama"])
+    run = run_on(tmp_path, CONFIGS["llama"], **{key: True})
+    assert run.sequences == (8 if key == "reward_model" else 4)
+    plan, usual = make_plan(run, []), make_plan(chat, [])
+    assert plan.memory_unknown == ""
+    assert plan.parameters == usual.parameters
+    assert plan.memory.adapter == usual.memory.adapter + 4 * (192 if key == "reward_model" else 2 * 192 + 2)

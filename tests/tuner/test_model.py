@@ -52,6 +52,18 @@ def test_all_linear_leaves_out_the_output_head(base, per_layer):
     assert all("qtha_adapter" in name for name in trainable(model))
 
 
+def test_all_linear_leaves_out_what_is_trained_in_full():
+    model = adapted(llama(), modules_to_save=["down_proj"])
+    assert {name.rsplit(".", 1)[1] for name in adapters(model)} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+    }
+
+
 # ---- training ----
 
 
