@@ -15,7 +15,7 @@ from .ibm.options import refuse_secrets
 from .settings import quantization
 from .settings.public_facts import facts_of
 from .settings.training_run import AdapterSettings, TrainingRun, why_unread
-from .trained.adapter_folder import FREE_WHEN_LOADED, FREE_WHEN_RESUMED, check_fits
+from .trained.adapter_folder import FREE_WHEN_LOADED, FREE_WHEN_RESUMED, check_fits, refuse_unsaid_share
 from .training import checkpoints, guards, learning, resuming
 from .training.diagnostics import Diagnostics
 from .training.model_card import write_own_cards
@@ -72,6 +72,7 @@ class QTHAPlugin(BasePlugin):
         if cfg.merge_lora and not training:  # here rather than after loading the base
             guards.refuse_merge(settings.parsed, cfg.axolotl_config_path, cfg.lora_model_dir, cfg.output_dir)
         if training:
+            refuse_unsaid_share(cfg.lora_model_dir, settings.parsed)
             self._before_training(cfg, settings)
 
     def post_model_build(self, cfg: DictDefault, model: PreTrainedModel) -> None:
@@ -107,7 +108,7 @@ class QTHAPlugin(BasePlugin):
         if self._inference and settings.parsed.quantum_backend == "ibm":
             from .training.device_callback import show_inference_cost  # starts Qiskit
 
-            show_inference_cost(settings.parsed, len(adapted_sizes(peft_model)))
+            show_inference_cost(settings.parsed, sum(size.owned.branch for size in adapted_sizes(peft_model)))
         return peft_model, peft_model.active_peft_config
 
     def add_callbacks_pre_trainer(self, cfg: DictDefault, model: PreTrainedModel) -> list[TrainerCallback]:

@@ -33,7 +33,7 @@ class Estimate:
     options: IBMOptions
     qubits: int  # of one of our circuits
     blocks: int  # of our circuits, for each token and layer
-    layers: int  # adapted ones
+    layers: int  # adapted ones with circuits of their own
     micro_batches: int  # of a training step
     tokens: int  # of each micro-batch that go to the device
     gradient_circuits: int  # of one of our circuits
@@ -146,7 +146,7 @@ def estimate_run(run: TrainingRun, steps: int | None, asked: int) -> Estimate:
     if options is None:
         works = "`quantum_backend: ibm` with e.g. `ibm: {backend: fake:manila}`"
         raise refusal("quantum_backend", config.quantum_backend, "costs no QPU time", works)
-    layers = len(select_targets(config, run.base()))
+    layers = sum(size.owned.branch for size in select_targets(config, run.base()).values())
     ledger = Ledger.read(Path(options.journal))
     service = connect(options, config.circuit_qubits, ledger.last_backend())
     circuit = ansatz(config)

@@ -37,7 +37,7 @@ def connect(data: dict[str, Any], block: dict[str, Any]) -> None:
     share = block.get("share")
     if not share:
         return
-    why = f"does not work with `qtha: {{share: {share}}}`: it runs backward once for each block, and blocks share tensors"
+    why = f"does not work with `qtha: {{share: {share}}}`: it runs backward once for each block, and blocks may share tensors"
     for key, value in (
         ("gradient_checkpointing", data.get("gradient_checkpointing")),
         ("activation_offloading", data.get("activation_offloading")),
@@ -45,7 +45,7 @@ def connect(data: dict[str, Any], block: dict[str, Any]) -> None:
         if isinstance(value, str) or (key == "activation_offloading" and value):
             raise ValueError(f"{key}: {value!r} {why}. What works: {NOT_REENTRANT}, or no `share:`.")
     kwargs = dict(data.get("gradient_checkpointing_kwargs") or {})
-    if kwargs.get("use_reentrant"):
+    if kwargs.get("use_reentrant") and data.get("gradient_checkpointing"):
         raise ValueError(f"gradient_checkpointing_kwargs: {kwargs!r} {why}. What works: {NOT_REENTRANT}, or no `share:`.")
     if data.get("gradient_checkpointing") and zero_stage(deepspeed_settings(data.get("deepspeed"))) == 3:
         raise ValueError(

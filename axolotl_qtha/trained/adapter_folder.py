@@ -70,6 +70,30 @@ def check_fits(key: str, folder: Path, settings: dict[str, Any], free: Collectio
         raise ValueError(f"{key}: {str(folder)!r} does not fit the YAML. " + "; ".join(rows) + ". What works: the same settings.")
 
 
+def refuse_unsaid_share(folder: str | None, config: QTHAConfig) -> None:
+    """Refuse to train on an adapter whose layers share tensors with a YAML that does not say so.
+
+    The plan and the checks of checkpointing, ZeRO and FSDP2 go by the YAML.
+
+    Args:
+        folder: `lora_model_dir`, if it is set; a name on the Hub is not looked up here.
+        config: the YAML's adapter.
+
+    Raises:
+        ValueError: naming both keys.
+    """
+    try:
+        share = json.loads((Path(folder or "") / "adapter_config.json").read_text()).get("share") if folder else None
+    except (OSError, ValueError, AttributeError):
+        return  # said where it is loaded
+    if share and not config.share:
+        text = ", ".join(f"{key}: {str(value).lower()}" for key, value in share.items())
+        raise ValueError(
+            f"lora_model_dir: {folder!r} holds an adapter whose layers share tensors, which the YAML does not say. "
+            f"What works: `qtha: {{share: {{{text}}}}}`."
+        )
+
+
 def configuration(path: Path, folder: Path) -> DictDefault:
     """Return Axolotl's configuration for running the model with its adapter on one device, sequence by sequence."""
     from axolotl.cli.config import load_cfg

@@ -14,8 +14,8 @@ from ..ibm import engine
 from ..ibm.engine import CALLS, Difference, pool
 from ..ibm.runner import Runner
 from ..planner.qpu import estimate, verdict
-from ..tuner.layer import QTHALayer
 from ..tuner.sizes import ansatz
+from .diagnostics import active_adapters
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -153,7 +153,7 @@ class TrainOnDevice(TrainerCallback):
 
     def _show_cost(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
         run = _runner(self._config)
-        layers = sum(isinstance(module, QTHALayer) for module in model.modules())
+        layers = sum(adapter.shape.owned.branch for _, adapter in active_adapters(model))
         result = estimate(
             self._config,
             layers,

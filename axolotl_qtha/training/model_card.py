@@ -30,7 +30,7 @@ FILE = "README.md"
 # Settings of the adapter that a card shows.
 SETTINGS = (
     *("rank", "rank_pattern", "alpha", "alpha_pattern", "dropout"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save", "seed"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save", "share", "seed"),
 )
 CORE_SETTINGS = ("bond_dim", "mid_dim", "num_cores", "in_factors", "out_factors", "init", "core_gain")
 CIRCUIT_SETTINGS = ("angle_scale", "gate_order", "quantum_backend", "shots", "noise_model", "precision", "gradient")
@@ -231,6 +231,7 @@ def _circuit(config: QTHAConfig, kind: Kind) -> str:
     again = f" A circuit has {config.circuit_layers} such layers, with angles of their own." if config.circuit_layers > 1 else ""
     n, own = config.circuit_qubits, "its own circuit" if config.blocks == 1 else f"{config.blocks} of its own side by side"
     own += " (layers of a rank by rank_pattern have circuits of that rank)" if config.rank_pattern else ""
+    own += "; modules that read the same input have one circuit in common" if config.share and config.share.inputs else ""
     return (
         f"## Circuit{'' if kind == 'adapter' else ' of the QTHA adapter'}\n\n"
         f"One layer on {n} qubits: `z` are {n} of the {config.rank} numbers of the bottleneck, `theta` the angles, ■ marks a "

@@ -324,7 +324,8 @@ class QTHAConfig(PeftConfig):
         if self.mpo == "none":
             for key in ("param_budget", "bond_dim", "mid_dim", "in_factors", "out_factors"):
                 if (value := getattr(self, key)) is not None:
-                    raise refusal(key, value, "needs the matrix product operators, which `mpo: none` leaves out", "`mpo: tt`")
+                    why = "needs the matrix product operators, which `mpo: none` leaves out"
+                    raise refusal(key, value, why, f"no `{key}`, or `mpo: tt`")
             if self.init == "tt_svd":
                 raise refusal("init", self.init, "decomposes into cores, which `mpo: none` leaves out", "`mpo: tt`")
         self._check_simulation()

@@ -125,6 +125,12 @@ class QTHAModel(BaseTuner):
             shared.reading = Reading()
         return own.owned(name), shared
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move or cast; where PyTorch makes new parameters (to and from the meta device), have layers share them again."""
+        result = super()._apply(fn, recurse)
+        _share_again(self)
+        return result
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge linear adapters into full-precision weights; refused as a whole where one is not linear or quantised."""
         self._refuse_merge(adapter_names, safe_merge)
@@ -206,8 +212,13 @@ def _check_loaded_file(model: QTHAModel, state_dict: dict[str, Tensor], prefix: 
     if is_earlier(state_dict):
         _convert_earlier(model, state_dict, prefix)
     members = list(_members(model, prefix))
-    for member, _owner in members:  # one copy is enough, that of the owner
-        state_dict.pop(member, None)
+    for member, owner in members:  # one copy is enough, that of the owner
+        given_twice = state_dict.pop(member, None)
+        if given_twice is not None and not _equal(given_twice, state_dict.get(owner)):
+            raise ValueError(
+                f"{member} and {owner} are one tensor in this model (`qtha: {{share: ...}}`), and two in these weights. "
+                "What works: the `share:` that they were trained with."
+            )
     own = {prefix + name: tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     if state_dict and own.keys().isdisjoint(state_dict):
         raise ValueError(
@@ -230,6 +241,13 @@ def _check_loaded_file(model: QTHAModel, state_dict: dict[str, Tensor], prefix: 
     state_dict.update({member: state_dict[owner] for member, owner in members if owner in state_dict})
 
 
+def _equal(tensor: Tensor, other: Tensor | None) -> bool:
+    """Return whether two tensors hold the same, as far as they hold anything."""
+    if other is None or tensor is other or "meta" in (tensor.device.type, other.device.type):
+        return other is not None
+    return tensor.shape == other.shape and torch.equal(tensor, other.to(tensor.device))
+
+
 def _members(model: QTHAModel, prefix: str) -> Iterator[tuple[str, str]]:
     """Yield the names of tensors that adapters have from others, each with the name that its owner has for it."""
     paths = {id(module): f"{prefix}{name}." for name, module in model.named_modules() if isinstance(module, QTHAAdapter)}
@@ -239,8 +257,8 @@ def _members(model: QTHAModel, prefix: str) -> Iterator[tuple[str, str]]:
                 yield paths[id(module)] + tensor, paths[id(owner)] + tensor
 
 
-def _share_again(model: QTHAModel, _: Any) -> None:
-    """Have adapters share tensors again, after loading has assigned each a tensor of its own."""
+def _share_again(model: QTHAModel, _: Any = None) -> None:
+    """Have adapters share tensors again, after each has been given a tensor of its own."""
     for module in model.modules():
         if isinstance(module, QTHAAdapter):
             module.take_shared()

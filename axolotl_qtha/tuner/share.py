@@ -55,7 +55,8 @@ class Share(BaseModel):
     @classmethod
     def _says_what(cls, data: Any) -> Any:
         if not isinstance(data, (dict, Share)):
-            raise refusal("share", data, "does not say what is shared", "`share: {layers: 4}`, `share: {inputs: true}`, or both")
+            works = "`share: {layers: 4}`, `share: {inputs: true}`, both, or no `share:`"
+            raise refusal("share", data, "does not say what is shared", works)
         for key, value, works in unknown_keys(data, cls.model_fields):
             raise refusal(f"share.{key}", value, "is not a key of the `share:` block", works)
         if isinstance(data, dict):
@@ -64,11 +65,9 @@ class Share(BaseModel):
                 raise refusal("share.layers", layers, "is not a positive whole number", "`share: {layers: 4}`")
             if type(inputs) is not bool:
                 raise refusal("share.inputs", inputs, "is neither true nor false", "`share: {inputs: true}`")
+            if layers == 1 and not inputs:
+                raise refusal("share", data, "shares nothing", "`share: {layers: 4}`, `share: {inputs: true}`, or no `share:`")
         return data
-
-    def __bool__(self) -> bool:
-        """Return whether anything is shared."""
-        return self.layers > 1 or self.inputs
 
 
 class Owned(NamedTuple):
@@ -112,7 +111,7 @@ def owners(share: Share, sizes: Mapping[str, tuple[int, int] | LayerSize]) -> di
         sizes: (in_features, out_features) of the adapted layers by name, in the model's order; or with a rank of their own.
 
     Raises:
-        ValueError: if layers of a group have different sizes or ranks.
+        ValueError: if layers of a group have different sizes or ranks, or none of them shares anything.
     """
     layers = {name: LayerSize(*size)._replace(owned=ALL) for name, size in sizes.items()}
     firsts: dict[Any, str] = {}  # of those with one input
@@ -140,6 +139,14 @@ def owners(share: Share, sizes: Mapping[str, tuple[int, int] | LayerSize]) -> di
                     "`layers_to_transform` with layers of one size, target_modules of one size, or no `layers:`",
                 )
             found[name] = Owners(first, first, together[name], together[name])
+    if all(own.owned(name) == ALL for name, own in found.items()):
+        raise refusal(
+            "share",
+            share.model_dump(),
+            "finds no layers that could share: none of the adapted ones is the same module of another layer of the transformer "
+            "(`layers`), or reads the input of another (`inputs`: q, k, v; gate, up)",
+            "further `target_modules` or `layers_to_transform`, or no `share:`",
+        )
     return {name: own._replace(a=found[own.together].a) for name, own in found.items()}
 
 

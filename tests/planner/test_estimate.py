@@ -297,6 +297,8 @@ def test_shared_tensors_are_counted_once_and_said(share, words, tmp_path):
     assert plan.parameters == trainable(model) < sum(target.count * target.parameters for target in plan.targets)
     assert plan.memory.adapter == 4 * plan.parameters
     assert plan.shared.startswith(words)
+    groups = {"q_proj", "o_proj", "gate_proj", "down_proj"} if share.get("inputs") else {t.name for t in plan.targets}
+    assert plan.circuits_per_step == plan.tokens_per_step * sum(t.count for t in plan.targets if t.name in groups)
     out = console(200)
     with out.capture() as captured:
         show_plan(plan, out)

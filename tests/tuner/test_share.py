@@ -1,6 +1,7 @@
 """Tensors that layers share: the function, the gradients, the counts, saving, and what PEFT does with several adapters."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -203,6 +204,36 @@ def test_a_tensor_that_is_missing_is_named(tmp_path):
     del state[next(name for name in state if name.endswith("cores"))]
     with pytest.raises(ValueError, match=r"1 tensors are missing.*layers\.0.*cores"):
         model.load_state_dict(state, strict=False)
+
+
+@pytest.mark.parametrize("less", [None, {"layers": 2}, {"inputs": True}], ids=str)
+def test_weights_of_layers_that_share_less_are_refused(less, tmp_path):
+    train(adapted(llama(4), share=less)).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    more = {"layers": 4, "inputs": False} if less != {"inputs": True} else {"layers": 4, "inputs": True}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"share": more}))
+    with pytest.raises(ValueError, match=r"are one tensor in this model .*share.*, and two in these weights"):
+        PeftModel.from_pretrained(llama(4), tmp_path)
+
+
+def test_layers_share_again_after_the_meta_device():
+    model = adapted(llama(4), share={"layers": 2, "inputs": True})
+    count = len(list(model.parameters()))
+    assert len(list(model.to("meta").parameters())) == count
+    assert len(list(model.to_empty(device="cpu").parameters())) == count
+
+
+def test_a_share_that_shares_nothing_is_refused():
+    settings = [
+        ({"inputs": True}, {"target_modules": ["q_proj", "o_proj"]}),
+        ({"layers": 2}, {"layers_to_transform": [2]}),
+    ]
+    for share, others in settings:
+        with pytest.raises(ValueError, match=r"qtha.share: .* finds no layers that could share.*What works: .*or no `share:`"):
+            adapted(llama(3), share=share, **others)
+    for share in ({}, {"layers": 1}, {"layers": 1, "inputs": False}):
+        with pytest.raises(ValueError, match=r"qtha.share: .* shares nothing. What works: `share: \{layers: 4\}`"):
+            config(share=share)
 
 
 def test_copies_share_among_themselves():
