@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -15,7 +15,7 @@ BASE = "__base__"  # the name that stands for no adapter
 
 
 @contextmanager
-def mixed(model: nn.Module, names: Sequence[str], adapters: Sequence[str], arguments: Mapping[str, Any]) -> Iterator[None]:
+def mixed(model: Any, names: Sequence[str], adapters: Sequence[str], arguments: Mapping[str, Any]) -> Iterator[None]:
     """Have every adapted layer of a model use the adapter of each sequence, inside.
 
     The names reach the layers, and modules_to_save, as an argument of their forward, by hooks.
@@ -37,7 +37,7 @@ def mixed(model: nn.Module, names: Sequence[str], adapters: Sequence[str], argum
     copies = _copies(arguments)
     repeated = [name for name in names for _ in range(copies)]
     # before generate repeats sequences an encoder has run
-    encoder = model.get_encoder() if copies > 1 and getattr(model.config, "is_encoder_decoder", False) else None  # type: ignore[operator, union-attr]
+    encoder = model.get_encoder() if copies > 1 and getattr(model.config, "is_encoder_decoder", False) else None
     early = set() if encoder is None else set(encoder.modules())
     with ExitStack() as hooks:
         for module in model.modules():
@@ -45,7 +45,8 @@ def mixed(model: nn.Module, names: Sequence[str], adapters: Sequence[str], argum
                 given = list(names) if module in early else repeated
                 if isinstance(module, AuxiliaryTrainingWrapper):  # of some adapters only; PEFT would look for all
                     given = [name if name in module._get_available_adapters() else BASE for name in given]
-                hooks.callback(module.register_forward_pre_hook(partial(_hand_over, given), with_kwargs=True).remove)  # type: ignore[union-attr]
+                hook = cast(nn.Module, module).register_forward_pre_hook(partial(_hand_over, given), with_kwargs=True)
+                hooks.callback(hook.remove)
         yield
 
 

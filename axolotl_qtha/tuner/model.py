@@ -45,7 +45,7 @@ class QTHAModel(BaseTuner):
     _owners: dict[str, Owners]  # of the adapter that is being added
     _layer_configs: dict[tuple[int, float], QTHAConfig]  # of it, where patterns give layers a rank or alpha of their own
     _followed: set[str]  # layers of it that are the first of several to read their input
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping = cast(dict[str, list[str]], TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
