@@ -86,7 +86,7 @@ class QTHAConfig(PeftConfig):
     target_modules: list[str] | str | None = _key(
         "all-linear",
         "Modules to adapt: a list of name endings, a regular expression for whole names, or `all-linear` "
-        "(every linear layer but the output head).",
+        "(every linear layer but the output head, and those whose weight the model reads without calling them, as in Mamba).",
     )
     exclude_modules: list[str] | str | None = _key(None, "Modules to leave out: a list of name endings or a regular expression.")
     layers_to_transform: list[int] | int | None = _key(

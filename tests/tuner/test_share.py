@@ -333,7 +333,6 @@ def test_what_cannot_be_shared_is_refused():
         config(share={"layers": 2}, init="tt_svd")
     with pytest.raises(ValueError, match=r"layers\.0\.proj and layers\.1\.proj, whose sizes are \(8, 8\) and \(8, 12\)"):
         inject_adapter_in_model(config(share={"layers": 2}, target_modules=["proj"]), Uneven())
-    inject_adapter_in_model(config(share={"inputs": True}, target_modules=["proj"]), Uneven())
 
 
 def test_a_group_that_is_not_full_and_layers_that_are_left_out():
