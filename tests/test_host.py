@@ -1,9 +1,10 @@
-"""docs/host.md names every place where Axolotl compares `adapter`, and every key that the command knows."""
+"""docs/host.md names every place where Axolotl compares `adapter`, every key that the command knows, and every trainer."""
 
 import re
 from pathlib import Path
 
 import axolotl
+from axolotl.utils.schemas.enums import RLType
 
 from axolotl_qtha.settings.args import LORA_KEYS, REFUSED
 from axolotl_qtha.settings.from_lora import FALLS_AWAY, READ_BY_US
@@ -11,6 +12,8 @@ from axolotl_qtha.settings.fsdp2 import GONE, STATE_DICTS
 from axolotl_qtha.settings.parallel import SPLIT_MODEL
 
 from .e2e.commands import REPOSITORY
+from .e2e.test_trainers import REFUSED as REFUSED_TRAINERS
+from .e2e.test_trainers import TRAINS
 
 PAGE = (REPOSITORY / "docs" / "host.md").read_text()
 # `self.adapter in ["lora", ...]`, `data.get("adapter") == "qlora"`, `if cfg.adapter and ...`
@@ -34,3 +37,10 @@ def test_every_key_is_named():
     keys = {*LORA_KEYS, *REFUSED, *FALLS_AWAY, *READ_BY_US, *SPLIT_MODEL, *GONE, *STATE_DICTS}
     named = set(re.findall(r"`([a-z0-9_]+)(?::[^`]*)?`", PAGE))
     assert keys - named - {"backward_prefetch_policy"} == set()
+
+
+def test_the_table_of_trainers_is_what_the_tests_run():
+    section = PAGE.split("\n## Trainers\n")[1].split("\n## ")[0]
+    rows = dict(re.findall(r"^\| `([^`]+)` \| (trains|refused) \|", section, flags=re.MULTILINE))
+    assert rows == dict.fromkeys(TRAINS, "trains") | dict.fromkeys(REFUSED_TRAINERS, "refused")
+    assert {kind.value for kind in RLType} <= set(re.findall(r"`rl: (\w+)", section))  # all of Axolotl's are named
