@@ -25,7 +25,8 @@ def refuse(data: dict[str, Any], block: dict[str, Any]) -> None:
             "simpo_gamma: None lets the first step of `rl: simpo` fail, with `adapter: lora` as well. "
             "What works: `simpo_gamma: 0.5`."
         )
-    trl = given if isinstance(given := data.get("trl"), dict) else {}
+    given = data.get("trl")
+    trl: dict[str, Any] = given if isinstance(given, dict) else {}
     if trl.get("vllm_lora_sync"):
         raise ValueError("trl.vllm_lora_sync: True hands vLLM a LoRA, which this adapter is not. What works: leave it out.")
     quantised = next((key for key in ("load_in_4bit", "load_in_8bit") if data.get(key)), None)
