@@ -87,7 +87,7 @@ def refuse_unsaid_share(folder: str | None, config: QTHAConfig) -> None:
     except (OSError, ValueError, AttributeError):
         return  # said where it is loaded
     if share and not config.share:
-        text = ", ".join(f"{key}: {str(value).lower()}" for key, value in share.items())
+        text = ", ".join(f"{key}: {str(value).lower()}" for key, value in sorted(share.items(), reverse=True))
         raise ValueError(
             f"lora_model_dir: {folder!r} holds an adapter whose layers share tensors, which the YAML does not say. "
             f"What works: `qtha: {{share: {{{text}}}}}`."

@@ -220,7 +220,8 @@ def test_core_gain_changes_what_is_stored_not_what_is_computed():
 
 @pytest.mark.parametrize("quantum", ["qtha", "qwthn", "silu", "none"])
 def test_every_parameter_gets_a_gradient(quantum):
-    module = moved(adapter(quantum=quantum, angle_scale="learned"))
+    learned = {} if quantum in ("none", "silu") else {"angle_scale": "learned"}
+    module = moved(adapter(quantum=quantum, **learned))
     module(features()).square().sum().backward()
     for name, parameter in module.named_parameters():
         assert parameter.grad is not None, name

@@ -58,7 +58,7 @@ def test_each_sequence_has_the_logits_of_its_own_adapter(base, settings):
 
 @pytest.mark.parametrize("how", [{}, {"num_beams": 2}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
 def test_generate_mixes_adapters(how):
-    model = two(llama(), share={"inputs": True})
+    model = two(llama(), share={"inputs": True}, target_modules=["q_proj", "k_proj", "up_proj"])
     mixed = model.generate(input_ids=IDS, adapter_names=NAMES, **GREEDY, **how)
     each = alone(model, lambda: model.generate(input_ids=IDS, **GREEDY, **how))
     returned = how.get("num_return_sequences", 1)

@@ -46,7 +46,7 @@ def test_a_saved_adapter_runs_in_another_way(tmp_path):
 
 
 def test_a_saved_adapter_without_a_circuit_cannot_run_on_aer(tmp_path):
-    adapted(llama(), **SMALL, quantum="none").save_pretrained(tmp_path)
+    adapted(llama(), rank=SMALL["rank"], quantum="none").save_pretrained(tmp_path)
     config = QTHAConfig.from_pretrained(str(tmp_path))
     with pytest.raises(ValueError, match=r"qtha\.quantum_backend: 'aer' has no circuit"):
         config.run_as(QTHAConfig(quantum_backend="aer"))
