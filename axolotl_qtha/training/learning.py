@@ -146,10 +146,10 @@ class Learning(TrainerCallback):
         if self._pending is None and model is not None:
             self._pending = _tensors(model)
             self._all = len(self._pending)
-        if self._left == 0:
+        if self._left == 0 or not self._pending:
             return
         ready = {id(p): group.get("lr") for group in _groups(optimizer) if _warm(group) for p in group["params"]}
-        for name, parameter in (self._pending or {}).items():
+        for name, parameter in self._pending.items():
             gradient, value = _local(parameter.grad), _local(parameter.detach())
             if gradient is not None and gradient.numel() and id(parameter) in ready:
                 self._before[name] = value.clone(), _can_move(value, gradient, ready[id(parameter)])

@@ -47,6 +47,10 @@ def test_command(clone, command):
         assert len(answer.strip()) > 20, done.stdout[-2000:]
     if command.startswith("axolotl train") and "qtha" in command:
         assert done.stdout.count("expected memory of one process") == 1
+        assert (
+            len(re.findall(r"What next:\n.*  axolotl (evaluate|inference) example_configs/\S+ --lora-model-dir", done.stdout))
+            == 1
+        )
     if "evaluate" in command:
         value = float(re.findall(r"'?eval_loss'?: '?([\d.]+)", done.stdout)[-1])
         assert value < 3.8  # the base alone has 4.35

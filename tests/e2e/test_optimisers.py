@@ -36,7 +36,7 @@ NEEDS = {
 CUDA = ("adalomo", "stable_adamw", "flash_adamw", "flash_adam", "flash_sgd", "flash_sgdw", "flash_lion")
 UNKNOWN_TO_AXOLOTL = ("ao_adamw_4bit", "ao_adamw_8bit")  # its enumeration has them, its builder does not
 # Descent without moments barely moves what has small gradients at first; RAdam waits for five steps.
-KEYS = {"sgd": {"learning_rate": 1.0}, "schedule_free_sgd": {"learning_rate": 1.0}, "lomo": {"learning_rate": 1.0}}
+KEYS = {name: {"learning_rate": 0.1, "max_steps": 9} for name in ("sgd", "schedule_free_sgd", "lomo")}
 KEYS["schedule_free_radam"] = {"max_steps": 9}
 # Nothing is evaluated, and one block is enough.
 SHORT = {"max_steps": 5, "save_steps": 5, "warmup_steps": 0, "eval_steps": None, "test_datasets": None}

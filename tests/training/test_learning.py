@@ -28,8 +28,8 @@ class Skips(torch.optim.Adam):
 
 def trainer_of(tmp_path, optimizer=None, circuit_lr=None, scheduler="constant", compute_loss=None, quantum="qtha", **arguments):
     model = adapted(llama(1), quantum=quantum)
-    arguments = {"max_steps": 4, "logging_steps": 1, "learning_rate": 0.02, "save_strategy": "no", **arguments}
-    arguments |= {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "per_device_train_batch_size": 2}
+    arguments = {"max_steps": 4, "logging_steps": 1, "learning_rate": 0.02, "save_strategy": "no", "use_cpu": True, **arguments}
+    arguments |= {"report_to": "none", "disable_tqdm": True, "per_device_train_batch_size": 2}
     rows = [{"input_ids": row, "labels": row} for row in ROWS]
     options = {} if optimizer is None else {"optimizer_cls_and_kwargs": (optimizer, {"lr": arguments["learning_rate"]})}
     args = TrainingArguments(str(tmp_path / "out"), lr_scheduler_type=scheduler, **arguments)
@@ -130,3 +130,31 @@ def test_gradients_that_are_no_numbers(tmp_path):
     tensor.register_hook(lambda gradient: gradient * math.inf)
     with pytest.raises(Diverged, match=r"grad_norm: not a finite number at step 1.*No checkpoint was written"):
         trainer.train()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_step_waits_for_no_gpu(tmp_path):
+    trainer, callback = trainer_of(tmp_path, use_cpu=False)
+    model = trainer.model.cuda()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    given = {"model": model, "optimizer": optimizer}
+    for _ in range(3):
+        ids = torch.tensor(ROWS[:2], device="cuda")
+        model(input_ids=ids, labels=ids).loss.backward()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            callback.on_step_begin(trainer.args, trainer.state, trainer.control, **given)
+            callback.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control, **given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        optimizer.step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            callback.on_optimizer_step(trainer.args, trainer.state, trainer.control, **given)
+            callback.on_step_end(trainer.args, trainer.state, trainer.control, **given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        optimizer.zero_grad()
+    callback._check_seen()
+    assert callback._pending == {}
