@@ -22,6 +22,11 @@ WORKS = {
     "early_stopping_patience": {"early_stopping_patience": 1},
     "load_best_model_at_end": {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False},
     "save_only_model": {"save_only_model": True},
+    "added_tokens_overrides": {
+        "added_tokens_overrides": {0: "<|new|>"},
+        "special_tokens": {"pad_token": "<|new|>"},
+        "qtha": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    },
     "tokens": {"tokens": ["<|new|>"], "qtha": {"modules_to_save": ["embed_tokens", "lm_head"]}},
 }
 REFUSED = {
@@ -51,7 +56,7 @@ def test_works(feature, tmp_path, prepared):
         expected = model(IDS).logits
         with model.disable_adapter():
             assert not torch.equal(model(IDS).logits, expected)
-    if feature == "tokens":
+    if "tokens" in feature:
         check_tokens(model, out)
         return
     options = {"num_hidden_layers": 1, "dtype": torch.float32}
@@ -71,6 +76,25 @@ def check_tokens(model, out):
     saved = load_file(out / "adapter_model.safetensors")
     rows = next(tensor for name, tensor in saved.items() if "embed_tokens" in name)
     assert torch.equal(rows[new], model.get_input_embeddings().weight[new])
+
+
+def test_circuit_lr_goes_before_the_users_groups(tmp_path, prepared):
+    """Axolotl gives a tensor to the first group whose text is in its name."""
+    keys = {
+        **SHORT,
+        "max_steps": 1,
+        "save_steps": 1,
+        "eval_steps": None,
+        "test_datasets": None,
+        "dataset_prepared_path": prepared,
+    }
+    keys |= {"lr_groups": [{"name": "mine", "modules": ["q_proj"], "lr": 1e-4}], "qtha": {"circuit_lr": 0.05}}
+    model, _, trainer = train_here(write_config(tmp_path, **keys))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates = {names[id(p)]: group["initial_lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert {rate for name, rate in rates.items() if name.endswith(".angles")} == {0.05}
+    assert {rate for name, rate in rates.items() if "q_proj" in name and not name.endswith(".angles")} == {1e-4}
+    assert {rate for name, rate in rates.items() if "q_proj" not in name and not name.endswith(".angles")} == {0.01}
 
 
 @pytest.mark.parametrize("key", REFUSED)
