@@ -14,6 +14,10 @@ class IncompleteAdapter(RuntimeError):
     """
 
 
+class Diverged(RuntimeError):
+    """The loss of a training, or the norm of its gradients, is not a number any more."""
+
+
 class PrivateSettings(RuntimeError):
     """Settings that may hold a credential are refused, without showing them.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -149,7 +150,7 @@ class QTHAPlugin(BasePlugin):
 
     def post_train(self, cfg: DictDefault, model: PreTrainedModel | PeftModel) -> None:
         """Tell what to do with the trained adapter."""
-        if cfg.adapter == "qtha" and is_main_process():
+        if cfg.adapter == "qtha" and os.environ.get("RANK", "0") == "0":  # the process group is closed by now
             for line in whats_next(cfg.axolotl_config_path, cfg.output_dir, why_unread(cfg) is None):
                 LOG.info(line)
 

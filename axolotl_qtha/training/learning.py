@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..errors import Diverged
 from ..settings.optimisers import WORKS
 from ..tuner.adapter import QTHAAdapter
 from .checkpoints import of_run
@@ -45,10 +46,6 @@ class NotTrained(RuntimeError):
 
     No ValueError, which transformers takes for a setting of DeepSpeed's when it saves, and goes on.
     """
-
-
-class Diverged(RuntimeError):
-    """The loss, or the norm of the gradients, is not a number any more."""
 
 
 def watch(trainer: Trainer, optimiser: str, circuit_lr: float | None) -> Learning:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from axolotl_qtha.training.learning import Diverged, NotTrained, watch
+from axolotl_qtha.errors import Diverged
+from axolotl_qtha.training.learning import NotTrained, watch
 
 from ..models import VOCABULARY, adapted, llama
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from ...circuit.torch_engine import NonFiniteAngle
-from ...errors import IncompleteAdapter
+from ...errors import Diverged, IncompleteAdapter
 from ..tasks import Prepared
 from .results import STATUS, error_text
 
@@ -44,7 +44,7 @@ def run_cell(keys: dict[str, Any], task: Prepared, folder: Path, threads: int | 
         trainer.add_callback(watch)
         _train(trainer, path, task, info)
         info["status"] = "success"
-    except (IncompleteAdapter, NonFiniteAngle, FloatingPointError) as error:
+    except (Diverged, IncompleteAdapter, NonFiniteAngle, FloatingPointError) as error:
         info["status"], info["error_msg"] = "diverged", error_text(error)
     except Exception as error:
         info["error_msg"] = error_text(error)
