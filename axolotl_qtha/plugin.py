@@ -152,7 +152,7 @@ class QTHAPlugin(BasePlugin):
         """Tell what to do with the trained adapter."""
         if cfg.adapter == "qtha" and os.environ.get("RANK", "0") == "0":  # the process group is closed by now
             for line in whats_next(cfg.axolotl_config_path, cfg.output_dir, why_unread(cfg) is None):
-                LOG.info(line)
+                LOG.info(line, main_process_only=False)
 
     def _settings(self, cfg: DictDefault) -> AdapterSettings:
         """Return the `qtha:` block, parsed once: Axolotl hands the same configuration to every hook of a run."""
