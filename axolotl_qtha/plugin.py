@@ -148,8 +148,8 @@ class QTHAPlugin(BasePlugin):
             resuming.load_the_trained(trainer)
             trainer.add_callback(resuming.CompareWithCheckpoint(checkpoint))
 
-    def post_train(self, cfg: DictDefault, model: PreTrainedModel | PeftModel) -> None:
-        """Tell what to do with the trained adapter."""
+    def post_train_unload(self, cfg: DictDefault) -> None:
+        """Tell what to do with the trained adapter, now that it is saved (`post_train` comes before that, and again after)."""
         if cfg.adapter == "qtha" and os.environ.get("RANK", "0") == "0":  # the process group is closed by now
             for line in whats_next(cfg.axolotl_config_path, cfg.output_dir, why_unread(cfg) is None):
                 LOG.info(line, main_process_only=False)
