@@ -14,19 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, cr
 from ..circuit import noise
 from ..errors import refusal
 from ..ibm.options import refuse_secrets, refuse_too_wide
-from ..tuner.arguments import check_patterns, refuse_unknown
+from ..tuner.arguments import LORA_NAMES, check_patterns, refuse_unknown
 from ..tuner.config import QTHAConfig
 from . import checkpointing, optimisers, parallel, quantization, trainers
 
 # LoRA keys that `adapter: qtha` does not read, and what to write instead.
 LORA_KEYS = {
-    "lora_r": "rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "lora_target_modules": "target_modules",
-    "lora_modules_to_save": "modules_to_save",
-    "lora_rank_pattern": "rank_pattern",
-    "lora_alpha_pattern": "alpha_pattern",
+    **{key: ours for key, ours in LORA_NAMES.items() if key.startswith("lora_")},
     "peft_layers_to_transform": "layers_to_transform",
     "peft_layers_pattern": "layers_pattern",
 }

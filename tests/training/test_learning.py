@@ -140,22 +140,22 @@ def test_a_step_waits_for_no_gpu(tmp_path):
     model = trainer.model.cuda()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
     given = {"model": model, "optimizer": optimizer}
+    before, after = ("on_step_begin", "on_pre_optimizer_step"), ("on_optimizer_step", "on_step_end")
+
+    def without_waiting(events):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for event in events:
+                getattr(callback, event)(trainer.args, trainer.state, trainer.control, **given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
     for _ in range(3):
         ids = torch.tensor(ROWS[:2], device="cuda")
         model(input_ids=ids, labels=ids).loss.backward()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            callback.on_step_begin(trainer.args, trainer.state, trainer.control, **given)
-            callback.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control, **given)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        without_waiting(before)
         optimizer.step()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            callback.on_optimizer_step(trainer.args, trainer.state, trainer.control, **given)
-            callback.on_step_end(trainer.args, trainer.state, trainer.control, **given)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        without_waiting(after)
         optimizer.zero_grad()
     callback._check_seen()
     assert callback._pending == {}
