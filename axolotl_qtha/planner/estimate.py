@@ -68,9 +68,7 @@ class Plan:
     targets: list[Target]
     parameters: int
     lora_parameters: int
-    note: (
-        str  # ranks of a rank_pattern, and what became of a param_budget that nobody asked for; "" where there is nothing to say
-    )
+    note: str  # ranks of a rank_pattern, a default param_budget that gave way; "" for neither
     micro_batch_size: int
     sequence_len: int
     tokens_per_step: int  # on one GPU, with gradient accumulation

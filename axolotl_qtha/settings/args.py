@@ -16,6 +16,7 @@ from ..errors import refusal
 from ..ibm.options import refuse_secrets, refuse_too_wide
 from ..tuner.arguments import LORA_NAMES, check_patterns, refuse_unknown
 from ..tuner.config import QTHAConfig
+from ..tuner.table import CIRCUIT
 from . import checkpointing, optimisers, parallel, quantization, trainers
 
 # LoRA keys that `adapter: qtha` does not read, and what to write instead.
@@ -54,7 +55,7 @@ REFUSED = {
 }
 DIAGNOSTICS_STEPS = 10
 # The angles (or their classical twin's weights), by the names the trainer sees.
-CIRCUIT_PARAMETERS = ["qtha_adapter.default.angles", "qtha_adapter.default.units", "qtha_adapter.default.scale"]
+CIRCUIT_PARAMETERS = [f"qtha_adapter.default.{name}" for name in CIRCUIT]
 
 
 class _Block(BaseModel):

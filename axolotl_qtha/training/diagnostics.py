@@ -35,13 +35,14 @@ from ..circuit.torch_engine import expectation_values
 from ..tuner.adapter import QTHAAdapter
 from ..tuner.bottleneck import Bottleneck, Circuit
 from ..tuner.layer import QTHALayer
+from ..tuner.table import CIRCUIT
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
 TOKENS = 256  # of each layer
 SHARE = "qtha/quantum_share"
-PARTS = {"angles": "angles", "scale": "angles", "units": "angles"}  # other tensors are cores (mpo_*) or classical
+PARTS = dict.fromkeys(CIRCUIT, "angles")  # other tensors are cores (mpo_*) or classical
 
 
 class Diagnostics(TrainerCallback):

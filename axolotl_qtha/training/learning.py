@@ -29,13 +29,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..errors import Diverged
 from ..settings.optimisers import WORKS
 from ..tuner.adapter import QTHAAdapter
+from ..tuner.table import CIRCUIT
 from .checkpoints import of_run
 from .guards import is_no_op
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-CIRCUIT = ("angles", "units", "scale")  # tensors that `circuit_lr` is for
 SLOW = 1e-6  # the learning rate to reckon with, of optimisers that choose their own
 TRIES = 8  # steps that could change a tensor, and do not: RAdam waits for five
 LOOKS = 20  # steps in which tensors are watched: an expert of a mixture may get no token for long
@@ -97,11 +97,7 @@ def check_groups(optimizer: Any, model: nn.Module, optimiser: str, circuit_lr: f
 def _tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the tensors of adapters that are trained, each once, by name."""
     adapters = [(path, module) for path, module in model.named_modules() if isinstance(module, QTHAAdapter)]
-    return {f"{path}.{name}": p for path, module in adapters for name, p in module.named_parameters() if _own(module, name, p)}
-
-
-def _own(adapter: QTHAAdapter, name: str, parameter: nn.Parameter) -> bool:
-    return parameter.requires_grad and name not in adapter.shared.owners
+    return {f"{path}.{name}": tensor for path, adapter in adapters for name, tensor in adapter.trained().items()}
 
 
 def _untrained(optimiser: str, names: list[str], of: int, why: str, works: str = WORKS) -> NotTrained:

@@ -46,7 +46,7 @@ class Reached(TrainerCallback):
             return
         self._adapters = dict(active_adapters(model))
         for adapter in self._adapters.values():
-            for tensor in own(adapter):
+            for tensor in adapter.trained().values():
                 self._hooks.append(tensor.register_hook(partial(self._note, id(adapter))))
 
     def _note(self, adapter: int, _: Tensor) -> None:
@@ -59,19 +59,14 @@ class Reached(TrainerCallback):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        adapters = {name: adapter for name, adapter in (self._adapters or {}).items() if own(adapter)}
+        adapters = {name: adapter for name, adapter in (self._adapters or {}).items() if adapter.trained()}
         missed = [name for name, adapter in adapters.items() if not self._is_reached(adapter) and not EXPERT.search(name)]
         if missed:
             LOG.warning(warning(missed, len(adapters)))
         self._adapters, self._reached = {}, set()
 
     def _is_reached(self, adapter: QTHAAdapter) -> bool:
-        return id(adapter) in self._reached or any(tensor.grad is not None for tensor in own(adapter))
-
-
-def own(adapter: QTHAAdapter) -> list[Tensor]:
-    """Return the tensors that an adapter trains and has alone, of which each has some (`fusion` at the least)."""
-    return [tensor for tensor in adapter.state_names().values() if tensor.requires_grad]
+        return id(adapter) in self._reached or any(tensor.grad is not None for tensor in adapter.trained().values())
 
 
 def warning(missed: list[str], of: int) -> str:

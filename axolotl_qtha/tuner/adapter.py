@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -100,6 +100,10 @@ class QTHAAdapter(nn.Module):
     def state_names(self) -> dict[str, Tensor]:
         """Return the tensors a saved adapter holds for this layer, by name; those that it shares are its owner's."""
         return {name: tensor for name, tensor in self._tensors().items() if tensor is not None and name not in self.shared.owners}
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Return the tensors of `state_names` that are trained."""
+        return {name: cast(nn.Parameter, tensor) for name, tensor in self.state_names().items() if tensor.requires_grad}
 
     def is_no_op(self) -> bool:
         """Return whether the adapter changes nothing, as before training; its parameters must be whole."""

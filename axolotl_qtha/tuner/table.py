@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from .config import QTHAConfig
 from .sizes import AdapterShape
 
+CIRCUIT = ("angles", "units", "scale")  # tensors of the circuit, or of its classical twin: what `circuit_lr` is for
 # With core_gain `balanced`, a step changes a tensor, relative to its size, by this share of what it changes LoRA's A by.
 GAIN_SHARE = 0.3
 
