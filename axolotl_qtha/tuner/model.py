@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -180,8 +180,10 @@ class QTHAModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
         """Run a forward or generate, with `adapter_names` each sequence with its own adapter."""
-        names = kwargs.get("adapter_names")
-        with nullcontext() if names is None else mixed(self.model, names, list(self.peft_config), kwargs):
+        if (names := kwargs.get("adapter_names")) is None:
+            yield  # and no context: torch.compile would stop for it
+            return
+        with mixed(self.model, names, list(self.peft_config), kwargs):
             yield
 
 
