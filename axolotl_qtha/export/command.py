@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
+import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,28 +16,29 @@ from axolotl.common.datasets import load_datasets
 from axolotl.utils.dict import DictDefault
 from peft import PeftModel
 from rich.console import Console
-from safetensors.torch import load_file
-from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import refusal
-from ..settings.meta_base import read_yaml
-from ..settings.public_facts import facts_of
+from ..settings.meta_base import base_config, read_yaml
+from ..settings.public_facts import Facts, facts_of
 from ..settings.training_run import why_unread
 from ..trained import calibration_text
 from ..trained.adapter_folder import check_trained, configuration, refuse_untrained
+from ..trained.clients import Exported, told
 from ..trained.passes import Pass, adapters_of
 from ..training.model_card import make_card, write_card
 from ..tuner.config import QTHAConfig
 from ..tuner.layer import adapted_layers, adapted_sizes
-from ..tuner.saving import WEIGHTS
-from . import lowrank, merged, output_folder
+from . import lowrank, merged, output_folder, written
+from .beside import copy_beside, settle_config, write_tokenizer
 from .distil import distilled
 from .fit import collect, exact, linear, wide
 from .lowrank import LowRank
-from .measure import WITH_CONSTANTS, measure
-from .report import Report, model_table, module_table
+from .measure import KEPT, WITH_CONSTANTS, Kept, measure
+from .report import Report, model_table, module_table, written_line
 from .surrogate import Kind
+from .whole import Whole, whole_of
+from .written import Opener, Written
 
 Format = Literal["lora", "merged"]
 Constant = Literal["auto", "bias", "drop"]
@@ -73,45 +76,147 @@ def export(options: ExportOptions, out: Console) -> Report:
     """Export a trained adapter; the folder appears complete or not at all.
 
     Raises:
-        ValueError: naming the option or YAML key, if something does not fit, or the export is further off than `max_kl`.
+        ValueError: naming the option or YAML key, if something does not fit, the export is further off than `max_kl`, or its
+            folder does not hold what was measured.
     """
     adapter, base = _inputs(options)
     cfg = configuration(options.config, adapter)
+    with output_folder.folder_for(options.out) as folder:
+        fitted = _fit(options, cfg, base, out)
+        written.release()  # the model that was measured is gone
+        report = fitted.report
+        if fitted.plan is None:
+            fitted.write_lora(folder)
+        else:
+            copy_beside(fitted.plan.base, folder)
+            done = merged.merge(fitted.layers, fitted.transposed, fitted.plan, folder)
+            settle_config(folder, fitted.whole, fitted.opener.tied, fitted.opener.overrides)
+            out.print(
+                f"{done.layers} of {len(fitted.layers)} layers changed; rounding to the checkpoint's dtype took at most "
+                f"{done.rounding:.1%} of a layer's change."
+            )
+        if fitted.plan is not None or fitted.whole.vocabulary is not None:
+            write_tokenizer(fitted.tokenizer, fitted.opener.base, folder, **fitted.opener.source)
+        if cfg.quantize_moe_experts:
+            _say(out, "Not opened again: only Axolotl quantises experts as it loads them (quantize_moe_experts).")
+        else:
+            report.written = _opened(fitted, folder)
+            _say(out, written_line(report.written))
+            written.check(report.written, fitted.opener.dtype, options.format)
+        report.write(folder)
+        card = make_card(fitted.config, fitted.facts, fitted.sizes, options.format, report.as_dict(), fitted.lora)
+        write_card(card, folder)
+    _say(out, f"{options.out} written.")
+    return report
+
+
+def _say(out: Console, text: str) -> None:
+    out.print(text, markup=False, highlight=False)
+
+
+@dataclass
+class _Fitted:
+    """An export that was measured, and what it takes to write it; holds no model."""
+
+    report: Report
+    layers: dict[str, LowRank]
+    whole: Whole
+    plan: merged.Plan | None  # of a merged model
+    transposed: set[str]
+    modules: list[str]  # names of all of the base's
+    config: QTHAConfig
+    sizes: list[Any]  # of the adapted layers
+    lora: Exported
+    facts: Facts
+    tokenizer: Any
+    opener: Opener
+    kept: Kept
+
+    def write_lora(self, folder: Path) -> None:
+        """Write it as a LoRA adapter."""
+        lowrank.write(self.layers, self.config, self.whole, self.modules, bool(self.transposed), folder)
+
+
+def _fit(options: ExportOptions, cfg: DictDefault, base: Path | None, out: Console) -> _Fitted:
+    """Load the model, refuse or tell what cannot be read, and only then fit and measure."""
     model, tokenizer, _ = load_model_and_tokenizer(cfg=cfg, inference=True)
     model = cast(PeftModel, model).eval()
     config = cast(QTHAConfig, model.active_peft_config)
+    opener = _opener(model, cfg)
+    adapted, sizes = adapted_layers(model), adapted_sizes(model)
+    whole = whole_of(model, opener.rows, adapted)
+    opener.vocabulary = whole.vocabulary
+    transposed = {name for name, layer in adapted.items() if isinstance(layer.get_base_layer(), Conv1D)}
+    plan = None if base is None else merged.plan(dict(zip(adapted, sizes, strict=True)), transposed, whole, base)
+    lora = Exported(
+        rank=config.rank,
+        bias=options.constant == "bias" and config.quantum != "none",
+        whole=tuple(config.modules_to_save or ()),
+        vocabulary=whole.vocabulary,
+        head_of_tied=whole.head if whole.base_tied and whole.head in adapted else None,
+    )
+    if options.format == "lora":
+        for limit, clients in told(lora).items():
+            _say(out, f"{' and '.join(clients)} will not read this adapter: {limit}.")
+    most = max(1, KEPT // (4 * (whole.vocabulary or opener.rows or 2**18)))
     texts = _text(options, cfg, config, tokenizer)
     make = partial(_pass, model, cfg, tokenizer)
     layers = _layers(options, make(texts.fit), _with_bias(model))
-    tensors = _others(adapter)
-    transposed = {name for name, layer in adapted_layers(model).items() if isinstance(layer.get_base_layer(), Conv1D)}
-    with output_folder.folder_for(options.out) as folder:
-        rank = max(len(layer.a) for layer in layers.export.values())
-        if options.format == "lora":
-            modules = [name for name, _ in model.get_base_model().named_modules()]
-            lora = lowrank.write(layers.export, config, tensors, modules, bool(transposed), folder)
-            layers.export = lowrank.read(folder)  # what is measured is what was written
-            for limit in lowrank.limits(lora):
-                out.print(f"vLLM and llama.cpp will not read this adapter: {limit}.", markup=False, highlight=False)
-        measured = measure(make(texts.held_out), layers.export, layers.others)
-        report = Report(
-            *(options.format, "exact" if config.quantum == "none" else options.surrogate, layers.constant, rank, texts.source),
-            *(calibration_text.tokens(texts.fit), measured),
-        )
-        out.print(module_table(report), model_table(report))
-        _check_error(report, options.max_kl)
-        if base is not None:
-            done = merged.merge(layers.export, transposed, tensors, base, folder)
-            tokenizer.save_pretrained(str(folder))
-            out.print(
-                f"{done.layers} of {len(layers.export)} layers changed; rounding to the checkpoint's dtype took at most "
-                f"{done.rounding:.1%} of a layer's change."
-            )
-        report.write(folder)
-        facts = facts_of(cfg, model_config=model.config)
-        write_card(make_card(config, facts, adapted_sizes(model), options.format, report.as_dict()), folder)
-    out.print(f"{options.out} written.", markup=False, highlight=False)
-    return report
+    lora = dataclasses.replace(lora, rank=max(len(layer.a) for layer in layers.export.values()))
+    kept = Kept()
+    measured = measure(make(calibration_text.predicting(texts.held_out, most)), layers.export, layers.others, kept)
+    report = Report(
+        *(options.format, "exact" if config.quantum == "none" else options.surrogate, layers.constant, lora.rank, texts.source),
+        *(calibration_text.tokens(texts.fit), measured),
+    )
+    out.print(module_table(report), model_table(report))
+    _check_error(report, options.max_kl)
+    return _Fitted(
+        report=report,
+        layers=layers.export,
+        whole=whole,
+        plan=plan,
+        transposed=transposed,
+        modules=[name for name, _ in model.get_base_model().named_modules()],
+        config=config,
+        sizes=sizes,
+        lora=lora,
+        facts=facts_of(cfg, model_config=model.config),
+        tokenizer=tokenizer,
+        opener=opener,
+        kept=kept,
+    )
+
+
+def _opener(model: PeftModel, cfg: DictDefault) -> Opener:
+    config = base_config(cfg)  # as its files have it; the model's may have another vocabulary
+    base = model.get_base_model()
+    source = {"revision": cfg.revision_of_model, "trust_remote_code": cfg.trust_remote_code}
+    stored = getattr(config, "quantization_config", None)  # then transformers sees to it
+    return Opener(
+        cls=type(base),
+        base=cfg.base_model,
+        source={key: value for key, value in source.items() if value},
+        dtype=cfg.torch_dtype,
+        overrides=dict(cfg.overrides_of_model_config or {}),
+        quantization=None if stored else getattr(base.config, "quantization_config", None),
+        rows=getattr(config.get_text_config(), "vocab_size", None),
+        tied=bool(getattr(config, "tie_word_embeddings", False)),
+    )
+
+
+def _opened(fitted: _Fitted, folder: Path) -> Written:
+    """Return what the folder gives, opened as who gets it opens it."""
+    if fitted.plan is None:
+        with written.opened(lambda: fitted.opener.lora(folder)) as model:
+            return written.compare(model, fitted.kept, "the base with it")
+    if fitted.opener.quantised:  # what is written is not: compared with the export beside the full-precision base
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            fitted.write_lora(Path(scratch))
+            with written.opened(lambda: fitted.opener.full().lora(Path(scratch))) as model:
+                written.rebased(model, fitted.kept)
+    with written.opened(lambda: fitted.opener.merged(folder)) as model:
+        return written.compare(model, fitted.kept, "the merged model")
 
 
 def _inputs(options: ExportOptions) -> tuple[Path, Path | None]:
@@ -193,8 +298,3 @@ def _check_error(report: Report, most: float) -> None:
             f"--max-kl: KL(QTHA || export) is {kl:.3g} nats per token, more than {most:g}; nothing was written. What works: "
             f"`--surrogate wide` or `distilled`, `--constant bias`, more `--tokens`, or `--max-kl {kl * 1.1:.2g}`."
         )
-
-
-def _others(adapter: Path) -> dict[str, Tensor]:
-    """Return the tensors of an adapter's file that are not of QTHA layers (modules_to_save), by their names there."""
-    return {name: tensor for name, tensor in load_file(adapter / WEIGHTS).items() if "qtha_adapter" not in name}

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..tuner.config import QTHAConfig
 from ..tuner.layer import PREFIX
 from ..tuner.saving import WEIGHTS
+from .whole import Whole
 
 
 @dataclass
@@ -49,7 +50,7 @@ def targets(layers: Iterable[str], modules: Iterable[str]) -> list[str]:
 def write(
     layers: dict[str, LowRank],
     config: QTHAConfig,
-    others: dict[str, Tensor],
+    whole: Whole,
     modules: Iterable[str],
     transposed: bool,
     folder: Path,
@@ -59,7 +60,7 @@ def write(
     Args:
         layers: by the name of the layer in the base model.
         config: of the QTHA adapter.
-        others: further tensors of the adapter's file (modules_to_save), by the names they have there.
+        whole: tensors that take the place of the base's.
         modules: names of all modules of the base model.
         transposed: whether the layers are GPT-2's Conv1D.
         folder: where to; it exists.
@@ -68,7 +69,9 @@ def write(
     alpha = config.alpha if rank == config.rank else rank
     alpha = int(alpha) if float(alpha).is_integer() else rank
     has_bias = any(layer.bias is not None for layer in layers.values())
-    tensors = {name: tensor.contiguous() for name, tensor in others.items()}
+    # a head with a low rank is inside of PEFT's layer
+    inside = {f"{name}.weight": f"{name}.base_layer.weight" for name in layers}
+    tensors = {f"{PREFIX}{inside.get(name, name)}": tensor for name, tensor in whole.tensors.items()}
     for name, layer in layers.items():
         layer = layer.widened(rank)
         tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.a.contiguous()
@@ -91,19 +94,6 @@ def write(
     lora.save_pretrained(str(folder))
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     return lora
-
-
-def limits(lora: LoraConfig) -> list[str]:
-    """Return what keeps other programs than PEFT from serving a LoRA adapter, in words; empty if nothing does.
-
-    vLLM (docs.vllm.ai, LoRA adapters) and llama.cpp's convert_lora_to_gguf.py read the two matrices of linear layers only.
-    """
-    found = []
-    if lora.lora_bias:
-        found.append("it has biases (lora_bias), which only PEFT reads: `--constant auto` writes none")
-    if lora.modules_to_save:
-        found.append(f"it has whole modules (modules_to_save: {sorted(lora.modules_to_save)}): `--format merged` holds them")
-    return found
 
 
 def read(folder: Path) -> dict[str, LowRank]:

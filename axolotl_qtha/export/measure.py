@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..trained.calibration_text import IGNORED, Batch
 from ..trained.passes import Pass, Tokens
@@ -20,6 +20,7 @@ from .fit import classical, replaced
 from .lowrank import LowRank
 
 WITH_CONSTANTS = "linear, with constants"  # the name of that export among those compared
+KEPT = 2 * 2**30  # bytes of log-probabilities that are kept of a model, to compare the written one with
 
 
 @dataclass
@@ -42,6 +43,15 @@ class ModelError:
 
 
 @dataclass
+class Kept:
+    """The held-out text and its log-probabilities, (N, vocabulary) of each batch, float32, on the CPU."""
+
+    batches: list[Batch] = field(default_factory=list)
+    qtha: list[Tensor] = field(default_factory=list)
+    export: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
 class Measured:
     """Everything that was measured on the held-out text."""
 
@@ -57,27 +67,31 @@ class Measured:
         return (base - export) / (base - qtha) if base > qtha else None
 
 
-def measure(run: Pass, layers: dict[str, LowRank], others: dict[str, dict[str, LowRank]]) -> Measured:
-    """Measure the export on the text of `run`, and `others` (by what they are) for comparison."""
+def measure(run: Pass, layers: dict[str, LowRank], others: dict[str, dict[str, LowRank]], kept: Kept | None = None) -> Measured:
+    """Measure the export on the text of `run`, and `others` (by what they are) for comparison; fill in `kept`."""
     modules = _modules(run, layers, others.get(WITH_CONSTANTS, {}))
     nll: dict[str, float] = {}
     kl: dict[str, float] = {}
     agree: dict[str, int] = {}
     tokens = predicted = 0
     for batch in track(run.batches(), "measuring", run.count, transient=True):
-        targets = batch.labels[:, 1:][batch.labels[:, 1:] != IGNORED]
+        targets = batch.targets()
         tokens += int(batch.mask.sum())
         predicted += len(targets)
         reference: Tensor | None = None
+        if kept is not None:
+            kept.batches.append(batch)
         for name, how in _models(run, {"export": layers, **others}):
             with how:
-                logs = _log_probabilities(run, batch)
+                logs = log_probabilities(run.model, batch, run.device)
             reference = logs if reference is None else reference
+            if kept is not None and name in ("qtha", "export"):
+                getattr(kept, name).append(logs.cpu())
             nll[name] = nll.get(name, 0.0) - float(logs.gather(1, targets.to(logs.device)[:, None]).double().sum())
             kl[name] = kl.get(name, 0.0) + float(F.kl_div(logs, reference, reduction="sum", log_target=True).double())
             agree[name] = agree.get(name, 0) + int((logs.argmax(1) == reference.argmax(1)).sum())
     models = {
-        name: ModelError(_exp(nll[name] / predicted), max(0.0, kl[name] / predicted), agree[name] / predicted)
+        name: ModelError(exp(nll[name] / predicted), at_least_zero(kl[name] / predicted), agree[name] / predicted)
         for name in ("base", *(name for name in nll if name != "base"))
     }
     return Measured(tokens, predicted, models, modules)
@@ -91,10 +105,11 @@ def _models(run: Pass, exports: dict[str, dict[str, LowRank]]) -> Iterator[tuple
 
 
 @torch.no_grad()
-def _log_probabilities(run: Pass, batch: Batch) -> Tensor:
+def log_probabilities(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
     """Return the logarithms of the next-token distributions at the tokens to predict, (N, vocabulary), float32."""
-    wanted = (batch.labels[:, 1:] != IGNORED).to(run.device)
-    logits = run.model(**batch.inputs(run.device), use_cache=False).logits[:, :-1][wanted]
+    wanted = (batch.labels[:, 1:] != IGNORED).to(device)
+    logits = model(**batch.inputs(device), use_cache=False).logits
+    logits = logits[:, :-1][wanted.to(logits.device)]
     return F.log_softmax(logits.float(), dim=-1)
 
 
@@ -118,5 +133,11 @@ def _modules(run: Pass, layers: dict[str, LowRank], with_constants: dict[str, Lo
     return result
 
 
-def _exp(value: float) -> float:
+def at_least_zero(value: float) -> float:
+    """Return a divergence without the rounding that made it negative; NaN stays, which max() would make a 0."""
+    return 0.0 if value < 0 else value
+
+
+def exp(value: float) -> float:
+    """Return e to a value, infinity where that is too large."""
     return math.exp(value) if value < 700 else math.inf

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
-import shutil
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import constants, snapshot_download
@@ -17,12 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..tuner.layer import PREFIX
+from ..tuner.sizes import Size
+from .beside import BESIDE
 from .lowrank import LowRank
+from .whole import Whole
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-# Beside the weights: configurations, tokenizers, templates, code of models that bring their own, licences.
-BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "LICENSE*", "NOTICE*")
 SHARD = 4 * 2**30  # bytes of a written file, which is also what is held in memory
 
 
@@ -61,37 +58,78 @@ def base_folder(name: str, revision: str | None) -> Path:
     return folder
 
 
-def merge(layers: dict[str, LowRank], transposed: Collection[str], others: dict[str, Tensor], base: Path, folder: Path) -> Merged:
+@dataclass(frozen=True)
+class _Source:
+    """Where a written tensor's values come from: a tensor of the base's checkpoint."""
+
+    file: str
+    name: str
+    shape: tuple[int, ...]
+    size: int  # bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be written, and from where; made before anything is fitted."""
+
+    base: Path
+    sources: dict[str, _Source]  # by the name of the written tensor
+    whole: Whole
+
+
+def plan(layers: dict[str, Size], transposed: Collection[str], whole: Whole, base: Path) -> Plan:
+    """Return how a base's checkpoint takes an export, or refuse it before there is one.
+
+    A head that was tied to the embedding and no longer equals it gets a tensor of its own.
+
+    Args:
+        layers: (in_features, out_features) of the layers to merge into, by the names of the base's layers.
+        transposed: the layers whose weight is stored as (d, o), GPT-2's Conv1D.
+        whole: what takes the place of the base's tensors.
+        base: folder of the base.
+
+    Raises:
+        ValueError: if a weight is not in the checkpoint, or does not fit.
+    """
+    sources = dict(_headers(base))
+    embedding, head = f"{whole.embedding}.weight", f"{whole.head}.weight"
+    if whole.head is not None and whole.tied and whole.vocabulary is not None:
+        sources.pop(head, None)  # a copy of the embedding as it was, which some checkpoints hold
+    if whole.head is not None and whole.base_tied and not whole.tied and head not in sources and embedding in sources:
+        sources[head] = sources[embedding]
+    _check(layers, transposed, whole, sources)
+    return Plan(base, sources, whole)
+
+
+def merge(layers: dict[str, LowRank], transposed: Collection[str], plan: Plan, folder: Path) -> Merged:
     """Write the base's checkpoint with the export added to its weights, holding no more than one file of it in memory.
 
     Args:
         layers: the export, by the names of the base's layers.
         transposed: the layers whose weight is stored as (d, o), GPT-2's Conv1D.
-        others: tensors that take the place of the base's (modules_to_save), as they are named in the adapter's file.
-        base: folder of the base.
+        plan: made for these layers.
         folder: where to; it exists.
 
     Raises:
-        ValueError: if a layer's weight is not in the checkpoint, does not fit, or if nothing would be changed.
+        ValueError: if nothing would be changed.
     """
-    replacing = {name.removeprefix(PREFIX): tensor for name, tensor in others.items()}
-    headers = dict(_headers(base))
-    _check(layers, transposed, replacing, headers)
     done = Merged()
     index: dict[str, str] = {}
-    plan = _plan({name: size for name, (_, _, size) in headers.items()})
-    for number, names in enumerate(track(plan, "merging", transient=True), 1):
-        file = SINGLE if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
-        tensors = {name: _tensor(base / headers[name][0], name) for name in names}
+    replacing, total = plan.whole.tensors, 0
+    files = _files({name: source.size for name, source in plan.sources.items()})
+    for number, names in enumerate(track(files, "merging", transient=True), 1):
+        file = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        tensors = {name: _tensor(plan.base, plan.sources[name]) for name in names}
         for name in names:
             module, _, kind = name.rpartition(".")
             if name in replacing:
                 tensors[name] = replacing[name].to(tensors[name].dtype).contiguous()
-            elif module in layers and kind == "weight":
+            if module in layers and kind == "weight":
                 delta = layers[module].b @ layers[module].a
                 tensors[name] = _add(tensors[name], delta.T if module in transposed else delta, done)
             elif module in layers and kind == "bias" and (bias := layers[module].bias) is not None:
                 tensors[name] = (tensors[name].float() + bias).to(tensors[name].dtype)
+        total += sum(tensor.nbytes for tensor in tensors.values())
         save_file(tensors, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(names, file)
         done.files.append(file)
@@ -100,23 +138,21 @@ def merge(layers: dict[str, LowRank], transposed: Collection[str], others: dict[
             "--format merged: rounding to the base's dtype takes away every change the adapter makes; nothing was written. "
             "What works: `--format lora`, which keeps it in float32, or a longer training."
         )
-    if len(plan) > 1:
-        total = sum(size for _, _, size in headers.values())
+    if len(files) > 1:
         content = {"metadata": {"total_size": total}, "weight_map": index}
         (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n")
-    _copy_beside(base, folder, replacing)
     return done
 
 
-def _headers(base: Path) -> Iterator[tuple[str, tuple[str, tuple[int, ...], int]]]:
-    """Yield every tensor's name with its file, shape and bytes."""
+def _headers(base: Path) -> Iterator[tuple[str, _Source]]:
+    """Yield every tensor's name with where it is."""
     for file in _shards(base):
         with safe_open(base / file, framework="pt") as shard:
             for name in shard.keys():  # noqa: SIM118  # no mapping
                 part = shard.get_slice(name)
                 width = torch.empty(0, dtype=_dtype(part.get_dtype())).element_size()
                 shape = tuple(part.get_shape())
-                yield name, (file, shape, width * torch.Size(shape).numel())
+                yield name, _Source(file, name, shape, width * torch.Size(shape).numel())
 
 
 def _shards(base: Path) -> list[str]:
@@ -125,49 +161,53 @@ def _shards(base: Path) -> list[str]:
     return [SINGLE] if (base / SINGLE).is_file() else []
 
 
-def _check(
-    layers: dict[str, LowRank], transposed: Collection[str], replacing: dict[str, Tensor], headers: dict[str, Any]
-) -> None:
-    for name, layer in layers.items():
-        shape = headers[f"{name}.weight"][1] if f"{name}.weight" in headers else None
-        fits = (len(layer.b), layer.a.shape[1])[:: -1 if name in transposed else 1]
+def _check(layers: dict[str, Size], transposed: Collection[str], whole: Whole, sources: dict[str, _Source]) -> None:
+    for name, size in layers.items():
+        source, replaced = sources.get(f"{name}.weight"), whole.tensors.get(f"{name}.weight")
+        shape = None if source is None else tuple(source.shape if replaced is None else replaced.shape)
+        fits = size[:2][:: 1 if name in transposed else -1]
         if shape is None:
             raise ValueError(
-                f"--format merged: the base's checkpoint has no {name}.weight to merge into (it is tied to another, or stored "
-                "under another name). What works: `--format lora`."
+                f"--format merged: the base's checkpoint has no {name}.weight to merge into (it is stored under another name). "
+                "What works: `--format lora`."
             )
         if shape != fits:
             raise ValueError(
                 f"--format merged: {name}.weight has shape {shape} in the checkpoint, the adapter is for {fits}. "
                 "What works: the base the adapter was trained on."
             )
-        if layer.bias is not None and f"{name}.bias" not in headers:
-            raise ValueError(f"--constant bias: the base's checkpoint has no {name}.bias. What works: `--constant auto`.")
-        if f"{name}.weight" in replacing:
+        if replaced is not None and whole.vocabulary is None:
             raise ValueError(f"--format merged: {name} is both adapted and in modules_to_save. What works: `--format lora`.")
-    if missing := sorted(replacing.keys() - headers.keys()):
+    if missing := sorted(whole.tensors.keys() - sources.keys()):
         raise ValueError(
             f"--format merged: the base's checkpoint has no {missing[0]}, which the adapter replaces. What works: "
             "`--format lora`."
         )
+    # all but the vocabulary's has the base's shape
+    for name, tensor in whole.tensors.items():
+        if tuple(tensor.shape)[1:] != sources[name].shape[1:]:
+            raise ValueError(
+                f"--format merged: {name} has shape {sources[name].shape} in the checkpoint and {tuple(tensor.shape)} in the "
+                "adapter. What works: the base the adapter was trained on."
+            )
 
 
-def _plan(sizes: dict[str, int]) -> list[list[str]]:
+def _files(sizes: dict[str, int]) -> list[list[str]]:
     """Split the tensors, in their order, into files of at most SHARD bytes, or one tensor."""
-    plan: list[list[str]] = [[]]
+    files: list[list[str]] = [[]]
     used = 0
     for name, size in sizes.items():
-        if plan[-1] and used + size > SHARD:
-            plan.append([])
+        if files[-1] and used + size > SHARD:
+            files.append([])
             used = 0
-        plan[-1].append(name)
+        files[-1].append(name)
         used += size
-    return plan
+    return files
 
 
-def _tensor(file: Path, name: str) -> Tensor:
-    with safe_open(file, framework="pt") as shard:
-        tensor: Tensor = shard.get_tensor(name)
+def _tensor(base: Path, source: _Source) -> Tensor:
+    with safe_open(base / source.file, framework="pt") as shard:
+        tensor: Tensor = shard.get_tensor(source.name)
     return tensor
 
 
@@ -179,20 +219,6 @@ def _add(weight: Tensor, delta: Tensor, done: Merged) -> Tensor:
     norm = float(delta.norm())
     done.rounding = max(done.rounding, float((change - delta).norm()) / norm if norm else 0.0)
     return merged.contiguous()
-
-
-def _copy_beside(base: Path, folder: Path, replacing: dict[str, Tensor]) -> None:
-    """Copy what lies beside the weights; the vocabulary is as large as the embeddings are now."""
-    for pattern in BESIDE:
-        for file in base.glob(pattern):
-            if file.is_file() and not re.search(r"\.index\.json$", file.name) and not (folder / file.name).exists():
-                shutil.copy(file, folder / file.name)
-    sizes = {tensor.shape[0] for name, tensor in replacing.items() if re.search(r"(embed_tokens|wte|lm_head)\.weight$", name)}
-    if len(sizes) == 1:
-        path = folder / "config.json"
-        config = json.loads(path.read_text())
-        config["vocab_size"] = sizes.pop()
-        path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _dtype(name: str) -> torch.dtype:

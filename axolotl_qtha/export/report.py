@@ -13,6 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from .measure import Measured, ModuleError
+from .written import Written
 
 JSON, PICTURE = "export.json", "export.png"
 MODULES_SHOWN = 12  # the worst ones; export.json has all
@@ -29,6 +30,7 @@ class Report:
     text: str  # where the text came from
     fitted_tokens: int
     measured: Measured
+    written: Written | None = None  # of the folder, opened again
 
     def as_dict(self) -> dict[str, Any]:
         """Return what export.json holds; units are in the names or shares of 1."""
@@ -46,6 +48,15 @@ class Report:
             "kl_nats_per_token": {name: model.kl for name, model in measured.models.items()},
             "top1_agreement": {name: model.top1 for name, model in measured.models.items()},
             "perplexity_gain_kept": measured.gain_kept,
+            "as_written": self.written
+            and {
+                "model": self.written.base,
+                "perplexity": self.written.model.perplexity,
+                "kl_nats_per_token": self.written.model.kl,
+                "top1_agreement": self.written.model.top1,
+                "kl_to_export": self.written.kl,
+                "largest_difference": self.written.largest,
+            },
             "modules": [dataclasses.asdict(module) for module in measured.modules],
         }
 
@@ -68,6 +79,14 @@ def model_table(report: Report) -> Table:
     for name, model in measured.models.items():
         table.add_row(name, f"{model.perplexity:,.3f}", f"{model.kl:.2g}", f"{model.top1:.1%}")
     return table
+
+
+def written_line(written: Written) -> str:
+    """Return what the written folder gives, in words."""
+    return (
+        f"Opened again from its files, {written.base} has a perplexity of {written.model.perplexity:,.3f}; KL(export || it) is "
+        f"{written.kl:.2g} nats per token, no log-probability is off by more than {written.largest:.2g}."
+    )
 
 
 def module_table(report: Report) -> Table:

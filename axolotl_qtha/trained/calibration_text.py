@@ -35,6 +35,10 @@ class Batch:
         """Return what the model is called with."""
         return {"input_ids": self.ids.to(device), "attention_mask": self.mask.to(device, torch.long)}
 
+    def targets(self) -> Tensor:
+        """Return the tokens to predict, (N)."""
+        return self.labels[:, 1:][self.labels[:, 1:] != IGNORED]
+
 
 @dataclass(frozen=True)
 class Text:
@@ -116,6 +120,20 @@ def batches(sequences: list[Sequence], most: int, pad: int) -> Iterator[Batch]:
         waiting.append(sequence)
     if waiting:
         yield _pad(waiting, pad)
+
+
+def predicting(sequences: list[Sequence], most: int) -> list[Sequence]:
+    """Return the first sequences, the last of them cut, that together predict at most `most` tokens."""
+    kept: list[Sequence] = []
+    left = most
+    for sequence in sequences:
+        wanted = [i for i, label in enumerate(sequence.labels) if i and label != IGNORED]
+        if len(wanted) >= left:
+            end = wanted[left - 1] + 1
+            return [*kept, Sequence(sequence.ids[:end], sequence.labels[:end])] if left else kept
+        kept.append(sequence)
+        left -= len(wanted)
+    return kept
 
 
 def _pad(sequences: list[Sequence], pad: int) -> Batch:

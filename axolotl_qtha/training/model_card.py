@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..circuit.ansatz import Ansatz
 from ..settings.public_facts import Facts, choice, plain
+from ..trained.clients import Client, Exported, limits, unmergeable, vllm_rank
 from ..tuner.config import QTHAConfig
 from ..tuner.layer import adapted_sizes
 from ..tuner.sizes import Size, adapter_shape, compared, count_lora_parameters, count_parameters
@@ -34,7 +35,6 @@ SETTINGS = (
 )
 CORE_SETTINGS = ("bond_dim", "mid_dim", "num_cores", "in_factors", "out_factors", "init", "core_gain")
 CIRCUIT_SETTINGS = ("angle_scale", "gate_order", "quantum_backend", "shots", "noise_model", "precision", "gradient")
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
 FOLDER = "PATH/TO/THIS/FOLDER"
 WIDTH = 110  # columns of the circuit's drawing
 
@@ -53,6 +53,7 @@ def make_card(
     sizes: Sequence[Size],
     kind: Kind = "adapter",
     measured: Mapping[str, Any] | None = None,
+    lora: Exported | None = None,
 ) -> ModelCard:
     """Return the card of an adapter, or of what was exported from one.
 
@@ -63,12 +64,14 @@ def make_card(
         kind: what the folder holds: the adapter, a plain LoRA, or the base with an export merged in.
         measured: of an export: surrogate, constant, rank, text, fitted_tokens, predicted_tokens; by model (base, qtha, export)
             perplexity, kl_nats_per_token and top1_agreement (a share of 1); perplexity_gain_kept (a share of 1, or None).
+        lora: of a plain LoRA: what decides which programs read it.
     """
-    rank = int((measured or {}).get("rank", config.rank)) if kind == "lora" else config.rank
+    lora = lora or Exported(int((measured or {}).get("rank", config.rank)), whole=tuple(config.modules_to_save or ()))
+    rank = lora.rank if kind == "lora" else config.rank
     sections = [
         _introduction(config, facts, kind),
         _export(measured) if measured and kind != "adapter" else "",
-        _loading(config, facts, kind, rank),
+        _loading(config, facts, kind, lora),
         _parameters(config, sizes, kind, rank),
         _circuit(config, kind) if config.has_circuit else "",
         _training(config, facts),
@@ -169,10 +172,14 @@ def _export(measured: Mapping[str, Any]) -> str:
     )
 
 
-def _loading(config: QTHAConfig, facts: Facts, kind: Kind, rank: int) -> str:
+def _loading(config: QTHAConfig, facts: Facts, kind: Kind, lora: Exported) -> str:
     base = facts.base.loadable
     load = f'AutoModelForCausalLM.from_pretrained("{FOLDER if kind == "merged" else base}")'
     peft = f'model = PeftModel.from_pretrained({load}, "{FOLDER}")'
+    if kind == "lora" and lora.vocabulary is not None:  # without its size first, PEFT finds tensors that do not fit
+        peft = (
+            f'base = {load}\nbase.resize_token_embeddings({lora.vocabulary})\nmodel = PeftModel.from_pretrained(base, "{FOLDER}")'
+        )
     imports = "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM"
     settings = {"base_model": base, "plugins": ["axolotl_qtha.QTHAPlugin"], "adapter": "qtha", "lora_model_dir": FOLDER}
     if kind == "adapter":
@@ -181,18 +188,38 @@ def _loading(config: QTHAConfig, facts: Facts, kind: Kind, rank: int) -> str:
             + _block("python", f"import axolotl_qtha  # makes the method known to PEFT\n{imports}\n\n{peft}")
             + "\n\nWith [Axolotl](https://github.com/axolotl-ai-cloud/axolotl), in the YAML of a training or evaluation:\n\n"
             + _block("yaml", _yaml(settings | {"qtha": shown(config)}))
+            + "\n\nOther programs (vLLM, llama.cpp, lm_eval) do not know the method, and stop with `KeyError: 'QTHA'` or "
+            "`'lora_alpha'`. For them, export it as a plain LoRA or a merged model first:\n\n"
+            + _block("bash", f"axolotl qtha-export CONFIG.yml --lora-model-dir {FOLDER} --out PATH/TO/EXPORT")
         )
     if kind == "merged":
-        code = f"from transformers import AutoModelForCausalLM\n\nmodel = {load}"
-        with_, serve = "transformers", f"vllm serve {FOLDER}"
+        text = "## How to load\n\nWith transformers; `axolotl_qtha` is not needed:\n\n"
+        text += _block("python", f"from transformers import AutoModelForCausalLM\n\nmodel = {load}")
+        text += f"\n\nWith vLLM:\n\n{_block('bash', f'vllm serve {FOLDER}')}"
     else:
-        code, with_ = f"{imports}\n\n{peft}", "PEFT"
-        most = next((most for most in VLLM_RANKS if most >= rank), None)
-        serve = f"vllm serve {base} --enable-lora --lora-modules qtha={FOLDER} --max-lora-rank {most}" if most else ""
-        serve = "" if config.modules_to_save else serve  # which vLLM refuses
-    text = f"## How to load\n\nWith {with_}; `axolotl_qtha` is not needed:\n\n{_block('python', code)}"
-    text += f"\n\nWith vLLM{' (if it has no biases)' if kind == 'lora' else ''}:\n\n{_block('bash', serve)}" if serve else ""
+        code = f"{imports}\n\n{peft}"
+        text = f"## How to load\n\nWith PEFT; `axolotl_qtha` is not needed:\n\n{_block('python', f'{code}')}"
+        text += _others(base, lora)
     return f"{text}\n\nSettings of the QTHA adapter it was exported from:\n\n{_block('yaml', _yaml({'qtha': shown(config)}))}"
+
+
+def _others(base: str, lora: Exported) -> str:
+    """Return how other programs than PEFT read a plain LoRA, or why they do not."""
+    most = vllm_rank(lora.rank)
+    serve = f"vllm serve {base} --enable-lora --lora-modules qtha={FOLDER}" + (f" --max-lora-rank {most}" if most else "")
+    lines: dict[Client, str] = {
+        "vLLM": serve,
+        "llama.cpp": f"python convert_lora_to_gguf.py {FOLDER} --base PATH/TO/BASE --outfile qtha.gguf",
+    }
+    text = ""
+    for client, line in lines.items():
+        if found := limits(client, lora):
+            text += f"\n\n{client} does not read it: {'; '.join(found)}."
+        else:
+            text += f"\n\nWith {client}:\n\n{_block('bash', line)}"
+    if why := unmergeable(lora):
+        text += f"\n\nPEFT runs it but cannot merge it: {why}."
+    return text
 
 
 def shown(config: QTHAConfig) -> dict[str, Any]:

@@ -271,6 +271,28 @@ def refuse_nonlinear_merge(adapter_name: str, config: QTHAConfig, works: str | N
         )
 
 
+def refuse_tied_merge(model: nn.Module) -> None:
+    """Refuse to merge into a weight that another module has too, as a head does that is tied to the embedding.
+
+    Raises:
+        ValueError: naming both.
+    """
+    holders: dict[int, list[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        if ".original_module." not in name:  # a copy is trained in its place, and takes it when merged
+            holders.setdefault(id(weight), []).append(name)
+    for name, module in model.named_modules():
+        if not isinstance(module, QTHALayer):
+            continue
+        own = id(getattr(module.get_base_layer(), "weight", None))
+        if others := [holder for holder in holders.get(own, []) if not holder.startswith(f"{name}.")]:
+            raise ValueError(
+                f"{name} has the weight of {others[0].rsplit('.', 1)[0]} (`tie_word_embeddings`), which merging into it would "
+                "change as well; nothing was merged. What works: `axolotl qtha-export CONFIG --format merged --out FOLDER`, "
+                "which unties them."
+            )
+
+
 def refuse_quantised_merge(layer: QTHALayer) -> None:
     """Refuse to merge into a quantised weight, where rounding to a few bits would take most of the adapter away again."""
     if layer.quantization_backend is not None:

@@ -25,7 +25,7 @@ from .adapter import QTHAAdapter
 from .backends import prepare
 from .config import QTHAConfig
 from .earlier import MARK, converted, is_earlier
-from .layer import QTHALayer, QTHALinear, refuse_nonlinear_merge, refuse_quantised_merge
+from .layer import QTHALayer, QTHALinear, refuse_nonlinear_merge, refuse_quantised_merge, refuse_tied_merge
 from .mixed import mixed
 from .peft_type import QTHA
 from .quantised import keep_trainable
@@ -166,6 +166,7 @@ class QTHAModel(BaseTuner):
 
     def _refuse_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Refuse a merge of all layers, so that none is merged where one cannot be."""
+        refuse_tied_merge(self.model)
         for name in self.active_adapters if adapter_names is None else adapter_names:
             if name in self.peft_config:
                 refuse_nonlinear_merge(name, cast(QTHAConfig, self.peft_config[name]))

@@ -8,14 +8,14 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from axolotl_qtha.export import fit, lowrank
+from axolotl_qtha.export.whole import Whole
+from axolotl_qtha.trained.clients import VLLM_RANKS
 from axolotl_qtha.trained.passes import adapters_of
 
 from ..export_models import text_pass
-from ..models import BASES, FILE, adapted, config, llama, logits, train
+from ..models import BASES, FILE, adapted, llama, logits, train
 
-# What vLLM serves (docs.vllm.ai, LoRA adapters; vllm/lora/peft_helper.py, lora_model.py): the values of --max-lora-rank, and
-# what it refuses.
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# What vLLM refuses (docs.vllm.ai, LoRA adapters; vllm/lora/peft_helper.py, lora_model.py).
 VLLM_REFUSES = {"bias": "none", "use_dora": False, "lora_bias": False, "modules_to_save": None}
 
 
@@ -37,7 +37,7 @@ def write(model, layers, folder, **changes):
     settings = model.peft_config["default"]
     for key, value in changes.items():
         setattr(settings, key, value)
-    return lowrank.write(layers, settings, {}, names(model), "GPT2" in type(model.get_base_model()).__name__, folder)
+    return lowrank.write(layers, settings, Whole(), names(model), "GPT2" in type(model.get_base_model()).__name__, folder)
 
 
 def names(model):
@@ -88,18 +88,6 @@ def test_reading_gives_what_was_written(tmp_path):
         assert len(again[name].a) == 7
 
 
-def test_modules_to_save_come_along(tmp_path):
-    model = train(adapted(llama(), quantum="none", modules_to_save=["lm_head"]))
-    expected = logits(model)
-    model.save_pretrained(tmp_path / "qtha")
-    others = {name: tensor for name, tensor in load_file(tmp_path / "qtha" / FILE).items() if "qtha_adapter" not in name}
-    assert list(others) == ["base_model.model.lm_head.weight"]
-    (tmp_path / "lora").mkdir()
-    lowrank.write(exported(model, "exact"), model.peft_config["default"], others, names(model), False, tmp_path / "lora")
-    loaded = PeftModel.from_pretrained(llama(), tmp_path / "lora").eval()
-    assert (logits(loaded) - expected).abs().max() <= 1e-5
-
-
 @pytest.mark.parametrize("base", ["llama", "qwen2"])
 def test_what_vllm_and_llama_cpp_read(tmp_path, base):
     model = train(adapted(BASES[base]()))
@@ -139,15 +127,3 @@ def test_targets_are_the_adapted_layers(tmp_path, settings, expected):
     assert write(model, exported(model, "exact"), tmp_path / "lora").target_modules == expected
     loaded = PeftModel.from_pretrained(llama(), tmp_path / "lora").eval()
     assert (logits(loaded) - expected_logits).abs().max() <= 1e-5
-
-
-def test_limits_are_told():
-    assert lowrank.limits(write_config()) == []
-    assert "lora_bias" in lowrank.limits(write_config(lora_bias=True))[0]
-    assert "modules_to_save" in lowrank.limits(write_config(modules_to_save=["lm_head"]))[0]
-
-
-def write_config(**settings):
-    from peft import LoraConfig
-
-    return LoraConfig(r=config().rank, **settings)

@@ -1,9 +1,12 @@
 """What an export is said to cost, against the definitions in float64, sequence by sequence without padding."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from axolotl_qtha.export import fit
+from axolotl_qtha.export.command import _check_error
 from axolotl_qtha.export.measure import WITH_CONSTANTS, measure
 from axolotl_qtha.trained.passes import adapters_of
 
@@ -59,6 +62,15 @@ def test_the_model_is_measured_by_definition(trained, layers):
         assert found.top1 == pytest.approx(float((p.argmax(1) == q.argmax(1)).double().mean()), abs=1.01 / len(targets))
     base, qtha, export = (got.models[name].perplexity for name in ("base", "qtha", "export"))
     assert got.gain_kept == (None if base <= qtha else pytest.approx((base - export) / (base - qtha)))
+
+
+def test_nan_is_not_taken_for_no_difference(trained, layers):
+    broken = {name: layer if i else layer.widened(len(layer.a)) for i, (name, layer) in enumerate(layers[0].items())}
+    next(iter(broken.values())).a[0, 0] = float("nan")
+    found = measure(text_pass(trained), broken, {}).models["export"]
+    assert found.kl != found.kl
+    with pytest.raises(ValueError, match="--max-kl: "):
+        _check_error(SimpleNamespace(measured=SimpleNamespace(models={"export": found})), 0.1)
 
 
 def test_the_layers_are_measured_by_definition(trained, layers):

@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from axolotl_qtha.export import merged
+from axolotl_qtha.export.beside import copy_beside
 from axolotl_qtha.export.lowrank import LowRank
+from axolotl_qtha.export.whole import Whole
 
 from ..models import gpt2, llama, logits, qwen2
 
@@ -40,9 +42,12 @@ def running(model, layers):
             hook.remove()
 
 
-def merge(layers, transposed, base, folder, others=None):
+def merge(layers, transposed, base, folder, whole=None):
     folder.mkdir()
-    return merged.merge(layers, transposed, others or {}, base, folder)
+    sizes = {name: (layer.a.shape[1], len(layer.b)) for name, layer in layers.items()}
+    plan = merged.plan(sizes, transposed, whole or Whole(), base)
+    copy_beside(base, folder)
+    return merged.merge(layers, transposed, plan, folder)
 
 
 def written(folder):
@@ -93,9 +98,9 @@ def test_one_file_at_a_time(tmp_path, monkeypatch):
     held, most = 0, 0
     read, save = merged._tensor, merged.save_file
 
-    def tensor(file, name):
+    def tensor(base, source):
         nonlocal held, most
-        value = read(file, name)
+        value = read(base, source)
         held += value.nbytes
         most = max(most, held)
         return value
@@ -134,19 +139,6 @@ def test_a_merge_that_changes_nothing_is_refused(tmp_path):
         merge({"model.layers.0.self_attn.q_proj": low_rank(48, 48, scale=1e-5)}, (), tmp_path / "base", tmp_path / "merged")
 
 
-def test_modules_to_save_take_the_place_of_the_bases(tmp_path):
-    model = llama()
-    model.save_pretrained(tmp_path / "base")
-    more = torch.randn(101, 48)
-    others = {f"base_model.model.{name}.weight": more.clone() for name in ("model.embed_tokens", "lm_head")}
-    layers = {"model.layers.0.self_attn.q_proj": low_rank(48, 48)}
-    merge(layers, (), tmp_path / "base", tmp_path / "merged", others)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert torch.equal(loaded.get_input_embeddings().weight, more)
-    assert torch.equal(loaded.lm_head.weight, more)
-    assert loaded.config.vocab_size == 101
-
-
 def test_what_lies_beside_the_weights_comes_along(tmp_path):
     llama().save_pretrained(tmp_path / "base")
     for name in (
@@ -171,7 +163,7 @@ def test_what_lies_beside_the_weights_comes_along(tmp_path):
 @pytest.mark.parametrize(
     ("layers", "others", "message"),
     [
-        ({"lm_head": (97, 48)}, [], r"has no lm_head.weight to merge into \(it is tied"),
+        ({"lm_head": (97, 48)}, [], "has no lm_head.weight to merge into"),
         (
             {"model.layers.0.self_attn.q_proj": (48, 40)},
             [],
@@ -182,7 +174,7 @@ def test_what_lies_beside_the_weights_comes_along(tmp_path):
 )
 def test_what_does_not_fit_is_refused(tmp_path, layers, others, message):
     qwen2().save_pretrained(tmp_path / "base")
-    replaced = {f"base_model.model.{name}.weight": torch.zeros(2, 2) for name in others}
+    replaced = Whole({f"{name}.weight": torch.zeros(2, 2) for name in others})
     with pytest.raises(ValueError, match=f"--format merged: .*{message}.*What works: "):
         merge({name: low_rank(*sizes) for name, sizes in layers.items()}, (), tmp_path / "base", tmp_path / "merged", replaced)
 

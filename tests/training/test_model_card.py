@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from axolotl_qtha import QTHAConfig
 from axolotl_qtha.settings.args import QTHABlock
 from axolotl_qtha.settings.public_facts import Facts, Source
+from axolotl_qtha.trained.clients import Exported
 from axolotl_qtha.training.model_card import FILE, FOLDER, make_card, shown, write_card
 
 from ..models import VARIANTS, adapted, llama, logits, train, trainable
@@ -136,8 +137,9 @@ def test_card_of_an_export(kind):
     assert "| this export | 10.750 | 0.00123 | 98.7% |" in card.text
     assert "keeps 97.4% of the perplexity" in card.text
     assert "Surrogate: `wide`, fitted to 30,123 tokens" in card.text
-    (serve,) = blocks(card, "bash")
+    serve, *convert = blocks(card, "bash")
     assert ("--max-lora-rank 32" in serve) == (kind == "lora")  # the smallest vLLM has for 20
+    assert [line.split()[1] for line in convert] == ["convert_lora_to_gguf.py"] * (kind == "lora")
     lora = get_peft_model(llama(), LoraConfig(r=20, target_modules=TARGETS))
     assert (f"| this LoRA, rank 20 | {count(lora):,} |" in card.text) == (kind == "lora")
     without = make_card(settled, FACTS, sizes, kind, {**MEASURED, "perplexity_gain_kept": None})
@@ -147,7 +149,34 @@ def test_card_of_an_export(kind):
 def test_modules_trained_in_full_are_named():
     settled, sizes = parts(adapted(llama(), target_modules=TARGETS, modules_to_save=["lm_head"]))
     assert "trained in full: `lm_head`" in make_card(settled, FACTS, sizes).text
-    assert not blocks(make_card(settled, FACTS, sizes, "lora", MEASURED), "bash")  # vLLM would refuse it
+    card = make_card(settled, FACTS, sizes, "lora", MEASURED)
+    assert not blocks(card, "bash")
+    assert "vLLM does not read it: it has whole modules (modules_to_save: ['lm_head'])" in card.text
+    assert "llama.cpp does not read it: it has whole modules" in card.text
+
+
+@pytest.mark.parametrize(
+    ("lora", "words"),
+    [
+        (Exported(4, bias=True), "PEFT runs it but cannot merge it: the base's layers have no biases"),
+        (Exported(4, head_of_tied="lm_head"), "PEFT runs it but cannot merge it: merging into lm_head would change"),
+        (Exported(4, vocabulary=2049), "base.resize_token_embeddings(2049)"),
+        (Exported(600), "vLLM does not read it: its rank is 600"),
+    ],
+)
+def test_the_card_shows_only_what_works(lora, words):
+    settled, sizes = parts(adapted(llama(), target_modules=TARGETS))
+    card = make_card(settled, FACTS, sizes, "lora", MEASURED, lora)
+    assert words in card.text
+    assert not any("vllm" in block for block in blocks(card, "bash"))
+    assert "--max-lora-rank" not in make_card(settled, FACTS, sizes, "lora", MEASURED, Exported(16)).text  # vLLM's default
+
+
+def test_the_card_of_an_adapter_names_the_export_that_others_need():
+    settled, sizes = parts(adapted(llama(), target_modules=TARGETS))
+    text = make_card(settled, FACTS, sizes).text
+    assert "KeyError: 'QTHA'" in text
+    assert "axolotl qtha-export CONFIG.yml" in text
 
 
 def test_a_card_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
