@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from axolotl_qtha import QTHAConfig
 from axolotl_qtha.cli.export import export
-from axolotl_qtha.export.lowrank import limits
+from axolotl_qtha.trained.clients import Exported, told
 
 from .commands import QUICKSTART, run, train_here, write_config
 from .test_commands import IDS
@@ -104,7 +104,8 @@ def test_the_lora_keeps_what_the_adapter_gained_and_loads_without_the_plugin(con
     here = PeftModel.from_pretrained(base(), str(out))
     assert torch.equal(torch.load(tmp_path / "ids.logits"), logits(here))
     # vLLM: no bias, rank at most 512, two matrices a layer, nothing else in the file; tests/export/test_lowrank.py has its rules
-    assert limits(here.active_peft_config) == []
+    lora = here.active_peft_config
+    assert told(Exported(lora.r, lora.lora_bias, tuple(lora.modules_to_save or ()))) == {}
 
 
 def test_the_card_of_an_export(config, tmp_path):
@@ -156,7 +157,7 @@ def test_biases_carry_the_constants_where_asked_for(config, tmp_path):
     dropped = PeftModel.from_pretrained(base(), str(tmp_path / "plain"))
     assert (logits(model) - logits(dropped)).abs().max() > 0.01
     done = CliRunner().invoke(export, [str(config), "--out", str(tmp_path / "again"), "--constant", "bias", "--tokens", "2000"])
-    assert "vLLM and llama.cpp will not read this adapter" in done.output
+    assert "vLLM and llama.cpp will not read this adapter: it has biases" in done.output
 
 
 def test_the_merged_model_is_the_lora_merged(config, tmp_path):
