@@ -1,4 +1,4 @@
-"""Settings every test runs under: no network, no telemetry, one core for each worker of pytest-xdist; what `slow` and `clients` imply."""
+"""Settings every test runs under: no network, no telemetry, one core a worker of pytest-xdist; what `slow`, `clients` imply."""
 
 import os
 from collections import Counter

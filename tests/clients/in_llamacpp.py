@@ -89,8 +89,8 @@ def logprobs(opened: xllamacpp.Server, prompts: list[list[int]]) -> list[list[fl
 
 
 def of_next(opened: xllamacpp.Server, ids: list[int], token: int) -> float:
-    # The answer has no log-probabilities where its own token prints nothing (an end, half a character): so that is chosen here, and
-    # the log-probabilities are those before that.
+    # The answer has no log-probabilities where its own token prints nothing (an end, half a character): so that token is chosen
+    # here. The log-probabilities are those before the choice.
     ask = {"prompt": ids, "n_predict": 1, "n_probs": job["vocabulary"], "logit_bias": {str(job["printable"]): 100.0}}
     answer = opened.handle_completions(ask)
     found = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]

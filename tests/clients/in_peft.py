@@ -1,4 +1,4 @@
-"""Log-probabilities by transformers and PEFT; runs in the environment `peft`, as `python in_peft.py JOB`: see `ask` in clients.py."""
+"""Log-probabilities by PEFT; runs in the environment `peft`, as `python in_peft.py JOB ANSWERS`: see clients.py."""
 
 import json
 import sys
@@ -6,9 +6,9 @@ from pathlib import Path
 
 sys.modules["axolotl_qtha"] = None  # its import fails, as where it is not installed, in whatever environment this runs
 
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
+import torch  # noqa: E402
+from peft import PeftModel  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
 
 
 def logprobs(model: str, lora: str | None, prompts: list[list[int]], merge: bool = False) -> list[list[float]]:

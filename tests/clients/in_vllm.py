@@ -1,4 +1,4 @@
-"""Log-probabilities by vLLM; runs in the environment `vllm`, as `python in_vllm.py JOB ANSWERS`: see `ask` in clients.py."""
+"""Log-probabilities by vLLM; runs in the environment `vllm`, as `python in_vllm.py JOB ANSWERS`: see clients.py."""
 
 import json
 import os

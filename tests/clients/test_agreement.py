@@ -78,7 +78,7 @@ def test_without_a_circuit_peft_computes_what_the_trained_adapter_does(base, by_
 
 
 @pytest.mark.parametrize("client", ["vllm", "llamacpp"])
-def test_it_computes_what_peft_does(client, runs, request, table, tmp_path):
+def test_it_computes_what_peft_does(client, request, table, tmp_path):
     interpreter(client)  # skips before anything is trained
-    answers = ask(client, runs[0], prompts(), tmp_path)
-    compared(client, answers, request.getfixturevalue("by_peft"), runs[1], table)
+    asked, expected = request.getfixturevalue("runs")
+    compared(client, ask(client, asked, prompts(), tmp_path), request.getfixturevalue("by_peft"), expected, table)

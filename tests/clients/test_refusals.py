@@ -16,8 +16,8 @@ HEAD = {**LINEAR, "target_modules": ["q_proj", "v_proj", "down_proj", "lm_head"]
 EXPORTS = {
     "`--constant bias`": ("Llama", CIRCUIT, ["--constant", "bias"]),
     "`modules_to_save: [embed_tokens]`": ("Llama", {**LINEAR, "modules_to_save": ["embed_tokens"]}, []),
-    "`lm_head` adapted, tied": ("Llama", HEAD, []),
-    "`lm_head` adapted, untied": ("Qwen2, untied", HEAD, []),
+    "`lm_head` adapted, tied Llama": ("Llama", HEAD, []),
+    "`lm_head` adapted, untied Qwen2": ("Qwen2, untied", HEAD, []),
     "rank 32": ("Llama", {**LINEAR, "rank": 32, "param_budget": None}, []),
 }
 READ = None  # the client computes what PEFT does
