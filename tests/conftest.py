@@ -1,4 +1,4 @@
-"""Settings every test runs under: no network, no telemetry, one core for each worker of pytest-xdist; what `slow` implies."""
+"""Settings every test runs under: no network, no telemetry, one core a worker of pytest-xdist; what `slow`, `clients` imply."""
 
 import os
 from collections import Counter
@@ -21,7 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers that share cores would wait f
 def pytest_collection_modifyitems(items):
     """Have `-m "not e2e"` leave out what is slow, too; and start with the long files, so that both workers end together."""
     for item in items:
-        if item.get_closest_marker("slow"):
+        if item.get_closest_marker("slow") or item.get_closest_marker("clients"):
             item.add_marker(pytest.mark.e2e)
     tests = Counter(item.path for item in items)
     items.sort(key=lambda item: ("e2e" not in item.path.parts, -tests[item.path], item.path))

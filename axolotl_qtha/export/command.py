@@ -153,7 +153,9 @@ def _fit(options: ExportOptions, cfg: DictDefault, base: Path | None, out: Conso
         bias=options.constant == "bias" and config.quantum != "none",
         whole=tuple(config.modules_to_save or ()),
         vocabulary=whole.vocabulary,
-        head_of_tied=whole.head if whole.base_tied and whole.head in adapted else None,
+        head=whole.head if whole.head in adapted else None,
+        tied=whole.base_tied,
+        model_type=model.config.model_type,
     )
     if options.format == "lora":
         for limit, clients in told(lora).items():

@@ -12,6 +12,8 @@ Client = Literal["PEFT", "vLLM", "llama.cpp"]
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 VLLM_DEFAULT_RANK = 16
+VLLM_HEADS = ("llama", "qwen3", "qwen3_moe", "mixtral", "granite")  # whose head it lets have a LoRA (`embedding_modules`)
+VLLM_WITHOUT = ("gpt2", "gptj", "bloom", "falcon", "stablelm")  # which it lets have none
 MERGED = "`--format merged` holds them"
 
 
@@ -23,7 +25,9 @@ class Exported:
     bias: bool = False  # lora_bias
     whole: tuple[str, ...] = ()  # modules trained in full (modules_to_save)
     vocabulary: int | None = None  # rows of the embeddings, where they are not as many as the base's
-    head_of_tied: str | None = None  # name of the head, where it has a LoRA and its weight is the embedding
+    head: str | None = None  # name of the head, where it has a LoRA
+    tied: bool = False  # whether the base's head is its embedding
+    model_type: str | None = None  # of the base, as transformers names it
 
 
 def limits(client: Client, lora: Exported) -> list[str]:
@@ -45,10 +49,15 @@ def limits(client: Client, lora: Exported) -> list[str]:
         found.append(f"it has whole modules (modules_to_save: {sorted(lora.whole)}): {MERGED}")
     if lora.vocabulary is not None:
         found.append(f"its embeddings have {lora.vocabulary:,} rows, which are not the base's: {MERGED}")
-    if lora.head_of_tied:
-        found.append(f"{lora.head_of_tied} has a LoRA, and its weight is the embedding too: `--format merged` unties them")
-    if client == "vLLM" and lora.rank > VLLM_RANKS[-1]:
-        found.append(f"its rank is {lora.rank}, more than {VLLM_RANKS[-1]}: `--format merged`")
+    if client == "vLLM":
+        if lora.head and lora.model_type not in VLLM_HEADS:
+            found.append(f"{lora.head} has a LoRA, which vLLM reads for few models ({', '.join(VLLM_HEADS)}): `--format merged`")
+        if lora.rank > VLLM_RANKS[-1]:
+            found.append(f"its rank is {lora.rank}, more than {VLLM_RANKS[-1]}: `--format merged`")
+        if lora.model_type in VLLM_WITHOUT:
+            found.append(f"vLLM has no LoRA for {lora.model_type}: `--format merged`")
+    elif lora.head and lora.tied:
+        found.append(f"{lora.head} has a LoRA, and its weight is the embedding too: `--format merged` unties them")
     return found
 
 
@@ -65,8 +74,8 @@ def unmergeable(lora: Exported) -> str | None:
     """Return why PEFT's `merge_and_unload` does not give the adapter's model, in words; None if it does."""
     if lora.bias:
         return "the base's layers have no biases to merge its biases into"
-    if lora.head_of_tied:
-        return f"merging into {lora.head_of_tied} would change the embedding too, which is the same tensor"
+    if lora.head and lora.tied:
+        return f"merging into {lora.head} would change the embedding too, which is the same tensor"
     return None
 
 

@@ -14,6 +14,9 @@ from axolotl_qtha.trained.clients import Exported, limits, told, unmergeable, vl
         (Exported(8, whole=("embed_tokens",)), ["vLLM", "llama.cpp"], r"modules_to_save: \['embed_tokens'\]"),
         (Exported(8, vocabulary=2049), ["vLLM", "llama.cpp"], "2,049 rows"),
         (Exported(513), ["vLLM"], "rank is 513"),
+        (Exported(8, model_type="gpt2"), ["vLLM"], "no LoRA for gpt2"),
+        (Exported(8, head="lm_head", tied=True, model_type="llama"), ["llama.cpp"], "lm_head has a LoRA, and its weight"),
+        (Exported(8, head="lm_head", model_type="qwen2"), ["vLLM"], "lm_head has a LoRA, which vLLM reads for few models"),
     ],
 )
 def test_what_is_not_read(lora, clients, words):
@@ -24,6 +27,7 @@ def test_what_is_not_read(lora, clients, words):
 
 
 def test_a_plain_one_is_read_by_all():
+    assert told(Exported(8, head="lm_head", model_type="llama")) == {}
     assert told(Exported(512)) == {}
     assert unmergeable(Exported(512)) is None
 

@@ -159,7 +159,7 @@ def test_modules_trained_in_full_are_named():
     ("lora", "words"),
     [
         (Exported(4, bias=True), "PEFT runs it but cannot merge it: the base's layers have no biases"),
-        (Exported(4, head_of_tied="lm_head"), "PEFT runs it but cannot merge it: merging into lm_head would change"),
+        (Exported(4, head="lm_head", tied=True), "PEFT runs it but cannot merge it: merging into lm_head would change"),
         (Exported(4, vocabulary=2049), "base.resize_token_embeddings(2049)"),
         (Exported(600), "vLLM does not read it: its rank is 600"),
     ],
