@@ -36,6 +36,11 @@ def interpreter(client: str) -> Path:
     pytest.skip(f"no {ENVIRONMENTS / client}: make it with `bash tests/clients/environments.sh {client}` (needs pip's index)")
 
 
+def whole_table() -> bool:
+    """Return whether all exports are made: where PEFT has its environment; elsewhere, as in `.ci/run`, one adapter's."""
+    return (ENVIRONMENTS / "peft" / "complete").exists()
+
+
 def ask(client: str, runs: dict[str, dict[str, Any]], prompts: list[list[int]], folder: Path) -> Answers:
     """Have a client compute log-probabilities.
 

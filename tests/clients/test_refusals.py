@@ -1,16 +1,19 @@
 """What clients do with exports that not all of them read, in their own words: the second table of docs/export.md.
 
-Where a client's next version reads one, its test fails: then the warnings of `qtha-export` (axolotl_qtha/export/) change, too.
+Where a client's next version reads one, its test fails: then the rules in axolotl_qtha/trained/clients.py change, too.
 """
 
 import re
 
 import pytest
 
-from .clients import TOLERANCE, ask, difference, interpreter, prompts
+from .clients import TOLERANCE, ask, difference, interpreter, prompts, whole_table
 from .models import CIRCUIT, LINEAR
 
-pytestmark = pytest.mark.clients
+pytestmark = [
+    pytest.mark.clients,
+    pytest.mark.skipif(not whole_table(), reason="the whole table needs `bash tests/clients/environments.sh peft`"),
+]
 
 HEAD = {**LINEAR, "target_modules": ["q_proj", "v_proj", "down_proj", "lm_head"]}
 EXPORTS = {
