@@ -192,6 +192,12 @@ def test_on_a_four_bit_base(config, tmp_path):
     full = write_config(tmp_path)
     other = exported(full, tmp_path / "full", "--lora-model-dir", str(adapter), "--tokens", "4000")
     assert report["perplexity"]["base"] != other["perplexity"]["base"]  # it was measured on the quantised one
+    assert report["as_written"]["kl_to_export"] < 1e-5  # opened in 4 bits as well
+    merged = exported(four, tmp_path / "merged", "--lora-model-dir", str(adapter), "--tokens", "4000", "--format", "merged")
+    written = merged["as_written"]  # in full precision, compared with the export beside the full-precision base
+    assert written["kl_to_export"] < 1e-5
+    assert written["perplexity"] == pytest.approx(other["as_written"]["perplexity"], rel=0.05)
+    assert written["perplexity"] != pytest.approx(merged["perplexity"]["export"], rel=1e-4)
 
 
 def test_merging_by_axolotl_names_the_command_that_works(config, tmp_path):
