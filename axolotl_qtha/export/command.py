@@ -156,6 +156,7 @@ def _fit(options: ExportOptions, cfg: DictDefault, base: Path | None, out: Conso
         head=whole.head if whole.head in adapted else None,
         tied=whole.base_tied,
         model_type=model.config.model_type,
+        overrides=opener.overrides,
     )
     if options.format == "lora":
         for limit, clients in told(lora).items():

@@ -5,8 +5,8 @@ Their rules stand here and nowhere else; `tests/clients/` holds them against the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 Client = Literal["PEFT", "vLLM", "llama.cpp"]
 
@@ -28,6 +28,7 @@ class Exported:
     head: str | None = None  # name of the head, where it has a LoRA
     tied: bool = False  # whether the base's head is its embedding
     model_type: str | None = None  # of the base, as transformers names it
+    overrides: dict[str, Any] = field(default_factory=dict)  # of the base's configuration (overrides_of_model_config)
 
 
 def limits(client: Client, lora: Exported) -> list[str]:
@@ -49,6 +50,8 @@ def limits(client: Client, lora: Exported) -> list[str]:
         found.append(f"it has whole modules (modules_to_save: {sorted(lora.whole)}): {MERGED}")
     if lora.vocabulary is not None:
         found.append(f"its embeddings have {lora.vocabulary:,} rows, which are not the base's: {MERGED}")
+    if lora.overrides:
+        found.append(f"its base is not as its files have it (overrides_of_model_config: {sorted(lora.overrides)}): {MERGED}")
     if client == "vLLM":
         if lora.head and lora.model_type not in VLLM_HEADS:
             found.append(f"{lora.head} has a LoRA, which vLLM reads for few models ({', '.join(VLLM_HEADS)}): `--format merged`")

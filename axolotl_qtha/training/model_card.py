@@ -175,6 +175,8 @@ def _export(measured: Mapping[str, Any]) -> str:
 def _loading(config: QTHAConfig, facts: Facts, kind: Kind, lora: Exported) -> str:
     base = facts.base.loadable
     load = f'AutoModelForCausalLM.from_pretrained("{FOLDER if kind == "merged" else base}")'
+    if kind == "lora":
+        load = f'AutoModelForCausalLM.from_pretrained("{base}"{_overridden(lora)})'
     peft = f'model = PeftModel.from_pretrained({load}, "{FOLDER}")'
     if kind == "lora" and lora.vocabulary is not None:  # without its size first, PEFT finds tensors that do not fit
         peft = (
@@ -201,6 +203,12 @@ def _loading(config: QTHAConfig, facts: Facts, kind: Kind, lora: Exported) -> st
         text = f"## How to load\n\nWith PEFT; `axolotl_qtha` is not needed:\n\n{_block('python', f'{code}')}"
         text += _others(base, lora)
     return f"{text}\n\nSettings of the QTHA adapter it was exported from:\n\n{_block('yaml', _yaml({'qtha': shown(config)}))}"
+
+
+def _overridden(lora: Exported) -> str:
+    """Return the arguments with which the base is opened as it was trained on; none that may be a path."""
+    shown = {key: value for key, value in lora.overrides.items() if "/" not in f"{key}{value}" and key.isidentifier()}
+    return "".join(f", {key}={value!r}" for key, value in shown.items())
 
 
 def _others(base: str, lora: Exported) -> str:

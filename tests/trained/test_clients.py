@@ -14,6 +14,7 @@ from axolotl_qtha.trained.clients import Exported, limits, told, unmergeable, vl
         (Exported(8, whole=("embed_tokens",)), ["vLLM", "llama.cpp"], r"modules_to_save: \['embed_tokens'\]"),
         (Exported(8, vocabulary=2049), ["vLLM", "llama.cpp"], "2,049 rows"),
         (Exported(513), ["vLLM"], "rank is 513"),
+        (Exported(8, overrides={"rope_theta": 2.0}), ["vLLM", "llama.cpp"], r"overrides_of_model_config: \['rope_theta'\]"),
         (Exported(8, model_type="gpt2"), ["vLLM"], "no LoRA for gpt2"),
         (Exported(8, head="lm_head", tied=True, model_type="llama"), ["llama.cpp"], "lm_head has a LoRA, and its weight"),
         (Exported(8, head="lm_head", model_type="qwen2"), ["vLLM"], "lm_head has a LoRA, which vLLM reads for few models"),

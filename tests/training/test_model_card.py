@@ -161,6 +161,7 @@ def test_modules_trained_in_full_are_named():
         (Exported(4, bias=True), "PEFT runs it but cannot merge it: the base's layers have no biases"),
         (Exported(4, head="lm_head", tied=True), "PEFT runs it but cannot merge it: merging into lm_head would change"),
         (Exported(4, vocabulary=2049), "base.resize_token_embeddings(2049)"),
+        (Exported(4, overrides={"num_hidden_layers": 2}), 'from_pretrained("Qwen/Qwen3-0.6B", num_hidden_layers=2)'),
         (Exported(600), "vLLM does not read it: its rank is 600"),
     ],
 )
