@@ -33,14 +33,17 @@ def settle_config(folder: Path, whole: Whole, tied: bool, overrides: dict[str, A
         tied: whether transformers ties the two by the configuration as it is.
         overrides: Axolotl's `overrides_of_model_config`, which the model was trained with.
     """
-    changes = dict(overrides)
+    changes: dict[str, Any] = {}
     if whole.vocabulary is not None:
         changes["vocab_size"] = whole.vocabulary
     if whole.head is not None and tied != whole.tied:
         changes["tie_word_embeddings"] = whole.tied
-    if not changes:
+    if not changes and not overrides:
         return
     config = json.loads((folder / "config.json").read_text())
+    for key, value in overrides.items():  # as transformers takes them: of a configuration inside of it, only what is named
+        inside = config.get(key) if key.endswith("_config") else None
+        config[key] = inside | value if isinstance(inside, dict) and isinstance(value, dict) else value
     text = config.get("text_config", {})
     for key, value in changes.items():
         if key in text:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import torch
 from axolotl.cli.utils.load import load_model_and_tokenizer
 from axolotl.common.datasets import load_datasets
 from axolotl.utils.dict import DictDefault
@@ -79,6 +80,7 @@ def export(options: ExportOptions, out: Console) -> Report:
         ValueError: naming the option or YAML key, if something does not fit, the export is further off than `max_kl`, or its
             folder does not hold what was measured.
     """
+    options = dataclasses.replace(options, out=options.out.resolve())
     adapter, base = _inputs(options)
     cfg = configuration(options.config, adapter)
     with output_folder.folder_for(options.out) as folder:
@@ -95,14 +97,14 @@ def export(options: ExportOptions, out: Console) -> Report:
                 f"{done.layers} of {len(fitted.layers)} layers changed; rounding to the checkpoint's dtype took at most "
                 f"{done.rounding:.1%} of a layer's change."
             )
-        if fitted.plan is not None or fitted.whole.vocabulary is not None:
-            write_tokenizer(fitted.tokenizer, fitted.opener.base, folder, **fitted.opener.source)
+        write_tokenizer(fitted.tokenizer, fitted.opener.base, folder, **fitted.opener.source)
         if cfg.quantize_moe_experts:
             _say(out, "Not opened again: only Axolotl quantises experts as it loads them (quantize_moe_experts).")
         else:
             report.written = _opened(fitted, folder)
             _say(out, written_line(report.written))
-            written.check(report.written, fitted.opener.dtype, options.format)
+            half = fitted.plan is not None and fitted.plan.half
+            written.check(report.written, torch.bfloat16 if half else fitted.opener.dtype, options.format)
         report.write(folder)
         card = make_card(fitted.config, fitted.facts, fitted.sizes, options.format, report.as_dict(), fitted.lora)
         write_card(card, folder)
@@ -147,7 +149,11 @@ def _fit(options: ExportOptions, cfg: DictDefault, base: Path | None, out: Conso
     whole = whole_of(model, opener.rows, adapted)
     opener.vocabulary = whole.vocabulary
     transposed = {name for name, layer in adapted.items() if isinstance(layer.get_base_layer(), Conv1D)}
-    plan = None if base is None else merged.plan(dict(zip(adapted, sizes, strict=True)), transposed, whole, base)
+    modules = [name for name, _ in model.get_base_model().named_modules()]
+    plan = None
+    if base is not None:
+        prefix = getattr(model.get_base_model(), "base_model_prefix", "")
+        plan = merged.plan(dict(zip(adapted, sizes, strict=True)), transposed, whole, base, modules, prefix)
     lora = Exported(
         rank=config.rank,
         bias=options.constant == "bias" and config.quantum != "none",
@@ -164,7 +170,8 @@ def _fit(options: ExportOptions, cfg: DictDefault, base: Path | None, out: Conso
     most = max(1, KEPT // (4 * (whole.vocabulary or opener.rows or 2**18)))
     texts = _text(options, cfg, config, tokenizer)
     make = partial(_pass, model, cfg, tokenizer)
-    layers = _layers(options, make(texts.fit), _with_bias(model))
+    biases = {name for name in _with_bias(model) if plan is None or plan.has(f"{name}.bias")}
+    layers = _layers(options, make(texts.fit), biases)
     lora = dataclasses.replace(lora, rank=max(len(layer.a) for layer in layers.export.values()))
     kept = Kept()
     measured = measure(make(calibration_text.predicting(texts.held_out, most)), layers.export, layers.others, kept)
@@ -180,7 +187,7 @@ def _fit(options: ExportOptions, cfg: DictDefault, base: Path | None, out: Conso
         whole=whole,
         plan=plan,
         transposed=transposed,
-        modules=[name for name, _ in model.get_base_model().named_modules()],
+        modules=modules,
         config=config,
         sizes=sizes,
         lora=lora,

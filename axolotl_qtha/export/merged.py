@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -75,9 +76,30 @@ class Plan:
     base: Path
     sources: dict[str, _Source]  # by the name of the written tensor
     whole: Whole
+    dropped: str = ""  # what the names of the model's modules begin with, and those of the checkpoint do not
+
+    def stored(self, name: str) -> str:
+        """Return the name that a module or tensor of the model has in the checkpoint."""
+        return name.removeprefix(self.dropped)
+
+    def has(self, name: str) -> bool:
+        """Return whether a tensor of the model is in the checkpoint."""
+        return self.stored(name) in self.sources
+
+    @property
+    def half(self) -> bool:
+        """Return whether weights are stored in less than 32 bits."""
+        return any(source.size < 4 * torch.Size(source.shape).numel() for source in self.sources.values())
 
 
-def plan(layers: dict[str, Size], transposed: Collection[str], whole: Whole, base: Path) -> Plan:
+def plan(
+    layers: dict[str, Size],
+    transposed: Collection[str],
+    whole: Whole,
+    base: Path,
+    modules: Collection[str] = (),
+    prefix: str = "",
+) -> Plan:
     """Return how a base's checkpoint takes an export, or refuse it before there is one.
 
     A head that was tied to the embedding and no longer equals it gets a tensor of its own.
@@ -87,18 +109,36 @@ def plan(layers: dict[str, Size], transposed: Collection[str], whole: Whole, bas
         transposed: the layers whose weight is stored as (d, o), GPT-2's Conv1D.
         whole: what takes the place of the base's tensors.
         base: folder of the base.
+        modules: names of all of the base's; tensors of layers that it has not (`num_hidden_layers`) are left out.
+        prefix: of names that checkpoints may leave out, as GPT-2's on the Hub do.
 
     Raises:
         ValueError: if a weight is not in the checkpoint, or does not fit.
     """
-    sources = dict(_headers(base))
+    sources = {name: source for name, source in _headers(base) if not _beyond(name, modules)}
+    begin = f"{prefix}."
+    dropped = "" if not prefix or any(name.startswith(begin) for name in sources) else begin
+    named = Plan(base, sources, whole, dropped)
+    layers = {named.stored(name): size for name, size in layers.items()}
+    transposed = {named.stored(name) for name in transposed}
+    tensors = {named.stored(name): tensor for name, tensor in whole.tensors.items()}
+    whole = replace(whole, tensors=tensors, embedding=named.stored(whole.embedding or ""))
     embedding, head = f"{whole.embedding}.weight", f"{whole.head}.weight"
     if whole.head is not None and whole.tied and whole.vocabulary is not None:
         sources.pop(head, None)  # a copy of the embedding as it was, which some checkpoints hold
     if whole.head is not None and whole.base_tied and not whole.tied and head not in sources and embedding in sources:
         sources[head] = sources[embedding]
     _check(layers, transposed, whole, sources)
-    return Plan(base, sources, whole)
+    return Plan(base, sources, whole, dropped)
+
+
+def _beyond(name: str, modules: Collection[str]) -> bool:
+    """Return whether a tensor is of a layer that the model has not."""
+    for found in re.finditer(r"\.(\d+)\.", name):
+        layers = name[: found.start()]
+        if f"{layers}.0" in modules and f"{layers}.{found.group(1)}" not in modules:
+            return True
+    return False
 
 
 def merge(layers: dict[str, LowRank], transposed: Collection[str], plan: Plan, folder: Path) -> Merged:
@@ -113,6 +153,8 @@ def merge(layers: dict[str, LowRank], transposed: Collection[str], plan: Plan, f
     Raises:
         ValueError: if nothing would be changed.
     """
+    layers = {plan.stored(name): layer for name, layer in layers.items()}
+    transposed = {plan.stored(name) for name in transposed}
     done = Merged()
     index: dict[str, str] = {}
     replacing, total = plan.whole.tensors, 0
@@ -156,9 +198,9 @@ def _headers(base: Path) -> Iterator[tuple[str, _Source]]:
 
 
 def _shards(base: Path) -> list[str]:
-    if (base / INDEX).is_file():
-        return sorted(set(json.loads((base / INDEX).read_text())["weight_map"].values()))
-    return [SINGLE] if (base / SINGLE).is_file() else []
+    if (base / SINGLE).is_file():  # where both are, transformers takes it
+        return [SINGLE]
+    return sorted(set(json.loads((base / INDEX).read_text())["weight_map"].values())) if (base / INDEX).is_file() else []
 
 
 def _check(layers: dict[str, Size], transposed: Collection[str], whole: Whole, sources: dict[str, _Source]) -> None:

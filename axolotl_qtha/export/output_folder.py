@@ -6,10 +6,14 @@ import errno
 import os
 import re
 import shutil
+import signal
+import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -35,6 +39,8 @@ def check(out: Path, overwrite: bool, inputs: list[Path]) -> None:
     for folder in (*inputs, Path.cwd()):
         if folder.exists() and (target == folder.resolve() or target in folder.resolve().parents):
             raise refusal("--out", str(out), f"would replace {str(folder)!r}, which is in use", "a folder of its own")
+    if os.path.ismount(out):
+        raise refusal("--out", str(out), "is a mount point, which cannot be replaced as a whole", f"`--out {out / 'export'}`")
     if out.exists() and not out.is_dir():
         raise refusal("--out", str(out), "is a file", "a folder that does not exist yet")
     if not out.is_dir() or not any(out.iterdir()):
@@ -54,6 +60,7 @@ def folder_for(out: Path) -> Iterator[Path]:
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.exporting-", dir=out.parent))
+    before = _end_at_sigterm()
     try:
         scratch.chmod(0o755)
         yield scratch
@@ -68,6 +75,15 @@ def folder_for(out: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _end_at_sigterm() -> Any:
+    """Have what was written go when the process is asked to end, too; return what the signal did before, None in a thread."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def _number(error: OSError | SafetensorError) -> int | None:
@@ -84,7 +100,11 @@ def _take(scratch: Path, out: Path) -> None:
         os.rename(scratch, out)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{out.name}.replaced-", dir=out.parent))
-    os.rename(out, old)  # over the empty folder
+    try:
+        os.rename(out, old)  # over the empty folder
+    except OSError:
+        old.rmdir()
+        raise
     try:
         os.rename(scratch, out)
     except OSError:

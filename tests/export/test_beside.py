@@ -88,3 +88,12 @@ def test_a_text_model_inside_of_another(base, tmp_path):
         "vision_config": {},
         "tie_word_embeddings": False,
     }
+
+
+def test_an_override_of_a_model_inside_keeps_what_it_does_not_name(base, tmp_path):
+    folder = copied(base, tmp_path)
+    nested = {"text_config": {"vocab_size": 2048, "hidden_size": 8, "tie_word_embeddings": True}}
+    (folder / "config.json").write_text(json.dumps(nested))
+    settle_config(folder, Whole(vocabulary=2049, head="lm_head"), True, {"text_config": {"rope_theta": 1.0, "vocab_size": 3}})
+    inside = {"vocab_size": 2049, "hidden_size": 8, "tie_word_embeddings": False, "rope_theta": 1.0}
+    assert read(folder, "config.json") == {"text_config": inside, "tie_word_embeddings": False}

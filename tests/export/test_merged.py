@@ -91,6 +91,52 @@ def test_the_merged_model_computes_what_the_export_does(tmp_path, make, endings,
     assert {name: tensor.dtype for name, tensor in after.items()} == {name: tensor.dtype for name, tensor in before.items()}
 
 
+def test_names_as_the_hub_has_gpt2s(tmp_path):
+    """Without the prefix that the model's own names have, in which the layers are named."""
+    model = gpt2()
+    model.save_pretrained(tmp_path / "base")
+    path = tmp_path / "base" / "model.safetensors"
+    save_file({name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    found, transposed = chosen(model, ("c_attn", "c_fc"))
+    layers = {name: low_rank(*module.weight.shape[::-1], seed=i) for i, (name, module) in enumerate(found.items())}
+    sizes = {name: (layer.a.shape[1], len(layer.b)) for name, layer in layers.items()}
+    whole = Whole(
+        {"transformer.ln_f.weight": model.transformer.ln_f.weight * 2}, embedding="transformer.wte", head="lm_head", tied=True
+    )
+    (tmp_path / "merged").mkdir()
+    plan = merged.plan(sizes, transposed, whole, tmp_path / "base", (), "transformer")
+    copy_beside(tmp_path / "base", tmp_path / "merged")
+    assert merged.merge(layers, transposed, plan, tmp_path / "merged").layers == len(layers)
+    assert plan.has("transformer.h.0.attn.c_attn.bias")
+    with torch.no_grad():
+        model.transformer.ln_f.weight *= 2
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert (logits(loaded) - running(model, layers)).abs().max() <= 1e-5
+    assert written(tmp_path / "merged").keys() == load_file(path).keys()
+
+
+def test_layers_that_the_model_has_not_are_left_out(tmp_path):
+    """`overrides_of_model_config: {num_hidden_layers: 2}` on a base of three."""
+    llama(layers=3).save_pretrained(tmp_path / "base")
+    modules = [name for name, _ in llama(layers=2).named_modules()]
+    plan = merged.plan({"model.layers.1.mlp.up_proj": (48, 89)}, (), Whole(), tmp_path / "base", modules)
+    names = load_file(tmp_path / "base" / "model.safetensors").keys()
+    assert plan.sources.keys() == {name for name in names if ".layers.2." not in name}
+
+
+def test_of_a_single_file_and_an_index_the_file_counts(tmp_path):
+    """As for transformers."""
+    llama().save_pretrained(tmp_path)
+    (tmp_path / merged.INDEX).write_text(json.dumps({"weight_map": {"x": "gone.safetensors"}}))
+    assert "lm_head.weight" in merged.plan({}, (), Whole(), tmp_path).sources
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_how_finely_weights_are_stored(tmp_path, dtype):
+    llama().to(dtype).save_pretrained(tmp_path)
+    assert merged.plan({}, (), Whole(), tmp_path).half is (dtype == torch.bfloat16)
+
+
 def test_one_file_at_a_time(tmp_path, monkeypatch):
     model = llama(layers=3)
     model.save_pretrained(tmp_path / "base", max_shard_size=20_000)

@@ -1,7 +1,10 @@
 """Where an export goes: whole, or not at all."""
 
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -121,3 +124,31 @@ def test_a_full_disk(tmp_path, kind):
     assert last.startswith(f"ValueError: --out: '{tmp_path / 'out'}' cannot be written")
     assert "File too large" in last
     assert names(tmp_path) == []
+
+
+def test_a_mount_point_is_refused():
+    with pytest.raises(ValueError, match=r"--out: '/proc' is a mount point.*What works: `--out /proc/export`"):
+        check(Path("/proc"), False, [])
+
+
+def test_a_folder_that_cannot_be_moved_leaves_nothing(tmp_path):
+    """A link to an empty folder: it cannot take the place of a folder."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(OSError, match="link"), folder_for(tmp_path / "link") as folder:
+        (folder / "file").write_text("x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_sigterm_leaves_nothing(tmp_path):
+    def ended():
+        with folder_for(tmp_path / "out") as folder:
+            (folder / "file").write_text("x")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        ended()
+    assert end.value.code == 143
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) == before
