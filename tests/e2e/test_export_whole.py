@@ -170,12 +170,12 @@ def test_what_cannot_be_merged_is_said_before_the_fit(embedding, tmp_path, troub
     config, _ = embedding
     plan = command.merged.plan
 
-    def with_trouble(layers, transposed, whole, base):
+    def with_trouble(layers, transposed, whole, *more):
         if trouble == "missing":
             whole.tensors["score.weight"] = torch.zeros(2, 2)
         else:
             whole.tensors["model.embed_tokens.weight"] = torch.zeros(2048, 7)
-        return plan(layers, transposed, whole, base)
+        return plan(layers, transposed, whole, *more)
 
     monkeypatch.setattr(command.merged, "plan", with_trouble)
     monkeypatch.setattr(command, "_layers", lambda *_: pytest.fail("it was fitted"))
