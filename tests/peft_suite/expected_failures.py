@@ -33,6 +33,12 @@ EXPECTED = (
         "SGD at 0.5 on inputs up to 89, for which PEFT's cases have lower rates for eight of its methods, too; said, not saved",
     ),
     Expected(
+        "test_adding_multiple_adapters_with_bias_raises",
+        r"",
+        r"qtha\.bias: 'all' is LoRA's, and not known to QTHAConfig",
+        "biases stay frozen, so QTHA refuses the argument by itself, before a second adapter could",
+    ),
+    Expected(
         "test_multiple_active_adapters_with_overlapping_modules_to_save_raises",
         r"",
         r"'0layers\.\.lin0' matches no module of the model",

@@ -38,6 +38,10 @@ class Circuit(QTHAConfig):
 
     settings: ClassVar[dict[str, Any]] = {"rank": 2, "alpha": 2, "bond_dim": 2, "mid_dim": 4}
 
+    def __new__(cls, *args: Any, init_weights: bool = True, **kwargs: Any) -> Any:
+        """Leave the name out that QTHAConfig does not know."""
+        return super().__new__(cls, *args, **kwargs)
+
     def __init__(self, *args: Any, init_weights: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **{**self.settings, **kwargs})
         self.no_op = init_weights  # PEFT: whether a new adapter changes nothing
