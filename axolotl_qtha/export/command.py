@@ -144,10 +144,11 @@ def _fit(options: ExportOptions, cfg: DictDefault, base: Path | None, out: Conso
     model, tokenizer, _ = load_model_and_tokenizer(cfg=cfg, inference=True)
     model = cast(PeftModel, model).eval()
     config = cast(QTHAConfig, model.active_peft_config)
-    opener = _opener(model, cfg)
+    base_as_stored = base_config(cfg)  # the model's may have another vocabulary
+    rows = getattr(base_as_stored.get_text_config(), "vocab_size", None)
     adapted, sizes = adapted_layers(model), adapted_sizes(model)
-    whole = whole_of(model, opener.rows, adapted)
-    opener.vocabulary = whole.vocabulary
+    whole = whole_of(model, rows, adapted)
+    opener = _opener(model, cfg, base_as_stored, whole.vocabulary)
     transposed = {name for name, layer in adapted.items() if isinstance(layer.get_base_layer(), Conv1D)}
     modules = [name for name, _ in model.get_base_model().named_modules()]
     plan = None
@@ -167,7 +168,7 @@ def _fit(options: ExportOptions, cfg: DictDefault, base: Path | None, out: Conso
     if options.format == "lora":
         for limit, clients in told(lora).items():
             _say(out, f"{' and '.join(clients)} will not read this adapter: {limit}.")
-    most = max(1, KEPT // (4 * (whole.vocabulary or opener.rows or 2**18)))
+    most = max(1, KEPT // (4 * (whole.vocabulary or rows or 2**18)))
     texts = _text(options, cfg, config, tokenizer)
     make = partial(_pass, model, cfg, tokenizer)
     biases = {name for name in _with_bias(model) if plan is None or plan.has(f"{name}.bias")}
@@ -198,8 +199,7 @@ def _fit(options: ExportOptions, cfg: DictDefault, base: Path | None, out: Conso
     )
 
 
-def _opener(model: PeftModel, cfg: DictDefault) -> Opener:
-    config = base_config(cfg)  # as its files have it; the model's may have another vocabulary
+def _opener(model: PeftModel, cfg: DictDefault, config: Any, vocabulary: int | None) -> Opener:
     base = model.get_base_model()
     source = {"revision": cfg.revision_of_model, "trust_remote_code": cfg.trust_remote_code}
     stored = getattr(config, "quantization_config", None)  # then transformers sees to it
@@ -210,8 +210,8 @@ def _opener(model: PeftModel, cfg: DictDefault) -> Opener:
         dtype=cfg.torch_dtype,
         overrides=dict(cfg.overrides_of_model_config or {}),
         quantization=None if stored else getattr(base.config, "quantization_config", None),
-        rows=getattr(config.get_text_config(), "vocab_size", None),
         tied=bool(getattr(config, "tie_word_embeddings", False)),
+        vocabulary=vocabulary,
     )
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..tuner.config import QTHAConfig
@@ -94,19 +92,3 @@ def write(
     lora.save_pretrained(str(folder))
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     return lora
-
-
-def read(folder: Path) -> dict[str, LowRank]:
-    """Return the layers of a LoRA adapter as they act, by the name of the layer in the base model."""
-    settings: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
-    scaling = settings["lora_alpha"] / settings["r"]
-    tensors = load_file(folder / WEIGHTS)
-    names = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
-    return {
-        name.removeprefix(PREFIX): LowRank(
-            tensors[f"{name}.lora_A.weight"],
-            tensors[f"{name}.lora_B.weight"] * scaling,
-            bias * scaling if (bias := tensors.get(f"{name}.lora_B.bias")) is not None else None,
-        )
-        for name in names
-    }

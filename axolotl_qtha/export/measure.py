@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from ..trained.calibration_text import IGNORED, Batch
-from ..trained.passes import Pass, Tokens
+from ..trained.passes import Pass, Tokens, input_device
 from .fit import classical, replaced
 from .lowrank import LowRank
 
@@ -40,6 +41,29 @@ class ModelError:
     perplexity: float
     kl: float = 0.0  # KL(QTHA || this), nats per token
     top1: float = 1.0  # share of tokens for which both have the same first choice
+
+
+@dataclass
+class Tally:
+    """Sums over tokens to predict, which a model's `ModelError` is made of."""
+
+    nll: float = 0.0
+    kl: float = 0.0
+    same: int = 0
+    count: int = 0
+
+    def add(self, logs: Tensor, reference: Tensor, targets: Tensor) -> None:
+        """Count tokens (N): their log-probabilities (N, vocabulary), those to compare with, and what followed."""
+        self.nll -= float(logs.gather(1, targets.to(logs.device)[:, None]).double().sum())
+        self.kl += float(F.kl_div(logs, reference, reduction="sum", log_target=True).double())
+        self.same += int((logs.argmax(1) == reference.argmax(1)).sum())
+        self.count += len(targets)
+
+    def error(self) -> ModelError:
+        """Return the means."""
+        kl = self.kl / self.count
+        # rounding can make it negative; NaN stays, of which max() would make a 0
+        return ModelError(_exp(self.nll / self.count), 0.0 if kl < 0 else kl, self.same / self.count)
 
 
 @dataclass
@@ -70,31 +94,22 @@ class Measured:
 def measure(run: Pass, layers: dict[str, LowRank], others: dict[str, dict[str, LowRank]], kept: Kept | None = None) -> Measured:
     """Measure the export on the text of `run`, and `others` (by what they are) for comparison; fill in `kept`."""
     modules = _modules(run, layers, others.get(WITH_CONSTANTS, {}))
-    nll: dict[str, float] = {}
-    kl: dict[str, float] = {}
-    agree: dict[str, int] = {}
-    tokens = predicted = 0
+    tallies: defaultdict[str, Tally] = defaultdict(Tally)
+    tokens = 0
     for batch in track(run.batches(), "measuring", run.count, transient=True):
-        targets = batch.targets()
         tokens += int(batch.mask.sum())
-        predicted += len(targets)
         reference: Tensor | None = None
         if kept is not None:
             kept.batches.append(batch)
         for name, how in _models(run, {"export": layers, **others}):
             with how:
-                logs = log_probabilities(run.model, batch, run.device)
+                logs = log_probabilities(run.model, batch)
             reference = logs if reference is None else reference
             if kept is not None and name in ("qtha", "export"):
                 getattr(kept, name).append(logs.cpu())
-            nll[name] = nll.get(name, 0.0) - float(logs.gather(1, targets.to(logs.device)[:, None]).double().sum())
-            kl[name] = kl.get(name, 0.0) + float(F.kl_div(logs, reference, reduction="sum", log_target=True).double())
-            agree[name] = agree.get(name, 0) + int((logs.argmax(1) == reference.argmax(1)).sum())
-    models = {
-        name: ModelError(exp(nll[name] / predicted), at_least_zero(kl[name] / predicted), agree[name] / predicted)
-        for name in ("base", *(name for name in nll if name != "base"))
-    }
-    return Measured(tokens, predicted, models, modules)
+            tallies[name].add(logs, reference, batch.targets())
+    models = {name: tallies[name].error() for name in ("base", *(name for name in tallies if name != "base"))}
+    return Measured(tokens, tallies["qtha"].count, models, modules)
 
 
 def _models(run: Pass, exports: dict[str, dict[str, LowRank]]) -> Iterator[tuple[str, AbstractContextManager[None]]]:
@@ -105,8 +120,9 @@ def _models(run: Pass, exports: dict[str, dict[str, LowRank]]) -> Iterator[tuple
 
 
 @torch.no_grad()
-def log_probabilities(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+def log_probabilities(model: nn.Module, batch: Batch) -> Tensor:
     """Return the logarithms of the next-token distributions at the tokens to predict, (N, vocabulary), float32."""
+    device = input_device(model)
     wanted = (batch.labels[:, 1:] != IGNORED).to(device)
     logits = model(**batch.inputs(device), use_cache=False).logits
     logits = logits[:, :-1][wanted.to(logits.device)]
@@ -133,11 +149,5 @@ def _modules(run: Pass, layers: dict[str, LowRank], with_constants: dict[str, Lo
     return result
 
 
-def at_least_zero(value: float) -> float:
-    """Return a divergence without the rounding that made it negative; NaN stays, which max() would make a 0."""
-    return 0.0 if value < 0 else value
-
-
-def exp(value: float) -> float:
-    """Return e to a value, infinity where that is too large."""
+def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf

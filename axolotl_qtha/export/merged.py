@@ -118,11 +118,10 @@ def plan(
     sources = {name: source for name, source in _headers(base) if not _beyond(name, modules)}
     begin = f"{prefix}."
     dropped = "" if not prefix or any(name.startswith(begin) for name in sources) else begin
-    named = Plan(base, sources, whole, dropped)
-    layers = {named.stored(name): size for name, size in layers.items()}
-    transposed = {named.stored(name) for name in transposed}
-    tensors = {named.stored(name): tensor for name, tensor in whole.tensors.items()}
-    whole = replace(whole, tensors=tensors, embedding=named.stored(whole.embedding or ""))
+    layers = {name.removeprefix(dropped): size for name, size in layers.items()}
+    transposed = {name.removeprefix(dropped) for name in transposed}
+    tensors = {name.removeprefix(dropped): tensor for name, tensor in whole.tensors.items()}
+    whole = replace(whole, tensors=tensors, embedding=(whole.embedding or "").removeprefix(dropped))
     embedding, head = f"{whole.embedding}.weight", f"{whole.head}.weight"
     if whole.head is not None and whole.tied and whole.vocabulary is not None:
         sources.pop(head, None)  # a copy of the embedding as it was, which some checkpoints hold

@@ -7,22 +7,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from rich.progress import track
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import refusal
-from .measure import Kept, ModelError, at_least_zero, exp, log_probabilities
+from .measure import Kept, ModelError, Tally, log_probabilities
 
 ROUNDING = {torch.float32: 1e-5}  # KL, nats per token, that summing in another order may cost
 HALF = 1e-2  # in 16 bits, where each merged weight is rounded to 8 or 11 of them
 
 
-@dataclass
+@dataclass(frozen=True)
 class Opener:
     """How the base of an adapter is opened: what a program needs that has never heard of QTHA."""
 
@@ -32,9 +31,8 @@ class Opener:
     dtype: torch.dtype
     overrides: dict[str, Any]  # of its configuration
     quantization: Any  # transformers' quantization_config, where it is quantised while it is loaded
-    rows: int | None  # of its embedding
     tied: bool  # by its configuration
-    vocabulary: int | None = None  # rows that the adapter's embedding has instead
+    vocabulary: int | None = None  # rows of the adapter's embedding, where they are not as many as the base's
 
     @property
     def quantised(self) -> bool:
@@ -73,28 +71,21 @@ class Written:
     base: str  # what the written one is or stands on, in words
 
 
-@torch.no_grad()
 def compare(model: nn.Module, kept: Kept, base: str) -> Written:
     """Run the held-out text through what was opened."""
-    total = {"nll": 0.0, "kl": 0.0, "to_export": 0.0, "same": 0.0, "largest": 0.0, "count": 0.0}
+    beside_qtha, beside_export, largest = Tally(), Tally(), 0.0
     for batch, qtha, export in track(list(zip(kept.batches, kept.qtha, kept.export, strict=True)), "opening", transient=True):
-        logs, targets = _logs(model, batch), batch.targets()[:, None]
-        total["nll"] -= float(logs.gather(1, targets).double().sum())
-        total["kl"] += float(F.kl_div(logs, qtha, reduction="sum", log_target=True).double())
-        total["to_export"] += float(F.kl_div(logs, export, reduction="sum", log_target=True).double())
-        total["same"] += int((logs.argmax(1) == qtha.argmax(1)).sum())
-        # a NaN must win: max() of Python would drop it
-        off = float((logs - export).gather(1, targets).abs().amax())
-        total["largest"] = off if not off <= total["largest"] else total["largest"]
-        total["count"] += len(targets)
-    n = total["count"]
-    error = ModelError(exp(total["nll"] / n), at_least_zero(total["kl"] / n), total["same"] / n)
-    return Written(error, at_least_zero(total["to_export"] / n), total["largest"], base)
+        logs, targets = log_probabilities(model, batch).cpu(), batch.targets()
+        beside_qtha.add(logs, qtha, targets)
+        beside_export.add(logs, export, targets)
+        off = float((logs - export).gather(1, targets[:, None]).abs().amax())
+        largest = largest if off <= largest else off  # NaN too, which max() would drop
+    return Written(beside_qtha.error(), beside_export.error().kl, largest, base)
 
 
 def rebased(model: nn.Module, kept: Kept) -> None:
     """Take what a model gives for what the written one is to equal."""
-    kept.export = [_logs(model, batch) for batch in track(kept.batches, "opening", transient=True)]
+    kept.export = [log_probabilities(model, batch).cpu() for batch in track(kept.batches, "opening", transient=True)]
 
 
 def check(written: Written, dtype: torch.dtype, kind: str) -> None:
@@ -131,9 +122,3 @@ def release() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-@torch.no_grad()
-def _logs(model: nn.Module, batch: Any) -> Tensor:
-    device = cast(nn.Module, cast(Any, model).get_input_embeddings()).weight.device
-    return log_probabilities(model, batch, cast(torch.device, device)).cpu()

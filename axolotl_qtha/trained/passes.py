@@ -28,6 +28,11 @@ def adapters_of(model: nn.Module, name: str = "default") -> dict[str, QTHAAdapte
     }
 
 
+def input_device(model: nn.Module) -> torch.device:
+    """Return where a model takes its input."""
+    return cast(nn.Embedding, cast(PreTrainedModel, model).get_input_embeddings()).weight.device
+
+
 @dataclass(frozen=True)
 class Tokens:
     """What passes through an adapter, padding left out: x (N, d), z (N, r), h (N, r), and B h (N, o) as `change`."""
@@ -51,7 +56,7 @@ class Pass:
     @property
     def device(self) -> torch.device:
         """Return where the model takes its input."""
-        return cast(nn.Embedding, self.model.get_input_embeddings()).weight.device
+        return input_device(self.model)
 
     @torch.no_grad()
     def observe(self, observer: Callable[[str, Tokens], None], title: str, names: Iterable[str] | None = None) -> None:

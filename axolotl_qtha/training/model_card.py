@@ -174,9 +174,8 @@ def _export(measured: Mapping[str, Any]) -> str:
 
 def _loading(config: QTHAConfig, facts: Facts, kind: Kind, lora: Exported) -> str:
     base = facts.base.loadable
-    load = f'AutoModelForCausalLM.from_pretrained("{FOLDER if kind == "merged" else base}")'
-    if kind == "lora":
-        load = f'AutoModelForCausalLM.from_pretrained("{base}"{_overridden(lora)})'
+    opened = f'"{FOLDER}"' if kind == "merged" else f'"{base}"{_overridden(lora)}'
+    load = f"AutoModelForCausalLM.from_pretrained({opened})"
     peft = f'model = PeftModel.from_pretrained({load}, "{FOLDER}")'
     if kind == "lora" and lora.vocabulary is not None:  # without its size first, PEFT finds tensors that do not fit
         peft = (
@@ -200,7 +199,7 @@ def _loading(config: QTHAConfig, facts: Facts, kind: Kind, lora: Exported) -> st
         text += f"\n\nWith vLLM:\n\n{_block('bash', f'vllm serve {FOLDER}')}"
     else:
         code = f"{imports}\n\n{peft}"
-        text = f"## How to load\n\nWith PEFT; `axolotl_qtha` is not needed:\n\n{_block('python', f'{code}')}"
+        text = f"## How to load\n\nWith PEFT; `axolotl_qtha` is not needed:\n\n{_block('python', code)}"
         text += _others(base, lora)
     return f"{text}\n\nSettings of the QTHA adapter it was exported from:\n\n{_block('yaml', _yaml({'qtha': shown(config)}))}"
 

@@ -5,7 +5,6 @@ process, since importing PyTorch and transformers is most of their time.
 """
 
 import contextlib
-import json
 import os
 import runpy
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import transformers.models.auto.tokenization_auto  # noqa: F401  once, for the forks
 import xllamacpp
+from answering import JOB, answer
 
 TOOLS = Path(sys.prefix) / "llama.cpp"
 sys.path.insert(0, str(TOOLS / "gguf-py"))
@@ -91,7 +91,7 @@ def logprobs(opened: xllamacpp.Server, prompts: list[list[int]]) -> list[list[fl
 def of_next(opened: xllamacpp.Server, ids: list[int], token: int) -> float:
     # The answer has no log-probabilities where its own token prints nothing (an end, half a character): so that token is chosen
     # here. The log-probabilities are those before the choice.
-    ask = {"prompt": ids, "n_predict": 1, "n_probs": job["vocabulary"], "logit_bias": {str(job["printable"]): 100.0}}
+    ask = {"prompt": ids, "n_predict": 1, "n_probs": JOB["vocabulary"], "logit_bias": {str(JOB["printable"]): 100.0}}
     answer = opened.handle_completions(ask)
     found = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     return next(row["logprob"] for row in found if row["id"] == token)
@@ -113,16 +113,9 @@ def run(name: str, model: str, lora: str | None) -> list[list[float]]:
         command = [str(TOOLS / "convert_lora_to_gguf.py"), lora, "--base", model, "--outtype", "f32", "--outfile", str(adapter)]
         if words := converted(command, adapter.with_suffix(".log")):
             raise RuntimeError(f"convert_lora_to_gguf.py: {words}")
-    return logprobs(server(whole, None if lora is None else adapter), job["prompts"])
+    return logprobs(server(whole, None if lora is None else adapter), JOB["prompts"])
 
 
 files = Path(sys.argv[1]).parent / "gguf"
 files.mkdir()
-job = json.loads(Path(sys.argv[1]).read_text())
-answers = {}
-for name, what in job["runs"].items():
-    try:
-        answers[name] = {"logprobs": run(name, **what)}
-    except Exception as error:  # whatever a client says is what the test is about
-        answers[name] = {"error": str(error)}
-Path(sys.argv[2]).write_text(json.dumps(answers))
+answer(run)

@@ -1,9 +1,6 @@
 """Log-probabilities by vLLM; runs in the environment `vllm`, as `python in_vllm.py JOB ANSWERS`: see clients.py."""
 
-import json
 import os
-import sys
-from pathlib import Path
 
 os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process, so that its own words arrive here
@@ -11,11 +8,12 @@ os.environ |= {
     "VLLM_NO_USAGE_STATS": "1",
 }
 
+from answering import JOB, answer
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
 
-def logprobs(model: str, lora: str | None, prompts: list[list[int]], **options: int) -> list[list[float]]:
+def logprobs(_: str, model: str, lora: str | None, **options: int) -> list[list[float]]:
     """Return the log-probability of each token of each prompt but the first."""
     llm = LLM(
         model=model,
@@ -30,17 +28,10 @@ def logprobs(model: str, lora: str | None, prompts: list[list[int]], **options: 
     asked = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
     request = None if lora is None else LoRARequest("adapter", 1, lora)
     found = []
-    for ids in prompts:  # one by one: vLLM 0.32 stops at the prompt's log-probabilities of several with a LoRA on a Llama
+    for ids in JOB["prompts"]:  # one by one: vLLM 0.32 stops at the prompt's log-probabilities of several with a LoRA on a Llama
         [answer] = llm.generate([{"prompt_token_ids": ids}], asked, lora_request=request, use_tqdm=False)
         found.append([place[token].logprob for token, place in zip(ids[1:], answer.prompt_logprobs[1:], strict=True)])
     return found
 
 
-job = json.loads(Path(sys.argv[1]).read_text())
-answers = {}
-for name, run in job["runs"].items():
-    try:
-        answers[name] = {"logprobs": logprobs(prompts=job["prompts"], **run)}
-    except Exception as error:  # whatever a client says is what the test is about
-        answers[name] = {"error": f"{type(error).__name__}: {error}"}
-Path(sys.argv[2]).write_text(json.dumps(answers))
+answer(logprobs)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -14,9 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from axolotl_qtha.cli.export import export
 
-from .commands import QUICKSTART, run, train_here, write_config
-from .test_commands import IDS
-from .test_export import exported, logits
+from .commands import QUICKSTART, train_here, write_config
+from .test_export import exported, fresh, logits
 
 pytestmark = pytest.mark.e2e
 
@@ -24,30 +22,6 @@ BASE = QUICKSTART / "base"
 STEPS = {"max_steps": 10, "save_steps": 10, "eval_steps": 10}
 NONE = {"rank": 4, "param_budget": 0.4, "quantum": "none"}
 TOLERANCE = 5e-5  # every weight is rounded once; the logits go up to 20, where float32 has steps of 2e-6
-
-# the import of the plugin fails, as where it is not installed
-FRESH = """
-import json, sys, torch
-sys.modules["axolotl_qtha"] = None
-from transformers import AutoModelForCausalLM
-base, lora, rows, ids = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-if rows != "0":
-    model.resize_token_embeddings(int(rows))
-if lora:
-    from peft import PeftModel
-    model = PeftModel.from_pretrained(model, lora)
-with torch.no_grad():
-    torch.save(model(torch.load(ids)).logits, ids + ".logits")
-"""
-
-
-def fresh(tmp_path, base, lora="", rows=0):
-    """Return the logits in a process that has never heard of this package."""
-    torch.save(IDS, tmp_path / "ids")
-    done = run([sys.executable, "-c", FRESH, str(base), str(lora), str(rows), str(tmp_path / "ids")], tmp_path)
-    assert done.returncode == 0, done.stdout[-3000:]
-    return torch.load(tmp_path / "ids.logits")
 
 
 def opened(base, lora=None, rows=None):

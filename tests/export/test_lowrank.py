@@ -40,6 +40,21 @@ def write(model, layers, folder, **changes):
     return lowrank.write(layers, settings, Whole(), names(model), "GPT2" in type(model.get_base_model()).__name__, folder)
 
 
+def read(folder):
+    """Return the layers of a LoRA adapter as they act, by the name of the layer in the base model."""
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    scaling, tensors = settings["lora_alpha"] / settings["r"], load_file(folder / FILE)
+    paths = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
+    return {
+        path.removeprefix("base_model.model."): lowrank.LowRank(
+            tensors[f"{path}.lora_A.weight"],
+            tensors[f"{path}.lora_B.weight"] * scaling,
+            bias * scaling if (bias := tensors.get(f"{path}.lora_B.bias")) is not None else None,
+        )
+        for path in paths
+    }
+
+
 def names(model):
     return [name for name, _ in model.get_base_model().named_modules()]
 
@@ -79,7 +94,7 @@ def test_reading_gives_what_was_written(tmp_path):
     layers = exported(model, "constants")
     layers["model.layers.0.mlp.down_proj"] = layers["model.layers.0.mlp.down_proj"].widened(7)
     write(model, layers, tmp_path / "lora")
-    again = lowrank.read(tmp_path / "lora")
+    again = read(tmp_path / "lora")
     assert again.keys() == layers.keys()
     x = torch.randn(5, 89, generator=torch.Generator().manual_seed(0))
     for name, layer in layers.items():

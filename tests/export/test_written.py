@@ -31,7 +31,7 @@ def kept(tmp_path):
 
 
 def opener(base):
-    return Opener(LlamaForCausalLM, str(base), {}, torch.float32, {}, None, VOCABULARY, False)
+    return Opener(LlamaForCausalLM, str(base), {}, torch.float32, {}, None, tied=False)
 
 
 def compared(kept, folder):
