@@ -262,7 +262,7 @@ def _check_tensors(own: dict[str, Tensor], given: dict[str, Tensor]) -> None:
         raise ValueError(f"{len(unknown)} tensors of the weights have no place in this model: {sorted(unknown)[:3]}. {works}")
     for name, value in given.items():
         shape = getattr(own.get(name), "ds_shape", getattr(own.get(name), "shape", None))
-        whole = ".modules_to_save." in name  # adapters look at their own, in `_load_from_state_dict`
+        whole = ".modules_to_save." in name  # adapters look at their own
         if whole and shape is not None and tuple(shape) != tuple(getattr(value, "ds_shape", value.shape)):
             raise ValueError(f"{name} has shape {tuple(value.shape)} in the weights, {tuple(shape)} in this model. {works}")
 
