@@ -21,11 +21,12 @@ import json
 import logging
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -35,31 +36,51 @@ from ..files.durable import flush, put_in_place
 LOG = logging.getLogger(__name__)
 OPEN = ("intent", "submitted")
 ENDED = ("done", "failed", "cancelled", "lost")
-SESSIONS = ("session_opened", "session_closed")
 EVENTS = "events.jsonl"
+MOST_SECONDS = 1e7  # of one job or session, which a third of a year on a device would be
 
 
-@dataclass
+Seconds = Annotated[float, Field(ge=0, le=MOST_SECONDS, allow_inf_nan=False)]  # of a QPU
+Count = Annotated[int, Field(ge=1)]
+Tag = Annotated[str, Field(pattern=r"^[\w-]+$")]  # names files
+STRICT = ConfigDict(strict=True, extra="forbid")
+
+
+@dataclass(config=STRICT)
 class Entry:
-    """One job, as the last of its events left it."""
+    """One job, as the last of its events left it; whoever wrote them, what cannot be is refused.
 
-    tag: str
+    Raises:
+        pydantic.ValidationError: a ValueError, if a value is of another type or out of range.
+    """
+
+    tag: Tag
     state: str
     local: bool
     backend: str
     calibration: str
     circuit: str  # digest of the ISA circuit
     angles: str  # digest of all angles
-    circuits: int
-    estimate: float  # QPU seconds
-    reserved: float  # QPU seconds after which IBM stops it
+    circuits: Count
+    estimate: Seconds
+    reserved: Seconds  # after which IBM stops it
     options: dict[str, Any]
     session: str | None = None
-    pack: int = 1  # of our circuits in each of the device's; `circuits` counts the device's
+    pack: Count = 1  # of our circuits in each of the device's; `circuits` counts the device's
     job_id: str | None = None
-    qpu_seconds: float | None = None  # None: not known
+    qpu_seconds: Seconds | None = None  # None: not known
     reason: str | None = None
     time: float = 0.0  # of the last event, seconds since 1970
+
+
+@dataclass(config=STRICT)
+class Session:
+    """A session, as the last of its events left it."""
+
+    session: str
+    reserved: Seconds
+    qpu_seconds: Seconds | None = None  # None: not billed yet
+    time: float = 0.0
 
 
 class Ledger:
@@ -68,7 +89,7 @@ class Ledger:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.entries: dict[str, Entry] = {}
-        self.sessions: dict[str, dict[str, Any]] = {}
+        self.sessions: dict[str, Session] = {}
 
     @classmethod
     def read(cls, folder: Path) -> Ledger:
@@ -109,7 +130,7 @@ class Ledger:
         )
         if not local:
             others = [row for name, row in self.sessions.items() if name != session]
-            seconds += sum(row["reserved"] if row["qpu_seconds"] is None else row["qpu_seconds"] for row in others)
+            seconds += sum(row.reserved if row.qpu_seconds is None else row.qpu_seconds for row in others)
         return seconds
 
     def last_backend(self) -> str | None:
@@ -121,15 +142,17 @@ class Ledger:
         for number, line in enumerate(lines, 1):
             try:
                 self._apply(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
-                why = f"is damaged in line {number} of {EVENTS} ({type(error).__name__})"
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                why = f"is damaged in line {number} of {EVENTS} ({_told(error)})"
                 raise refusal("ibm.journal", str(self.folder), why, "that file as it was, or a new folder") from error
 
     def _apply(self, row: dict[str, Any]) -> None:
         row = dict(row)
         event = row.pop("event")
-        if event in SESSIONS:
-            self.sessions.setdefault(row["session"], {"qpu_seconds": None}).update(row)
+        if event == "session_opened":
+            self.sessions[row["session"]] = Session(**row)
+        elif event == "session_closed":
+            self.sessions[row["session"]] = dataclasses.replace(self.sessions[row["session"]], **row)
         elif event == "intent":
             self.entries[row["tag"]] = Entry(state=event, **row)
         elif event in OPEN + ENDED:
@@ -223,7 +246,9 @@ class Journal(Ledger):
     def _load(self, entry: Entry, calibration: str | None = None) -> bool:
         try:
             hashes, result = self.asked(entry.tag)["hashes"], load_file(self._path("results", entry.tag))
-        except (OSError, SafetensorError):
+        except (OSError, SafetensorError, KeyError):
+            return False
+        if not _fit(hashes, result, entry):
             return False
         where = entry.calibration if calibration is None else calibration
         for i, (key, values, errors) in enumerate(zip(hashes, result["values"], result["errors"], strict=True)):
@@ -248,6 +273,21 @@ def _lines(folder: Path) -> tuple[list[bytes], bytes]:
     path = folder / EVENTS
     *lines, rest = path.read_bytes().split(b"\n") if path.is_file() else [b""]
     return lines, rest
+
+
+def _told(error: Exception) -> str:
+    """Return what is wrong with a line, without its values."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"
+    return type(error).__name__
+
+
+def _fit(hashes: np.ndarray, result: dict[str, np.ndarray], entry: Entry) -> bool:
+    """Return whether a file of results can be those of a job."""
+    values, errors = (result.get(name, np.empty(0)) for name in ("values", "errors"))
+    whole = values.ndim == 2 and values.shape == errors.shape and len(values) == len(hashes) <= entry.circuits * entry.pack
+    return whole and all(part.dtype.kind == "f" and bool(np.isfinite(part).all()) for part in (values, errors))
 
 
 def _write(path: Path, tensors: dict[str, np.ndarray]) -> None:

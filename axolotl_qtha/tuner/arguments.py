@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from peft import LoraConfig
@@ -37,6 +37,9 @@ LORA_WORKS = {
     "target_parameters": "leave it out, only modules can be adapted: `target_modules`",
     "trainable_token_indices": "`modules_to_save: [embed_tokens, lm_head]`",
 }
+# Far above what a model of 100 billion parameters can use, and far below what would keep a machine busy for minutes.
+MOST = {"rank": 16_384, "bond_dim": 16_384, "mid_dim": 65_536, "num_cores": 12, "circuit_layers": 1_000}
+USUAL = {"num_cores": 2, "circuit_layers": 2}
 # Settings of the branch, and the values of `quantum` beside which they do nothing.
 IDLE = {
     "qubits": ("none",),
@@ -78,13 +81,66 @@ def check_choice(key: str, value: Any, choices: tuple[Any, ...]) -> None:
 
 
 def check_count(key: str, value: Any, optional: bool) -> None:
-    """Refuse a value that is no positive whole number, nor None where that may be.
+    """Refuse a value that is no positive whole number up to `MOST`, nor None where that may be.
 
     Raises:
         ValueError: naming the key.
     """
-    if not (value is None and optional) and (type(value) is not int or value < 1):
-        raise refusal(key, value, "is not a positive whole number", f"`{key}: 8`")
+    if value is None and optional:
+        return
+    if type(value) is not int or value < 1:
+        raise refusal(key, value, "is not a positive whole number", f"`{key}: {USUAL.get(key, 8)}`")
+    if value > MOST[key]:
+        raise refusal(key, value, f"is more than {MOST[key]:,}", f"`{key}: {USUAL.get(key, 8)}`")
+
+
+def check_number(key: str, value: Any, fits: Callable[[float], bool], what: str, works: str) -> None:
+    """Refuse a value that is no number, or does not fit.
+
+    Args:
+        key: its name.
+        value: it.
+        fits: whether a number does.
+        what: a number that does, in words.
+        works: an example.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    if type(value) not in (int, float) or not fits(value):
+        raise refusal(key, value, f"is not {what}", f"`{key}: {works}`")
+
+
+def check_names(key: str, value: Any, words: bool) -> None:
+    """Refuse what are no names of modules.
+
+    Args:
+        key: the setting.
+        value: a list or set of names, None, or where `words` says so one expression.
+        words: whether it may be a text.
+
+    Raises:
+        ValueError: naming the key and the first name at fault.
+    """
+    if value is None:
+        return
+    works = f"`{key}: [q_proj, v_proj]`"
+    if not isinstance(value, (str, list, tuple, set) if words else (list, tuple, set)):
+        raise refusal(key, value, "is no list of modules' names", works)
+    for name in [value] if isinstance(value, str) else value:
+        if not isinstance(name, str) or not name or not name.isprintable():
+            raise refusal(key, name, "is no name of a module", works)
+
+
+def check_indices(key: str, value: Any) -> None:
+    """Refuse what is neither None, nor an index, nor a list of them.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    for index in [] if value is None else value if isinstance(value, (list, tuple, set)) else [value]:
+        if type(index) is not int or index < 0:
+            raise refusal(key, value, "is neither the index of a layer nor a list of them", f"`{key}: [0, 1]`")
 
 
 def check_backend(
@@ -119,6 +175,20 @@ def check_backend(
             ours = f"`ibm: {{{key}: ...}}`" if key in IBMOptions.model_fields else "a device has its own noise: leave it out"
             why, works = "is Aer's, not of `quantum_backend: ibm`", ours
         raise refusal(key, value, why, works)
+
+
+def whole_factors(key: str, given: Any) -> dict[int, list[int]] | None:
+    """Return factors as whole numbers.
+
+    Raises:
+        ValueError: if they are none.
+    """
+    if given is None:
+        return None
+    try:
+        return {int(size): [int(i) for i in sizes] for size, sizes in given.items()}
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        raise refusal(key, given, "are no lists of whole numbers by sizes", f"`{key}: {{3584: [64, 56]}}`") from None
 
 
 def check_factors(key: str, given: Mapping[int, list[int]] | None, cores: int) -> None:
@@ -171,7 +241,7 @@ def check_patterns(ranks: Any, alphas: Any, qubits: int | None, quantum: str, ha
                     key, name, f"is neither the end of a layer's name nor a regular expression ({error})", works
                 ) from None
             number = type(value) is int if key == "rank_pattern" else type(value) in (int, float) and math.isfinite(value)
-            if not number or value <= 0:
+            if not number or not 0 < value <= (MOST["rank"] if key == "rank_pattern" else math.inf):
                 raise refusal(
                     key, {name: value}, f"is no {'positive whole number' if example == 16 else 'positive number'}", works
                 )

@@ -28,7 +28,7 @@ AngleScale = Literal["raw", "learned", "tanh"]
 GateOrder = Literal["2025-06", "2025-05"]
 CoreGain = Literal["balanced", "none"]
 Init = Literal["kaiming", "tt_svd"]
-MAX_SHOTS, MAX_CORES = 1_000_000, 12  # as Aer itself; more cores would split any layer into factors of 2 and 1
+MAX_SHOTS = 1_000_000  # as Aer itself
 # How circuits are run is no part of a trained adapter: it may be loaded and run in another way.
 AER_KEYS = ("shots", "seed_simulator", "noise_model", "precision", "gradient")
 SIMULATION_KEYS = ("quantum_backend", *AER_KEYS, "ibm")
@@ -158,6 +158,7 @@ class QTHAConfig(PeftConfig):
         "`quantum_backend: ibm`: which device, how, and what it may cost, as a block of keys of its own, e.g. "
         "`{backend: least_busy, max_qpu_seconds: 60}`. Never saved with the adapter.",
     )
+    stored = None  # names of the tensors beside the file it was read from, until a model has compared them
     seed: int | None = _key(None, "Seed of the adapter's initial values. Default: Axolotl's `seed`, else 42.")
 
     def __new__(cls, *_: Any, **settings: Any) -> QTHAConfig:
@@ -175,8 +176,7 @@ class QTHAConfig(PeftConfig):
             if isinstance(value := getattr(self, key), (list, tuple)):
                 setattr(self, key, set(value))
         for key in ("in_factors", "out_factors"):  # JSON knows string keys only
-            if isinstance(value := getattr(self, key), dict):
-                setattr(self, key, {int(size): [int(i) for i in sizes] for size, sizes in value.items()})
+            setattr(self, key, arguments.whole_factors(key, getattr(self, key)))
         if isinstance(self.ibm, dict):
             self.ibm = IBMOptions.model_validate(self.ibm)
         if self.share is not None:
@@ -289,20 +289,18 @@ class QTHAConfig(PeftConfig):
             arguments.check_choice(key, getattr(self, key), (None, *get_args(kind)))
         if self.shots is not None and (type(self.shots) is not int or not 1 <= self.shots <= MAX_SHOTS):
             raise refusal("shots", self.shots, f"is not a whole number from 1 to {MAX_SHOTS:,}", "`shots: 1024`, or none: exact")
-        if self.num_cores > MAX_CORES:
-            raise refusal("num_cores", self.num_cores, f"is more than {MAX_CORES}", "`num_cores: 2`")
-        for key in ("seed", "seed_simulator"):
-            value = getattr(self, key)
+        for key, value in (("seed", self.seed), ("seed_simulator", self.seed_simulator)):
             if (value is not None or key == "seed") and (type(value) is not int or not 0 <= value < 2**32):
                 raise refusal(key, value, "is not a whole number from 0 to 2**32 - 1", f"`{key}: 42`")
         blocks.check(self.rank, self.qubits, self.quantum, self.has_circuit)
         arguments.check_patterns(self.rank_pattern, self.alpha_pattern, self.qubits, self.quantum, self.has_circuit)
-        if not 0 <= self.dropout < 1:
-            raise refusal("dropout", self.dropout, "is not a probability below 1", "`dropout: 0.05`")
-        if not 0 < self.alpha < math.inf:
-            raise refusal("alpha", self.alpha, "is not a positive number", "`alpha: 16`")
-        if self.param_budget is not None and not 0 < self.param_budget <= 1:
-            raise refusal("param_budget", self.param_budget, "is not a share in (0, 1]", "`param_budget: 0.24`")
+        arguments.check_number("dropout", self.dropout, lambda p: 0 <= p < 1, "a probability below 1", "0.05")
+        arguments.check_number("alpha", self.alpha, lambda a: 0 < a < math.inf, "a positive number", "16")
+        if self.param_budget is not None:
+            arguments.check_number("param_budget", self.param_budget, lambda p: 0 < p <= 1, "a share in (0, 1]", "0.24")
+        for key in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            arguments.check_names(key, getattr(self, key), words=key != "modules_to_save")
+        arguments.check_indices("layers_to_transform", self.layers_to_transform)
 
     def _check_combinations(self) -> None:
         for key, default in self._idle().items():
@@ -346,5 +344,7 @@ class QTHAConfig(PeftConfig):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
         """Read a saved configuration; a damaged adapter file beside it is an error here, before any weight is touched."""
-        check_adapter_file(Path(pretrained_model_name_or_path))
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        stored = check_adapter_file(Path(pretrained_model_name_or_path))
+        config = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        config.stored = stored
+        return config

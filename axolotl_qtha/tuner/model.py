@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import refusal
 from .adapter import QTHAAdapter
+from .adapter_file import check_whole_modules
 from .backends import prepare
 from .config import QTHAConfig
 from .earlier import MARK, converted, is_earlier
@@ -35,6 +36,7 @@ from .sizes import ansatz, resolve
 from .targets import select_targets
 
 CONTAINER = "qtha_adapter"
+RESIZED = (".modules_to_save.weight", ".original_module.weight")
 
 
 class QTHAModel(BaseTuner):
@@ -67,6 +69,8 @@ class QTHAModel(BaseTuner):
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Check every target and settle bond_dim and mid_dim, before any layer is replaced."""
         config = cast(QTHAConfig, peft_config)
+        if (stored := config.__dict__.pop("stored", None)) is not None:
+            check_whole_modules(stored, model, config.modules_to_save or ())
         keep_trainable(model)
         targets = select_targets(config, model)
         self._owners = {} if not config.share else owners(config.share, targets)
@@ -238,10 +242,29 @@ def _check_loaded_file(model: QTHAModel, state_dict: dict[str, Tensor], prefix: 
                 f"{sorted(expected - given)[:3]}, {len(given - expected)} have no place {sorted(given - expected)[:3]}. "
                 "What works: the complete adapter folder, on the base model and with the `qtha:` settings it was trained with."
             )
+    _check_tensors(own, state_dict)
     for name, value in state_dict.items():
         if isinstance(target := own.get(name), DTensor) and not isinstance(value, DTensor):  # FSDP2: each rank takes its shard
             state_dict[name] = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
     state_dict.update({member: state_dict[owner] for member, owner in members if owner in state_dict})
+
+
+def _check_tensors(own: dict[str, Tensor], given: dict[str, Tensor]) -> None:
+    """Refuse tensors that have no place in the model, or do not fill theirs.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    works = "What works: the complete adapter folder, on the base model and with the `qtha:` settings it was trained with."
+    # PEFT writes a resized embedding that is trained in three forms, of which it reads one
+    unknown = [name for name in given if name not in own and not name.endswith(RESIZED)]
+    if unknown:
+        raise ValueError(f"{len(unknown)} tensors of the weights have no place in this model: {sorted(unknown)[:3]}. {works}")
+    for name, value in given.items():
+        shape = getattr(own.get(name), "ds_shape", getattr(own.get(name), "shape", None))
+        whole = ".modules_to_save." in name  # adapters look at their own
+        if whole and shape is not None and tuple(shape) != tuple(getattr(value, "ds_shape", value.shape)):
+            raise ValueError(f"{name} has shape {tuple(value.shape)} in the weights, {tuple(shape)} in this model. {works}")
 
 
 def _equal(tensor: Tensor, other: Tensor | None) -> bool:

@@ -1,11 +1,13 @@
 """The journal's files: whole or absent, one process at a time."""
 
 import json
+import math
 import multiprocessing
 import os
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from axolotl_qtha.ibm.journal import Journal, Ledger
 
@@ -84,6 +86,94 @@ def test_damage_elsewhere_is_refused(tmp_path, line):
         Journal(tmp_path)
 
 
+INTENT = {"event": "intent", "tag": "u", **JOB}
+CRAFTED = [
+    {"event": "done", "tag": "t", "qpu_seconds": -1e6},  # would give back what was spent
+    {"event": "done", "tag": "t", "qpu_seconds": math.nan},  # no cap is below it
+    {"event": "done", "tag": "t", "qpu_seconds": math.inf},
+    {"event": "done", "tag": "t", "qpu_seconds": "3"},
+    {"event": "done", "tag": "t", "qpu_secs": 3.0},
+    {**INTENT, "estimate": -5.0},
+    {**INTENT, "reserved": math.nan},
+    {**INTENT, "reserved": None},
+    {**INTENT, "circuits": "2"},
+    {**INTENT, "circuits": 0},
+    {**INTENT, "pack": -1},
+    {**INTENT, "local": "no"},
+    {**INTENT, "tag": "../../victim"},
+    {key: value for key, value in INTENT.items() if key != "estimate"},
+    {"event": "session_opened", "session": "s"},
+    {"event": "session_opened", "session": "s", "reserved": -1.0},
+    {"event": "session_closed", "session": "never opened", "qpu_seconds": 1.0},
+    {"event": ["done"], "tag": "t"},
+    {"tag": "t"},
+]
+
+
+@pytest.mark.parametrize("row", CRAFTED, ids=str)
+def test_a_crafted_event_is_refused(tmp_path, row):
+    journal = Journal(tmp_path)
+    finished(journal)
+    journal.close()
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    for read in (Journal, Ledger.read):
+        with pytest.raises(ValueError, match=r"qtha.ibm.journal: .*is damaged in line 4 of events.jsonl \(.*What works"):
+            read(tmp_path)
+
+
+def test_a_line_nested_without_end_is_refused(tmp_path):
+    (tmp_path / "events.jsonl").write_text("[" * 200_000 + "\n")
+    with pytest.raises(ValueError, match="is damaged in line 1"):
+        Ledger.read(tmp_path)
+
+
+@pytest.mark.parametrize("row", range(300))
+def test_fuzz(tmp_path_factory, row):
+    """Seeded: a value, a key or a byte of an event is another; it is refused, or costs no less than before."""
+    random = np.random.default_rng(row)
+    folder = fuzzed_journal(tmp_path_factory)
+    lines = (folder / "events.jsonl").read_bytes().splitlines()
+    index = int(random.integers(len(lines)))
+    kind = random.choice(["value", "key", "byte"])
+    if kind == "byte":
+        place = int(random.integers(len(lines[index])))
+        lines[index] = lines[index][:place] + bytes([int(random.integers(32, 127))]) + lines[index][place + 1 :]
+    else:
+        event = json.loads(lines[index])
+        key = str(random.choice(sorted(event)))
+        value = event.pop(key)
+        if kind == "value":
+            event[key] = [None, -1, "x", [], {}, math.nan, 1e300, True, f"{value}"][random.integers(9)]
+        lines[index] = json.dumps(event).encode()
+    target = folder.parent / f"mutated-{row}"
+    target.mkdir()
+    (target / "events.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    try:
+        ledger = Ledger.read(target)
+        assert 0 <= ledger.used(local=False) < math.inf
+        assert 0 <= ledger.under_way(local=False) < math.inf
+    except ValueError as error:
+        if "is damaged in line" not in str(error):
+            raise
+
+
+_fuzzed = {}
+
+
+def fuzzed_journal(tmp_path_factory):
+    """Return the folder of a journal with a session and two jobs, made once."""
+    if not _fuzzed:
+        folder = tmp_path_factory.mktemp("fuzz") / "journal"
+        journal = Journal(folder)
+        journal.record("session_opened", session="s", reserved=100)
+        finished(journal)
+        journal.record("intent", tag="v", **JOB, session="s")
+        journal.close()
+        _fuzzed["folder"] = folder
+    return _fuzzed["folder"]
+
+
 def test_a_full_disk_leaves_no_part_of_an_event(tmp_path, monkeypatch):
     journal = Journal(tmp_path)
     finished(journal)
@@ -97,13 +187,17 @@ def test_a_full_disk_leaves_no_part_of_an_event(tmp_path, monkeypatch):
     assert journal.entries["t"].state == "done"
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "rows", "nan", "names"])
 def test_a_lost_result_is_fetched_again(tmp_path, damage):
     journal = Journal(tmp_path)
     finished(journal)
     journal.close()
     path = tmp_path / "results" / "t.safetensors"
-    path.write_bytes(path.read_bytes()[:-1]) if damage == "cut" else path.unlink()
+    if damage in ("cut", "gone"):
+        path.write_bytes(path.read_bytes()[:-1]) if damage == "cut" else path.unlink()
+    else:
+        values = np.full((1 if damage == "rows" else 2, 3), math.nan if damage == "nan" else 0.5)
+        save_file({"values": values, "errors" if damage != "names" else "error": np.ones((2, 3))}, path)
     journal = Journal(tmp_path)
     assert [(entry.state, entry.job_id) for entry in journal.open(local=False)] == [("submitted", "id-t")]
 
