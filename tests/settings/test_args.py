@@ -78,7 +78,7 @@ BAD_BLOCKS = [
     ({"rank_pattern": {"q_proj": 100000}, "quantum": "none"}, ["qtha.rank_pattern", "100000"]),
     ({"circuit_layers": 10**9}, ["qtha.circuit_layers", "1000000000", "more than 1,000", "circuit_layers: 2"]),
     ({"mid_dim": 10**9}, ["qtha.mid_dim", "more than 65,536"]),
-    ({"bond_dim": 10**9}, ["qtha.bond_dim", "more than 16,384"]),
+    ({"bond_dim": 10**9}, ["qtha.bond_dim", "more than 1,000,000"]),
     ({"modules_to_save": ["norm\n\n# A heading"]}, ["qtha.modules_to_save", "is no name of a module"]),
     ({"target_modules": [""]}, ["qtha.target_modules", "is no name of a module"]),
     ({"layers_to_transform": [-1]}, ["qtha.layers_to_transform", "[-1]", "index"]),
