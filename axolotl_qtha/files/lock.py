@@ -1,8 +1,8 @@
 """One owner of a folder: a file that is locked by the process that uses the folder, and that tells which one it is.
 
-The lock is the operating system's (`flock`): it is gone when its process is, however that ended, and machines that share a disk by
-NFS see each other's. Where a file system does not do so, the owner's sign of life decides: it touches the file every `BEAT` seconds,
-and who comes second looks for `WATCH` seconds whether that goes on. Clocks of two machines are never compared.
+The lock is the operating system's (`flock`): it is gone when its process is, however that ended, and machines that share a disk
+by NFS see each other's. Where a file system does not do so, the owner's sign of life decides: it touches the file every `BEAT`
+seconds, and who comes second looks for `WATCH` seconds whether that goes on. Clocks of two machines are never compared.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Lock:
         threading.Thread(target=_beat, args=(self._file, self._ended), daemon=True, name=f"owner of {path}").start()
 
     def release(self) -> None:
-        """Let others use the folder. The file goes first: who opens it meanwhile finds out that it is not the one in its place."""
+        """Let others use the folder. The file goes first: who has opened it by then finds another one, or none, in its place."""
         if self in _held:
             _held.discard(self)
             self._ended.set()
