@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import glob
+import logging
 import os
 import re
 import shutil
@@ -18,9 +20,11 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..errors import refusal
-from ..files.durable import flush
+from ..files.durable import flush, flush_all
+from ..files.lock import InUse, Lock
 from .report import JSON
 
+LOG = logging.getLogger(__name__)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -59,14 +63,13 @@ def folder_for(out: Path) -> Iterator[Path]:
         ValueError: naming --out, if the disk is full.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.exporting-", dir=out.parent))
+    lock, scratch = _own(out), None
     before = _end_at_sigterm()
     try:
+        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.exporting-", dir=out.parent))
         scratch.chmod(0o755)
         yield scratch
-        for file in scratch.rglob("*"):
-            flush(file)
-        flush(scratch)
+        flush_all(scratch)
         _take(scratch, out)
     except (OSError, SafetensorError) as error:
         if _number(error) in FULL:
@@ -74,9 +77,42 @@ def folder_for(out: Path) -> Iterator[Path]:
             raise refusal("--out", str(out), f"cannot be written ({error}); nothing was left there", works) from error
         raise
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+        lock.release()
         if before is not None:
             signal.signal(signal.SIGTERM, before)
+
+
+def _own(out: Path) -> Lock:
+    """Take the folder for this export, and look for what others left beside it.
+
+    Raises:
+        ValueError: naming --out, if another process exports to it.
+    """
+    try:
+        lock = Lock(out.with_name(f".{out.name}.in-use"), "an export")
+    except InUse as error:
+        raise refusal("--out", str(out), f"is {error}", "to wait until it has ended, or another folder") from None
+    try:
+        _tidy(out)
+    except BaseException:
+        lock.release()
+        raise
+    return lock
+
+
+def _tidy(out: Path) -> None:
+    """Bring to its end what exports that were killed left beside a folder."""
+    for old in out.parent.glob(f".{glob.escape(out.name)}.replaced-*"):
+        if not out.exists() and any(old.iterdir()):
+            old.rename(out)
+            LOG.warning(f"{out} is back as it was before an export that was killed.")
+        else:
+            shutil.rmtree(old, ignore_errors=True)
+    for scratch in out.parent.glob(f".{glob.escape(out.name)}.exporting-*"):
+        shutil.rmtree(scratch, ignore_errors=True)
+        LOG.warning(f"{scratch}, an export that was killed, is deleted.")
 
 
 def _end_at_sigterm() -> Any:
@@ -98,6 +134,7 @@ def _take(scratch: Path, out: Path) -> None:
     """Rename `scratch` to `out`; what was there goes once its successor is in place."""
     if not out.exists():
         os.rename(scratch, out)
+        flush(out.parent)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{out.name}.replaced-", dir=out.parent))
     try:
@@ -110,4 +147,5 @@ def _take(scratch: Path, out: Path) -> None:
     except OSError:
         os.rename(old, out)
         raise
+    flush(out.parent)
     shutil.rmtree(old, ignore_errors=True)

@@ -8,6 +8,7 @@ seconds, and who comes second looks for `WATCH` seconds whether that goes on. Cl
 from __future__ import annotations
 
 import atexit
+import contextlib
 import fcntl
 import json
 import logging
@@ -15,7 +16,6 @@ import os
 import socket
 import threading
 import time
-import weakref
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -58,8 +58,11 @@ class Lock:
         if self in _held:
             _held.discard(self)
             self._ended.set()
-            self.path.unlink(missing_ok=True)
-            os.close(self._file)
+            try:
+                with contextlib.suppress(OSError):
+                    self.path.unlink()
+            finally:
+                os.close(self._file)
 
     def forget(self) -> None:
         """Have a forked process not hold on to its parent's lock, which it would do after the parent's death."""
@@ -112,7 +115,7 @@ class Lock:
         os.pwrite(self._file, json.dumps(owner).encode(), 0)
 
 
-_held: weakref.WeakSet[Lock] = weakref.WeakSet()
+_held: set[Lock] = set()
 
 
 def _forget_all() -> None:

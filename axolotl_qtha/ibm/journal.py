@@ -187,6 +187,8 @@ class Journal(Ledger):
             raise
 
     def _begin(self, folder: Path) -> None:
+        for beside in folder.glob("*/*.tmp"):  # of a process that was stopped while it wrote
+            beside.unlink()
         lines, rest = _lines(folder)
         if rest:
             LOG.warning(f"{self._events}: its last line is not complete and is left out.")

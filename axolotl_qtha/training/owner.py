@@ -70,12 +70,12 @@ def _presave_later(path: Path) -> None:
     original = host.save_initial_configs
     _left.pop(path, None)
 
-    def save(cfg: Any, tokenizer: Any, model: Any, peft_config: Any, processor: Any) -> None:
+    def save(run: Any, tokenizer: Any, model: Any, peft_config: Any, processor: Any) -> None:
         host.save_initial_configs = original
-        if Path(cfg.output_dir).resolve() == path:
-            _left[path] = partial(original, cfg, tokenizer, model, None, processor)
-        else:  # of another run in this process, which this one did not get to
-            original(cfg, tokenizer, model, peft_config, processor)
+        if Path(run.output_dir).resolve() == path:
+            _left[path] = partial(original, run, tokenizer, model, None, processor)
+        else:  # another run of this process, where the first did not come to this
+            original(run, tokenizer, model, peft_config, processor)
 
     host.save_initial_configs = save
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +24,13 @@ from .checkpoints import INCOMPLETE, ONE_RANKS_SHARD, fault, of_run, set_aside, 
 
 REPLACED, GOING = ".replaced-", ".going-"  # a checkpoint until its successor is complete; folders that are being deleted
 # Of the trainer's settings, those that change what is trained.
-TOLD: tuple[str, ...] = ("learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
+TOLD: tuple[str, ...] = (
+    "learning_rate",
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+)
 TOLD += ("max_grad_norm", "weight_decay", "lr_scheduler_type", "warmup_steps", "seed", "data_seed", "optim")
 LOG = get_logger(__name__)
 
@@ -133,7 +138,8 @@ def rotate(newest: Path, limit: int | None, best: str | None) -> None:
 def remove(folder: Path) -> None:
     """Delete a folder; one that is half deleted when the process is killed has no name that anything looks for."""
     if folder.exists():
-        going = Path(tempfile.mkdtemp(prefix=GOING, dir=folder.parent))
+        going = folder.with_name(f"{GOING}{folder.name}")  # no new folder, for which a full disk may have no room
+        shutil.rmtree(going, ignore_errors=True)
         folder.rename(going)
         shutil.rmtree(going, ignore_errors=True)
 
