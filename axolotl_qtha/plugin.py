@@ -17,11 +17,13 @@ from .settings.args import refuse_private
 from .settings.public_facts import facts_of
 from .settings.training_run import AdapterSettings, TrainingRun, why_unread
 from .trained.adapter_folder import FREE_WHEN_LOADED, FREE_WHEN_RESUMED, check_fits, refuse_unsaid_share
-from .training import checkpoints, guards, learning, resuming
+from .training import checkpoints, guards, learning, owner, resuming
 from .training.diagnostics import Diagnostics
+from .training.ending import guard_ending
 from .training.model_card import write_own_cards
 from .training.next_steps import whats_next
 from .training.reached import Reached
+from .training.saves import changed_settings, guard_checkpoints
 from .tuner.config import QTHAConfig
 from .tuner.layer import adapted_layers, adapted_sizes
 from .tuner.model import synchronise
@@ -42,6 +44,7 @@ class QTHAPlugin(BasePlugin):
         super().__init__()
         self._inference = False
         self._training = False
+        self._over = False
         self._parsed: tuple[DictDefault, AdapterSettings] | None = None
 
     def register(self, cfg: dict[str, Any]) -> None:
@@ -113,10 +116,10 @@ class QTHAPlugin(BasePlugin):
         return peft_model, peft_model.active_peft_config
 
     def add_callbacks_pre_trainer(self, cfg: DictDefault, model: PreTrainedModel) -> list[TrainerCallback]:
-        """Add the guards of `axolotl evaluate` and of FSDP2's checkpoints."""
+        """Add the guard of `axolotl evaluate`."""
         if cfg.adapter != "qtha":
             return []
-        return [guards.RefuseUntrainedEvaluation(), *([guards.DropOneRanksShard()] if cfg.fsdp_config else [])]
+        return [guards.RefuseUntrainedEvaluation()]
 
     def add_callbacks_post_trainer(self, cfg: DictDefault, trainer: Trainer) -> list[TrainerCallback]:
         """Log what adapters do, and which no step reaches; with `quantum_backend: ibm` have only a training use the device."""
@@ -138,6 +141,8 @@ class QTHAPlugin(BasePlugin):
         if cfg.adapter != "qtha":
             return
         model = cast(PeftModel, trainer.model)
+        guard_checkpoints(trainer)
+        guard_ending(trainer)
         write_own_cards(trainer, model, lambda: facts_of(cfg, trainer.state, model.config))
         if cfg.rl:  # else load_adapter has seen to them
             self._take_over(cfg, model)
@@ -145,8 +150,16 @@ class QTHAPlugin(BasePlugin):
             active = cast(QTHAConfig, model.active_peft_config)
             checkpoint = Path(cfg.resume_from_checkpoint)
             check_fits("resume_from_checkpoint", checkpoint, active.to_dict(), FREE_WHEN_RESUMED)
+            if changed := changed_settings(checkpoint, trainer.args):
+                LOG.info(f"goes on from {checkpoint} with other settings: {changed}")
             resuming.load_the_trained(trainer)
             trainer.add_callback(resuming.CompareWithCheckpoint(checkpoint))
+
+    def post_train(self, cfg: DictDefault, model: PreTrainedModel | PeftModel) -> None:
+        """Give `output_dir` up: Axolotl calls this when the training is over, and again when all is saved."""
+        if cfg.adapter == "qtha" and self._over:
+            owner.give_up(cfg.output_dir)
+        self._over = not self._over
 
     def post_train_unload(self, cfg: DictDefault) -> None:
         """Tell what to do with the trained adapter, now that it is saved (`post_train` comes before that, and again after)."""
@@ -166,8 +179,8 @@ class QTHAPlugin(BasePlugin):
 
             refuse_untrainable(settings.parsed, getattr(cfg.rl, "value", cfg.rl))
         checkpoints.refuse_others(cfg.output_dir)
-        if cfg.auto_resume_from_checkpoints and cfg.resume_from_checkpoint is None:
-            checkpoints.set_aside_once(cfg.output_dir)
+        self._over, resumes = False, bool(cfg.auto_resume_from_checkpoints and cfg.resume_from_checkpoint is None)
+        owner.own(cfg.output_dir, cfg.save_total_limit, resumes)
         if chosen := determine_last_checkpoint(cfg):
             changed = checkpoints.prepare(Path(chosen), cfg.output_dir, cfg.deepspeed, bool(cfg.fsdp_config))
             if changed is not None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import tempfile
 from pathlib import Path
 
+_UNABLE = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)  # what file systems answer that cannot flush
 
-def flush(path: Path) -> None:
-    """Have a file, or the list of names in a folder, reach the disk.
+
+def flush(path: Path) -> bool:
+    """Have a file, or the list of names in a folder, reach the disk; return whether its file system can do that.
 
     Raises:
         OSError: if it cannot be opened or written.
@@ -15,8 +19,24 @@ def flush(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno in _UNABLE:
+            return False
+        raise
     finally:
         os.close(handle)
+    return True
+
+
+def flush_all(folder: Path) -> None:
+    """Have all that is in a folder, and the folder, reach the disk.
+
+    Raises:
+        OSError: if it cannot be opened or written.
+    """
+    for path in folder.rglob("*"):
+        flush(path)
+    flush(folder)
 
 
 def put_in_place(file: Path, place: Path) -> None:
@@ -29,3 +49,19 @@ def put_in_place(file: Path, place: Path) -> None:
     """
     flush(file)
     os.replace(file, place)
+
+
+def why_unsafe(folder: Path) -> str | None:
+    """Try what saves rely on; return what the file system of a folder cannot do, or None.
+
+    Raises:
+        OSError: if nothing can be written, or folders cannot be renamed, without which no save is safe.
+    """
+    with tempfile.TemporaryDirectory(prefix=".trying-", dir=folder) as name:
+        new, file = Path(name, "new"), Path(name, "file")
+        new.mkdir()
+        new.rename(Path(name, "old"))
+        file.write_text("x")
+        flushed = {"files": flush(file), "folders": flush(Path(name))}
+    unable = [what for what, whether in flushed.items() if not whether]
+    return f"cannot flush {' and '.join(unable)}: what was saved last may be gone after a power cut" if unable else None

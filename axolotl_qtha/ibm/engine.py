@@ -47,6 +47,7 @@ class Calls:
 
     def __init__(self) -> None:
         self.on_device = True  # False: the exact simulator runs all circuits, and nothing is submitted
+        self.waiting = False  # whether a training is in a step that the device takes part in, which may last for hours
         self._differences: dict[bytes, Difference] = {}  # by the circuits' angles
 
     def record(self, points: np.ndarray, difference: Difference) -> None:
@@ -86,7 +87,7 @@ def prepare(ansatz: Ansatz, simulation: Simulation) -> None:
     Raises:
         ValueError: naming the key, if the journal is in use, or the device cannot be had.
     """
-    CALLS.on_device = True  # a training that failed may have left it otherwise
+    CALLS.on_device, CALLS.waiting = True, False  # a training that failed may have left it otherwise
     runner(ansatz, _options(simulation))
 
 

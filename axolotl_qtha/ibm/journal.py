@@ -16,7 +16,6 @@ be found. Files are written beside their place and renamed, so they are whole or
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import logging
 import os
@@ -32,6 +31,7 @@ from safetensors.numpy import load_file, save_file
 
 from ..errors import refusal
 from ..files.durable import flush, put_in_place
+from ..files.lock import InUse, Lock
 
 LOG = logging.getLogger(__name__)
 OPEN = ("intent", "submitted")
@@ -173,15 +173,20 @@ class Journal(Ledger):
         self._events = folder / EVENTS
         for part in ("circuits", "results"):
             (folder / part).mkdir(parents=True, exist_ok=True)
-        self._lock = (folder / "lock").open("a+")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            why = "is in use by another process, which may be submitting the same circuits"
+            self._lock = Lock(folder / "lock", "jobs on IBM Quantum")
+        except InUse as error:
+            why = f"is {error}; it may be submitting the same circuits"
             raise refusal("ibm.journal", str(folder), why, "wait for it to end, or another folder") from None
         self.jobs: dict[str, Any] = {}  # those of this process, by tag
         self._results: dict[tuple[str, bytes], tuple[np.ndarray, np.ndarray, int]] = {}  # <Z>, errors, place
+        try:
+            self._begin(folder)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _begin(self, folder: Path) -> None:
         lines, rest = _lines(folder)
         if rest:
             LOG.warning(f"{self._events}: its last line is not complete and is left out.")
@@ -197,7 +202,7 @@ class Journal(Ledger):
     def close(self) -> None:
         """Let another process use it."""
         os.close(self._file)
-        self._lock.close()
+        self._lock.release()
 
     def record(self, event: str, **fields: Any) -> None:
         """Append an event; it is on disk when this returns."""

@@ -10,7 +10,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from axolotl.utils.distributed import barrier, get_world_size, is_main_process
+from axolotl.utils.distributed import get_world_size
 from axolotl.utils.logging import get_logger
 
 from ..settings.parallel import deepspeed_settings, zero_stage
@@ -18,9 +18,13 @@ from ..tuner.adapter_file import check_adapter_file
 from ..tuner.earlier import holds_earlier
 from ..tuner.peft_type import QTHA
 from ..tuner.saving import SCRATCH
-from . import deepspeed_states, unpickling
+from . import deepspeed_states, manifest, unpickling
 from .deepspeed_states import UNIVERSAL
+from .ranks import once
 
+INCOMPLETE = "incomplete-"  # how the names of checkpoints begin that were set aside
+# Accelerate 1.13 leaves it in FSDP2's checkpoints (`save_fsdp_model` with adapter_only): one rank's part of the adapter, which on
+# resuming it would load in place of the whole one.
 ONE_RANKS_SHARD = "pytorch_model_fsdp.bin"
 LOG = get_logger(__name__)
 
@@ -44,15 +48,12 @@ def prepare(folder: Path, output_dir: str | Path, deepspeed: Any, fsdp: bool) ->
     """
     settings = deepspeed_settings(deepspeed)
     ours = "deepspeed" if settings else "fsdp" if fsdp else "plain"
-    check(folder, output_dir, ours, zero_stage(settings))
-    unpickling.refuse_unsafe(folder, deepspeed=ours == "deepspeed")
-    barrier()  # until every rank has looked at it
+    once(lambda: check(folder, output_dir, ours, zero_stage(settings)))
+    once(lambda: unpickling.refuse_unsafe(folder, deepspeed=ours == "deepspeed"))
     if ours != "deepspeed" or ranks_of(folder) in (None, get_world_size()):
         return None
-    if is_main_process():  # several nodes have one output_dir
-        LOG.info(f"{folder} was written by {ranks_of(folder)} ranks, there are {get_world_size()} now: converting.")
-        convert(folder)
-    barrier()
+    LOG.info(f"{folder} was written by {ranks_of(folder)} ranks, there are {get_world_size()} now: converting.")
+    once(lambda: convert(folder))  # several nodes have one output_dir
     return for_another_number_of_ranks(settings)
 
 
@@ -74,25 +75,30 @@ def refuse_others(output_dir: str | Path) -> None:
             )
 
 
-def set_aside_once(output_dir: str | Path) -> None:
-    """Rename incomplete checkpoints, and say so; to be called on every rank: they wait until rank 0 has renamed them."""
-    for folder, why in set_aside_incomplete(output_dir) if is_main_process() else []:
-        LOG.warning(f"{folder} is not complete ({why}): a run was stopped while it was written. It is not used.")
-    barrier()
-
-
 def of_run(output_dir: str | Path) -> list[Path]:
     """Return the checkpoints of a run, the latest last, complete or not."""
     found = (path for path in Path(output_dir).glob("checkpoint-*") if path.name.rsplit("-", 1)[-1].isdigit())
-    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[-1]))
+    return sorted(found, key=step_of)
 
 
-def fault(folder: Path) -> str | None:
+def step_of(folder: Path) -> int:
+    """Return after which step a checkpoint was written, by its name."""
+    return int(folder.name.rsplit("-", 1)[-1])
+
+
+def fault(folder: Path, whole: bool = False) -> str | None:
     """Return why a checkpoint is not complete, or None.
 
-    transformers writes the adapter, the optimiser's states and the random generators, and `trainer_state.json` last; a run that
-    was killed in between leaves a folder that has the name of a checkpoint.
+    Its manifest says so. One without (of an earlier version, or of LoRA) is judged by its files: transformers writes the adapter,
+    the optimiser's states and the random generators, and `trainer_state.json` last; a run that was killed in between leaves a
+    folder that has the name of a checkpoint.
+
+    Args:
+        folder: the checkpoint.
+        whole: read all files, and compare them with what was written.
     """
+    if why := manifest.fault(folder, whole):
+        return why
     if any(folder.glob(f"**/{SCRATCH}*")):
         return "its adapter was being saved"
     for name in ("trainer_state.json", "adapter_config.json"):
@@ -152,16 +158,22 @@ def kind(folder: Path) -> str | None:
 
 def set_aside_incomplete(output_dir: str | Path) -> list[tuple[Path, str]]:
     """Rename incomplete checkpoints, so that none is taken for the latest; return the new names and what is wrong with each."""
-    moved = []
-    for folder in of_run(output_dir):
-        if why := fault(folder):
-            place, count = folder.with_name(f"incomplete-{folder.name}"), 1
-            while place.exists():
-                count += 1
-                place = folder.with_name(f"incomplete-{count}-{folder.name}")
-            folder.rename(place)
-            moved.append((place, why))
+    moved, found = [], False
+    for folder in reversed(of_run(output_dir)):
+        if why := fault(folder, whole=not found):  # the latest, which the run will go on from, is read
+            moved.append((set_aside(folder), why))
+        found = found or why is None
     return moved
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a checkpoint, so that nothing takes it for one; return the new name."""
+    place, count = folder.with_name(f"{INCOMPLETE}{folder.name}"), 1
+    while place.exists():
+        count += 1
+        place = folder.with_name(f"{INCOMPLETE}{count}-{folder.name}")
+    folder.rename(place)
+    return place
 
 
 def check(folder: Path, output_dir: str | Path, ours: str, stage: int) -> None:
@@ -184,7 +196,7 @@ def check(folder: Path, output_dir: str | Path, ours: str, stage: int) -> None:
             f"{key} is no checkpoint: it has no trainer_state.json. What works: {_others(output_dir, folder)}, or "
             "`lora_model_dir:` to train an adapter on from step 0."
         )
-    if why := fault(folder):
+    if why := fault(folder, whole=True):
         raise ValueError(f"{key} is not complete: {why}. What works: {_others(output_dir, folder)}.")
     theirs = kind(folder)
     if theirs is not None and holds_earlier(folder):

@@ -110,11 +110,11 @@ class TrainOnDevice(TrainerCallback):
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Turn to the device."""
-        CALLS.on_device = True
+        CALLS.on_device = CALLS.waiting = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Turn to the exact simulator, and keep the step's differences until they are logged."""
-        CALLS.on_device = False
+        CALLS.on_device = CALLS.waiting = False
         self._parts += CALLS.take()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

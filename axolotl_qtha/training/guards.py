@@ -11,7 +11,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..tuner.adapter import QTHAAdapter
 from ..tuner.config import QTHAConfig
 from ..tuner.layer import refuse_nonlinear_merge, whole
-from .checkpoints import ONE_RANKS_SHARD
 
 
 def refuse_merge(config: QTHAConfig, yaml: str | Path, lora_model_dir: str | None, output_dir: str) -> None:
@@ -81,15 +80,3 @@ def is_no_op(adapter: QTHAAdapter) -> bool:
     """Return whether an adapter changes nothing; to be called on every rank, where ZeRO-3 or FSDP2 has partitioned it."""
     with whole(adapter):
         return adapter.is_no_op()
-
-
-class DropOneRanksShard(TrainerCallback):
-    """Takes a file out of FSDP2's checkpoints that holds one rank's part of the adapter.
-
-    Accelerate 1.13 writes it (`save_fsdp_model` with adapter_only), and on resuming would load it in place of the whole adapter.
-    """
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Remove the file from the checkpoint just written."""
-        if state.is_world_process_zero:
-            (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / ONE_RANKS_SHARD).unlink(missing_ok=True)

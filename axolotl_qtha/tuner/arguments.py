@@ -37,7 +37,7 @@ LORA_WORKS = {
     "target_parameters": "leave it out, only modules can be adapted: `target_modules`",
     "trainable_token_indices": "`modules_to_save: [embed_tokens, lm_head]`",
 }
-# Far above what a model of 100 billion parameters can use, and far below what would keep a machine busy for minutes; bonds are
+# Far above what a model of 100 billion parameters can use, and far below what would keep a machine busy for minutes. Bonds are
 # cut to what the factors allow, so that any large one stands for the whole weight.
 MOST = {"rank": 16_384, "bond_dim": 1_000_000, "mid_dim": 65_536, "num_cores": 12, "circuit_layers": 1_000}
 USUAL = {"num_cores": 2, "circuit_layers": 2}

@@ -242,7 +242,8 @@ def _check_loaded_file(model: QTHAModel, state_dict: dict[str, Tensor], prefix: 
                 f"{sorted(expected - given)[:3]}, {len(given - expected)} have no place {sorted(given - expected)[:3]}. "
                 "What works: the complete adapter folder, on the base model and with the `qtha:` settings it was trained with."
             )
-    _check_tensors(own, state_dict)
+    tied = {prefix + name: tensor for name, tensor in model.named_parameters(remove_duplicate=False)}  # a head, by both names
+    _check_tensors(own | tied, state_dict)
     for name, value in state_dict.items():
         if isinstance(target := own.get(name), DTensor) and not isinstance(value, DTensor):  # FSDP2: each rank takes its shard
             state_dict[name] = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from functools import partial
@@ -15,11 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import IncompleteAdapter
-from ..files.durable import flush, put_in_place
+from ..files.durable import flush, flush_all
 from .adapter import QTHAAdapter
 
 SCRATCH = ".saving-"  # folders in which a save was not finished
 WEIGHTS = "adapter_model.safetensors"
+READY = "complete"  # lies in such a folder once all files of the save do: what is left is to move them
 
 
 def guard(model: PeftModel) -> None:
@@ -42,8 +44,8 @@ def _save(model: PeftModel, save_directory: str | Path, *args: Any, is_main_proc
         return
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as name:
-        scratch = Path(name)
+    scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=folder))
+    try:
         if (card := folder / "README.md").is_file():  # PEFT adds to the one that is there
             shutil.copy2(card, scratch)
         write(str(scratch), *args, **kwargs)
@@ -52,6 +54,10 @@ def _save(model: PeftModel, save_directory: str | Path, *args: Any, is_main_proc
             if path.is_file():  # not one of `selected_adapters` otherwise
                 check(load_file(path), expected(model, adapter), folder)
         _move(scratch, folder)
+    except BaseException:
+        if not (scratch / READY).exists():  # else the next start finishes it
+            shutil.rmtree(scratch, ignore_errors=True)
+        raise
 
 
 def _shared_names(model: PeftModel) -> set[str]:
@@ -110,9 +116,27 @@ def check(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], folder
 
 
 def _move(source: Path, target: Path) -> None:
-    """Move files into a folder, each at once and only after it has reached the disk."""
-    for file in sorted(path for path in source.rglob("*") if path.is_file()):
-        place = target / file.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        put_in_place(file, place)
-    flush(target)
+    """Move files into a folder, each at once; if that is interrupted, `finish_move` does the rest."""
+    flush_all(source)
+    (source / READY).touch()
+    flush(source)
+    finish_move(source, target)
+
+
+def finish_move(source: Path, target: Path) -> bool:
+    """Bring a save to its end that may have been killed while its files were moved; return whether there were all of them.
+
+    Configuration and weights are two files, and what lies in the folder is of one save only once both were moved.
+
+    Args:
+        source: the scratch folder, which is gone when this returns.
+        target: where it was to be saved.
+    """
+    if ready := (source / READY).is_file():
+        for file in sorted(path for path in source.rglob("*") if path.is_file() and path != source / READY):
+            place = target / file.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, place)
+        flush(target)
+    shutil.rmtree(source, ignore_errors=True)
+    return ready

@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import socket
 
 import numpy as np
 import pytest
@@ -221,7 +222,7 @@ def test_two_processes_cannot_share_it(tmp_path):
         return answers.get(timeout=10)
 
     journal = Journal(tmp_path)
-    assert "is in use by another process" in another()
+    assert f"is in use by process {os.getpid()} on {socket.gethostname()} since " in another()
     journal.close()
     assert another() == "opened"
 
