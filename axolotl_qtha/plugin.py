@@ -12,8 +12,8 @@ from axolotl.utils.logging import get_logger
 from axolotl.utils.train import determine_last_checkpoint
 from peft import PeftModel, get_peft_model
 
-from .ibm.options import refuse_secrets
 from .settings import quantization
+from .settings.args import refuse_private
 from .settings.public_facts import facts_of
 from .settings.training_run import AdapterSettings, TrainingRun, why_unread
 from .trained.adapter_folder import FREE_WHEN_LOADED, FREE_WHEN_RESUMED, check_fits, refuse_unsaid_share
@@ -49,7 +49,7 @@ class QTHAPlugin(BasePlugin):
 
     def register(self, cfg: dict[str, Any]) -> None:
         """Remember whether this is `axolotl inference`, which validation drops; refuse credentials before anything logs them."""
-        refuse_secrets(cfg.get("qtha"), "qtha")
+        refuse_private(cfg)
         self._inference = bool(cfg.get("inference"))
 
     def get_input_args(self) -> str:

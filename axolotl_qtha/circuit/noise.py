@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import alternatives, refusal
+from ..errors import Hidden, alternatives, refusal
 
 if TYPE_CHECKING:
     from qiskit import QuantumCircuit
@@ -66,6 +66,7 @@ def device(noise_model: str, qubits: int, key: str = "noise_model", choices: str
     except ImportError as error:
         works = '`pip install "axolotl-qtha[ibm]"`, or `noise_model: depolarizing`'
         raise refusal(key, noise_model, "needs qiskit-ibm-runtime", works) from error
+    shown = noise_model if key == "noise_model" else Hidden(noise_model)
     named = {
         str(vars(kind)["backend_name"]).removeprefix("fake_"): kind
         for kind in vars(fake_provider).values()
@@ -73,7 +74,7 @@ def device(noise_model: str, qubits: int, key: str = "noise_model", choices: str
     }
     name = noise_model.removeprefix(FAKE).lower().removeprefix("fake_")
     if name not in named:
-        raise refusal(key, noise_model, "names no device", alternatives(FAKE + name, (FAKE + other for other in named)))
+        raise refusal(key, shown, "names no device", alternatives(FAKE + name, (FAKE + other for other in named)))
     backend = named[name]()
     if backend.num_qubits < qubits:
         raise refusal(

@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
-from ..errors import PrivateSettings, refusal, unknown_keys
+from ..errors import Hidden, PrivateSettings, key_shown, refusal, unknown_keys
 
 DEFAULT_SHOTS = 4096
 FAKE = "fake:"
+NAME = re.compile(r"(fake:)?[a-z][a-z0-9_]{0,39}")  # of devices; keys of IBM Cloud have capitals, addresses have colons
 SECRET = re.compile(r"token$|api[-_ ]?key|secret|passw|credential|^key$", re.IGNORECASE)
 
 
@@ -95,14 +96,33 @@ class IBMOptions(BaseModel):
     @classmethod
     def _keys_known(cls, data: Any) -> Any:
         refuse_secrets(data, "qtha.ibm")
-        for key, _, works in unknown_keys(data, cls.model_fields):
-            raise PrivateSettings(f"qtha.ibm.{key} (value not shown) is not a key of the `ibm:` block. What works: {works}.")
+        if not isinstance(data, (dict, IBMOptions)):
+            works = "`ibm: {backend: least_busy, max_qpu_seconds: 60}`; accounts go to QiskitRuntimeService.save_account(...)"
+            raise PrivateSettings(f"qtha.ibm: {Hidden(data)} is no block of keys. What works: {works}.")
+        for key, value, works in unknown_keys(data, cls.model_fields):
+            raise PrivateSettings(f"qtha.ibm.{key}: {value} is not a key of the `ibm:` block. What works: {works}.")
         return data
+
+    @field_validator("backend")
+    @classmethod
+    def _backend_named(cls, value: str) -> str:
+        if not NAME.fullmatch(value):
+            works = "`least_busy`, a device's name such as `ibm_torino`, or `fake:manila`; accounts are no part of it"
+            raise refusal("ibm.backend", Hidden(value), "is no name of a device", works)
+        return value
+
+    @field_validator("journal")
+    @classmethod
+    def _journal_here(cls, value: str) -> str:
+        if "://" in value:
+            raise refusal("ibm.journal", Hidden(value), "is an address", "a folder of this machine, `journal: ibm-journal`")
+        return value
 
     @field_validator("pack", mode="before")
     @classmethod
     def _pack_counts(cls, value: Any) -> Any:
         if value != "auto" and (type(value) is not int or value < 1):
+            value = value if isinstance(value, (int, float)) else Hidden(value)
             raise refusal("ibm.pack", value, "is not a positive whole number", "`pack: 1`, 2, ... or `pack: auto`")
         return value
 
@@ -112,7 +132,7 @@ class IBMOptions(BaseModel):
             raise refusal("ibm.shots", self.shots, f"and precision {self.precision:g} say the same thing", "one of them")
         if not self.is_fake and self.max_qpu_seconds is None:
             works = "`max_qpu_seconds: 60` (`axolotl qtha-estimate` says how many are needed), or `backend: fake:manila`"
-            raise refusal("ibm.max_qpu_seconds", None, f"sets no limit to what {self.backend!r} may cost", works)
+            raise refusal("ibm.max_qpu_seconds", None, "sets no limit to what the device may cost", works)
         if self.spsa_draws != 1 and self.gradient != "spsa":
             raise refusal(
                 "ibm.spsa_draws", self.spsa_draws, f"has no effect with `gradient: {self.gradient}`", "`gradient: spsa`"
@@ -159,8 +179,8 @@ def refuse_secrets(data: Any, path: str) -> None:
     for key, value in items:
         if isinstance(key, str) and SECRET.search(key):
             raise PrivateSettings(
-                f"{path}.{key} (value not shown): a credential has no place in a YAML, which is copied into model cards, logs "
-                "and (unless AXOLOTL_DO_NOT_TRACK=1) reports. Revoke it. What works: QiskitRuntimeService.save_account(...) "
-                "once, in Python, or the environment variable QISKIT_IBM_TOKEN."
+                f"{path}.{key_shown(key)} (value not shown): a credential has no place in a YAML, which is copied into model "
+                "cards, logs and (unless AXOLOTL_DO_NOT_TRACK=1) reports. Revoke it. What works: "
+                "QiskitRuntimeService.save_account(...) once, in Python, or the environment variable QISKIT_IBM_TOKEN."
             )
-        refuse_secrets(value, f"{path}.{key}")
+        refuse_secrets(value, f"{path}.{key_shown(key)}")

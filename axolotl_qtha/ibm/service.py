@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..circuit.noise import device
-from ..errors import alternatives, refusal
+from ..errors import Hidden, alternatives, refusal
 from .cost import MAX_EXECUTIONS
 from .options import IBMOptions
 
@@ -282,7 +282,7 @@ def _backend(runtime: Any, options: IBMOptions, qubits: int, preferred: str | No
     if backend is None:
         names = [str(other.name) for other in retry(runtime.backends)]
         works = alternatives(name, names) or "another instance, since this one has none"
-        raise refusal("ibm.backend", name, "is no device of this instance", works)
+        raise refusal("ibm.backend", Hidden(name), "is no device of this instance", works)
     if backend.num_qubits < qubits:
         why = f"has {backend.num_qubits} qubits, the circuit {qubits}"
         works = f"`qubits:` a divisor of the rank up to {backend.num_qubits}, or `backend: least_busy`"

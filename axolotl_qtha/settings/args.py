@@ -12,12 +12,12 @@ from typing import Any, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, create_model, model_validator
 
 from ..circuit import noise
-from ..errors import refusal
-from ..ibm.options import refuse_secrets, refuse_too_wide
-from ..tuner.arguments import LORA_NAMES, check_patterns, refuse_unknown
+from ..errors import PrivateSettings, refusal
+from ..ibm.options import refuse_too_wide
+from ..tuner.arguments import LORA_NAMES, check_patterns
 from ..tuner.config import QTHAConfig
 from ..tuner.table import CIRCUIT
-from . import checkpointing, optimisers, parallel, quantization, trainers
+from . import checkpointing, optimisers, parallel, private, quantization, trainers
 
 # LoRA keys that `adapter: qtha` does not read, and what to write instead.
 LORA_KEYS = {
@@ -79,8 +79,7 @@ class _Block(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _names_known(cls, data: Any) -> Any:
-        refuse_secrets(data, "qtha")
-        refuse_unknown(data, cls.model_fields, "the `qtha:` block")
+        private.refuse_private(data, cls.model_fields)
         if isinstance(data, dict):  # here, since pydantic would take true for a rank of 1
             check_patterns(data.get("rank_pattern"), data.get("alpha_pattern"), None, "none", False)
         return data
@@ -94,8 +93,11 @@ class _Block(BaseModel):
             noise.check(config.noise_model, max(map(config.qubits_at, config.ranks)))
         if config.ibm is not None and config.ibm.is_fake:
             choices = "`least_busy`, a device's name, or `fake:manila`"
-            found = noise.device(config.ibm.backend, config.circuit_qubits, "ibm.backend", choices)
-            refuse_too_wide(config.ibm.pack, config.circuit_qubits, config.ibm.backend, found.num_qubits)
+            try:
+                found = noise.device(config.ibm.backend, config.circuit_qubits, "ibm.backend", choices)
+                refuse_too_wide(config.ibm.pack, config.circuit_qubits, config.ibm.backend, found.num_qubits)
+            except ValueError as error:  # around which pydantic would print the block
+                raise PrivateSettings(str(error)) from None
         return self
 
     def adapter_settings(self) -> dict[str, Any]:
@@ -138,6 +140,8 @@ class QTHAArgs(BaseModel):
         Axolotl's checks are "before" validators of its own classes, which run ahead of such ones of ours; a "wrap" validator
         runs around all of them. `quantize_moe_experts` is kept from them and put back: they want LoRA, its loader does not.
         """
+        if isinstance(data, dict):
+            refuse_private(data)
         if not isinstance(data, dict) or data.get("adapter") != "qtha":
             return handler(data)
         _refuse(data, block if isinstance(block := data.get("qtha"), dict) else {})
@@ -154,7 +158,6 @@ class QTHAArgs(BaseModel):
         """Connect the `qtha:` block to Axolotl's own keys, and refuse ways to share the run that cannot work."""
         if not isinstance(data, dict):
             return data
-        refuse_secrets(data.get("qtha"), "qtha")
         if data.get("adapter") != "qtha":
             if data.get("qtha") is not None:
                 raise ValueError(
@@ -176,6 +179,20 @@ class QTHAArgs(BaseModel):
             # the first group that names a part of a tensor's name gets it
             data["lr_groups"] = [{"name": "qtha_circuit", "modules": CIRCUIT_PARAMETERS, "lr": lr}, *groups]
         return data
+
+
+def refuse_private(data: Any) -> None:
+    """Refuse what may be a credential, without showing it; to be called before anything prints the YAML.
+
+    Args:
+        data: Axolotl's configuration as the YAML has it; of its `qtha:` block the instance is hidden.
+
+    Raises:
+        PrivateSettings: naming the key, the type of its value, and what works.
+    """
+    private.refuse_misplaced(data)
+    private.refuse_private(data.get("qtha"), QTHABlock.model_fields)
+    private.hide_instance(data.get("qtha"))
 
 
 def _refuse(data: dict[str, Any], block: dict[str, Any]) -> None:

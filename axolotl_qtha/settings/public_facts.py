@@ -35,9 +35,9 @@ class Source:
 
     def __str__(self) -> str:
         if self.place == "hub":
-            return f"`{self.name}`"
+            return code(self.name)
         where = f"a local {self.what}" if self.place == "local" else f"a {self.what} at another address"
-        return f"`{self.name}` ({where}, not published)" if self.name else f"{where}, not published"
+        return f"{code(self.name)} ({where}, not published)" if self.name else f"{where}, not published"
 
     @property
     def loadable(self) -> str:
@@ -112,6 +112,15 @@ def facts_of(cfg: Any, state: Any = None, model_config: Any = None) -> Facts:
 def plain(text: Any) -> str:
     """Return text without what Markdown would take for its own, or what could be a path."""
     return re.sub(r"[^\w.,:;+ -]", "_", str(text))[:200]
+
+
+def code(name: Any) -> str:
+    """Return a name as Markdown's code, on one line, whatever is in it: of a module, model, data set or device.
+
+    >>> code("model.layers.0"), code("norm` ![](x)")
+    ('`model.layers.0`', '`norm_ ____x_`')
+    """
+    return f"`{re.sub(r'[^ -~]|[`|<>!()]|[[]|[]]', '_', str(name))[:200]}`"
 
 
 def _sources(entries: Any) -> tuple[Source, ...]:

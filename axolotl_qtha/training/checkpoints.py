@@ -18,11 +18,11 @@ from ..tuner.adapter_file import check_adapter_file
 from ..tuner.earlier import holds_earlier
 from ..tuner.peft_type import QTHA
 from ..tuner.saving import SCRATCH
-from . import manifest
+from . import deepspeed_states, manifest, unpickling
+from .deepspeed_states import UNIVERSAL
 from .ranks import once
 
 INCOMPLETE = "incomplete-"  # how the names of checkpoints begin that were set aside
-UNIVERSAL = "_universal"  # how the folder of converted states ends
 # Accelerate 1.13 leaves it in FSDP2's checkpoints (`save_fsdp_model` with adapter_only): one rank's part of the adapter, which on
 # resuming it would load in place of the whole one.
 ONE_RANKS_SHARD = "pytorch_model_fsdp.bin"
@@ -44,11 +44,12 @@ def prepare(folder: Path, output_dir: str | Path, deepspeed: Any, fsdp: bool) ->
         The settings DeepSpeed needs instead of its own to read a checkpoint that was converted, else None.
 
     Raises:
-        ValueError: if it is not complete, or of another kind.
+        ValueError: if it is not complete, of another kind, or would run code.
     """
     settings = deepspeed_settings(deepspeed)
     ours = "deepspeed" if settings else "fsdp" if fsdp else "plain"
     once(lambda: check(folder, output_dir, ours, zero_stage(settings)))
+    once(lambda: unpickling.refuse_unsafe(folder, deepspeed=ours == "deepspeed"))
     if ours != "deepspeed" or ranks_of(folder) in (None, get_world_size()):
         return None
     LOG.info(f"{folder} was written by {ranks_of(folder)} ranks, there are {get_world_size()} now: converting.")
@@ -228,15 +229,22 @@ def for_another_number_of_ranks(deepspeed: dict[str, Any]) -> dict[str, Any]:
 
 
 def convert(folder: Path) -> None:
-    """Write DeepSpeed's universal form beside the states of each rank, once: one file a parameter, for any number of ranks."""
+    """Write DeepSpeed's universal form beside the states of each rank, once: one file a parameter, for any number of ranks.
+
+    Raises:
+        ValueError: if the states would run code, or lead out of the checkpoint.
+        OSError: if what a killed conversion left cannot be removed: DeepSpeed would read it as well.
+    """
+    deepspeed_states.refuse_unsafe(folder)
     marker = folder / "latest_universal"
     if marker.is_file():
         return
     from deepspeed.checkpoint.ds_to_universal import main
 
-    step = (folder / "latest").read_text().strip()
+    step = deepspeed_states.state_name(folder)
     output = folder / f"{step}{UNIVERSAL}"
-    shutil.rmtree(output, ignore_errors=True)  # of a conversion that was killed
+    if output.exists():  # of a conversion that was killed
+        shutil.rmtree(output)
     main(
         Namespace(
             input_folder=str(folder / step),

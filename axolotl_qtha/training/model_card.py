@@ -6,7 +6,9 @@ YAML.
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -16,7 +18,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..circuit.ansatz import Ansatz
-from ..settings.public_facts import Facts, choice, plain
+from ..settings.public_facts import Facts, choice, code, plain
 from ..trained.clients import Client, Exported, limits, unmergeable, vllm_rank
 from ..tuner.config import QTHAConfig
 from ..tuner.layer import adapted_sizes
@@ -218,7 +220,9 @@ def _others(base: str, lora: Exported) -> str:
         "vLLM": serve,
         "llama.cpp": f"python convert_lora_to_gguf.py {FOLDER} --base PATH/TO/BASE --outfile qtha.gguf",
     }
-    text = ""
+    text, overrides = "", {plain(key): value for key, value in lora.overrides.items()}
+    whole, head = tuple(map(plain, lora.whole)), lora.head and plain(lora.head)
+    lora = dataclasses.replace(lora, whole=whole, head=head, overrides=overrides)  # the reasons below name them
     for client, line in lines.items():
         if found := limits(client, lora):
             text += f"\n\n{client} does not read it: {'; '.join(found)}."
@@ -257,7 +261,7 @@ def _parameters(config: QTHAConfig, sizes: Sequence[Size], kind: Kind, rank: int
     if config.has_circuit and (angles := sum(adapter_shape(config, *size).parts.get("branch", 0) for size in sizes)):
         text += f" {angles:,} of its parameters are angles of the circuits."
     if config.modules_to_save:
-        text += f" Not counted are modules trained in full: {', '.join(f'`{name}`' for name in sorted(config.modules_to_save))}."
+        text += f" Not counted are modules trained in full: {', '.join(map(code, sorted(config.modules_to_save)))}."
     return f"## Trainable parameters\n\n{_table(('', 'parameters'), rows)}\n\n{text}"
 
 
@@ -285,7 +289,7 @@ def _circuits(config: QTHAConfig) -> str | None:
     """Return what ran the circuits of a training on IBM Quantum, None for others; neither account nor instance."""
     if (ibm := config.ibm) is None:
         return None
-    some = f"{ibm.tokens_per_step} tokens of each forward pass on `{ibm.backend}`, {ibm.executions:,} shots"
+    some = f"{ibm.tokens_per_step} tokens of each forward pass on {code(ibm.backend)}, {ibm.executions:,} shots"
     return f"{some}, gradient by {ibm.gradient}; the others simulated exactly"
 
 
@@ -319,7 +323,9 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def _block(language: str, text: str) -> str:
-    return f"```{language}\n{text.rstrip()}\n```"
+    """Return text between fences; what would end it within gets longer ones around."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
 def _yaml(values: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
-from ..errors import alternatives, refusal, unknown_keys
+from ..errors import Hidden, alternatives, refusal, unknown_keys
 from ..ibm.options import IBMOptions
 from . import blocks
 
@@ -51,7 +51,7 @@ IDLE = {
 
 
 def refuse_unknown(data: Any, known: Iterable[str], where: str) -> None:
-    """Refuse names that are not known; those of LoRA's are told what to write instead.
+    """Refuse names that are not known; those of LoRA's are told what to write instead. What may be a credential is not shown.
 
     Args:
         data: names and values.
@@ -62,22 +62,24 @@ def refuse_unknown(data: Any, known: Iterable[str], where: str) -> None:
         ValueError: naming the first.
     """
     loras = {field.name for field in dataclasses.fields(LoraConfig)} | LORA_NAMES.keys()
+    value: Any
     for key, value, works in unknown_keys(data, known):
         if key in loras:
-            ours = LORA_NAMES.get(key)
-            given = value if isinstance(value, (int, float, str)) else "..."
-            works = LORA_WORKS.get(key) or (f"`{ours}: {given}`" if ours else "leave it out")
+            ours, number = LORA_NAMES.get(key), isinstance(data[key], (int, float))  # which is no credential
+            value = data[key] if number else value
+            works = LORA_WORKS.get(key) or (f"`{ours}: {value if number else '...'}`" if ours else "leave it out")
             raise refusal(key, value, f"is LoRA's, and not known to {where}", works)
         raise refusal(key, value, f"is not known to {where}", works)
 
 
 def check_choice(key: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """Refuse a value that is none of the choices.
+    """Refuse a value that is none of the choices; one for a backend is not shown, where accounts and addresses land.
 
     Raises:
         ValueError: naming them.
     """
     if value not in choices:
+        value = Hidden(value) if key == "quantum_backend" else value
         raise refusal(key, value, "is not a choice", ", ".join(f"`{choice}`" for choice in choices if choice is not None))
 
 
@@ -163,7 +165,7 @@ def check_backend(
         raise refusal("quantum_backend", backend, f"has no circuit to run with `quantum: {no_circuit}`", "leave it out")
     if ibm is not None and backend != "ibm":
         why = f"has no effect with `quantum_backend: {backend}`"
-        raise refusal("ibm", ibm.backend, why, "`quantum_backend: ibm`, or no `ibm:` block")
+        raise refusal("ibm", Hidden(ibm), why, "`quantum_backend: ibm`, or no `ibm:` block")
     if ranks and backend == "ibm":
         why = "gives layers circuits of several sizes, and a device runs those of one"
         raise refusal("rank_pattern", ranks, why, "leave it out, or `quantum_backend: torch`")

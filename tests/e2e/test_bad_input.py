@@ -12,7 +12,7 @@ pytestmark = pytest.mark.e2e
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"qtha": {"rnak": 4}}, ["qtha.rnak: 4", "`rank`"]),
+        ({"qtha": {"rnak": 4}}, ["qtha.rnak: (int, value not shown)", "`rank`"]),
         ({"plugins": None, "qtha": None}, ["Adapter 'qtha'", "plugins"]),
         ({"load_in_4bit": True, "load_in_8bit": True}, ["load_in_4bit, load_in_8bit: both are true", "one of them"]),
     ],

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from axolotl_qtha.training.checkpoints import fault
+from axolotl_qtha.training.unpickling import refuse_unsafe
 
 from .commands import train_here
 from .ranks import Servers, assert_follows, config_for, history, logits_in_memory, logits_of, output, train
@@ -93,6 +94,7 @@ def test_the_saved_adapter_is_whole_and_gives_the_logits_of_the_model_in_memory(
 def test_checkpoints_are_whole(strategy, shared):
     out = shared(strategy)
     assert [fault(out / f"checkpoint-{step}") for step in (3, 6)] == [None, None]
+    refuse_unsafe(out / "checkpoint-6", deepspeed=strategy.startswith("zero"))  # nothing of what the host writes is refused
     last, final = load_file(out / "checkpoint-6" / ADAPTER), load_file(out / ADAPTER)
     assert all(torch.equal(last[name], tensor) for name, tensor in final.items())
     assert any(not torch.equal(load_file(out / "checkpoint-3" / ADAPTER)[name], tensor) for name, tensor in final.items())
@@ -108,6 +110,7 @@ def test_one_rank_goes_on_where_two_left_off(strategy, shared, folder, servers):
     servers.train(config, strategy, ranks=1)
     assert_follows(history(output(config)), history(shared(strategy)))
     assert torch.equal(logits_in_memory(output(config))[0], logits_of(output(config)))
+    refuse_unsafe(checkpoint, deepspeed=strategy.startswith("zero"))  # what was converted passes as well
 
 
 FOUR_BIT = {"load_in_4bit": True, "gradient_checkpointing": True, "gradient_accumulation_steps": 2, "micro_batch_size": 1}

@@ -36,14 +36,14 @@ BAD = [
     ({**block(), "noise_model": "depolarizing"}, ["qtha.noise_model", "leave it out"]),
     ({**block(), "precision": "double"}, ["qtha.precision", "double", "Aer's"]),
     ({**block(), "gradient": "adjoint"}, ["qtha.gradient", "adjoint", "`ibm: {gradient: ...}`"]),
-    ({"quantum_backend": "ibm"}, ["qtha.ibm.max_qpu_seconds", "'least_busy'", "`max_qpu_seconds: 60`", "fake:manila"]),
-    (block(backend="ibm_torino"), ["qtha.ibm.max_qpu_seconds", "ibm_torino"]),
-    (block(backend="fake:manilla"), ["qtha.ibm.backend", "fake:manilla", "`fake:manila`"]),
+    ({"quantum_backend": "ibm"}, ["qtha.ibm.max_qpu_seconds", "no limit", "`max_qpu_seconds: 60`", "fake:manila"]),
+    (block(backend="ibm_torino"), ["qtha.ibm.max_qpu_seconds", "no limit"]),
+    (block(backend="fake:manilla"), ["qtha.ibm.backend: (str, value not shown)", "`fake:manila`"]),
     ({**block(), "rank": 6}, ["qtha.ibm.backend", "5 qubits", "`qubits:` a divisor of the rank up to 5"]),
     (block(pack=0), ["qtha.ibm.pack: 0", "`pack: auto`"]),
     (block(pack=True), ["qtha.ibm.pack: True", "`pack: auto`"]),
     (block(pack=2.5), ["qtha.ibm.pack: 2.5", "`pack: auto`"]),
-    (block(pack="all"), ["qtha.ibm.pack: 'all'", "`pack: auto`"]),
+    (block(pack="all"), ["qtha.ibm.pack: (str, value not shown)", "`pack: auto`"]),
     ({**block(pack=2), "rank": 8, "qubits": 4}, ["qtha.ibm.pack: 2", "need 8", "fake:manila has 5", "`pack: auto`, or fewer"]),
     (block(shots=100, precision=0.1), ["qtha.ibm.shots", "100", "one of them"]),
     (block(shots=0), ["qtha.ibm.shots", "greater than or equal to 1"]),
@@ -52,9 +52,9 @@ BAD = [
     (block(max_qpu_seconds=0), ["qtha.ibm.max_qpu_seconds", "greater than 0"]),
     (block(max_qpu_seconds=float("inf")), ["qtha.ibm.max_qpu_seconds", "finite"]),
     (block(resilience_level=3), ["qtha.ibm.resilience_level", "0, 1 or 2"]),
-    (block(dynamical_decoupling="XYXY"), ["qtha.ibm.dynamical_decoupling", "XYXY", "'XY4'"]),
-    (block(mode="sesion"), ["qtha.ibm.mode", "sesion", "'session'"]),
-    (block(gradient="adjoint"), ["qtha.ibm.gradient", "adjoint", "'spsa'"]),
+    (block(dynamical_decoupling="XYXY"), ["qtha.ibm.dynamical_decoupling", "'XY4'"]),
+    (block(mode="sesion"), ["qtha.ibm.mode", "'session'"]),
+    (block(gradient="adjoint"), ["qtha.ibm.gradient", "'spsa'"]),
     (block(tokens_per_step=0), ["qtha.ibm.tokens_per_step", "greater than or equal to 1"]),
     (block(spsa_draws=4), ["qtha.ibm.spsa_draws", "4", "`gradient: spsa`"]),
     (block(timeout_seconds=-1), ["qtha.ibm.timeout_seconds", "greater than 0"]),
@@ -63,7 +63,7 @@ BAD = [
 
 @pytest.mark.parametrize(("settings", "words"), BAD, ids=lambda value: str(value)[:60] if isinstance(value, dict) else "")
 def test_refused(settings, words):
-    with pytest.raises(ValueError, match="qtha") as error:
+    with pytest.raises((ValueError, PrivateSettings), match="qtha") as error:
         validated(qtha=settings)
     for word in words:
         assert word in str(error.value)
@@ -82,8 +82,7 @@ def test_defaults_and_what_follows_from_them():
 NAMES = ("token", "api_key", "apikey", "API-Key", "ibm_token", "QISKIT_IBM_TOKEN", "password", "client_secret", "key", "tokn")
 
 
-# outside the `ibm:` block an unknown key is shown with its value, as everywhere
-PLACES = [(name, where) for name in NAMES for where in ("ibm", "nested", "qtha") if (name, where) != ("tokn", "qtha")]
+PLACES = [(name, where) for name in NAMES for where in ("ibm", "nested", "qtha")]
 
 
 @pytest.mark.parametrize(("name", "where"), PLACES)

@@ -141,7 +141,7 @@ def test_accounts_that_do_not_work(runtime, error, changes, words):
 @pytest.mark.parametrize(
     ("changes", "qubits", "words"),
     [
-        ({"backend": "ibm_olso"}, 2, ["qtha.ibm.backend: 'ibm_olso'", "`ibm_oslo`"]),
+        ({"backend": "ibm_olso"}, 2, ["qtha.ibm.backend: (str, value not shown)", "`ibm_oslo`"]),
         ({"backend": "zzz"}, 2, ["`ibm_down`, `ibm_osaka`, `ibm_oslo`, `ibm_small`"]),
         ({"backend": "ibm_small"}, 4, ["has 2 qubits, the circuit 4", "`qubits:`", "least_busy"]),
         ({"backend": "ibm_down"}, 4, ["not in operation", "least_busy"]),

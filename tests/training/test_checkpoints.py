@@ -12,6 +12,7 @@ from axolotl_qtha.training.checkpoints import check, fault, kind, of_run, ranks_
 from axolotl_qtha.tuner.saving import guard
 
 from ..models import FILE, adapted, llama, tokens
+from .hostile import Planted
 
 
 @pytest.fixture(scope="module")
@@ -198,3 +199,13 @@ def test_deepspeed_reads_the_converted_states():
     again = checkpoints.for_another_number_of_ranks(settings)
     assert again["checkpoint"] == {"tag_validation": "Warn", "load_universal": True}
     assert json.dumps(settings["checkpoint"]) == '{"tag_validation": "Warn"}'
+
+
+@pytest.mark.parametrize("name", ["scheduler.pt", "global_step2/mp_rank_00_model_states.pt"])
+def test_no_code_in_a_checkpoint_runs(deepspeed, tmp_path, name):
+    """Of two ranks, while this process is one: it would be converted."""
+    torch.save(Planted(tmp_path / "made"), deepspeed / name)
+    assert fault(deepspeed) is None
+    with pytest.raises(ValueError, match=r"posix\.mkdir.*lora_model_dir"):
+        checkpoints.prepare(deepspeed, deepspeed.parent, {"zero_optimization": {"stage": 2}}, False)
+    assert not (tmp_path / "made").exists()

@@ -180,6 +180,27 @@ def test_the_card_of_an_adapter_names_the_export_that_others_need():
     assert "axolotl qtha-export CONFIG.yml" in text
 
 
+HOSTILE = "norm`![](http://host/x.png)<img src=x>|"
+LONG = f"{'proj ' * 18}``` # A heading of its own ![](http://host/x.png)"  # the YAML breaks it before the fence
+
+
+@pytest.mark.parametrize("kind", ["adapter", "lora", "merged"])
+def test_no_name_puts_markdown_of_its_own_on_a_card(kind):
+    """Modules, data sets and what an export names may come from a stranger's adapter or YAML."""
+    settings = {"modules_to_save": [HOSTILE, "lm_head"], "target_modules": [LONG, HOSTILE, "q_proj"]}
+    config = QTHAConfig(bond_dim=2, mid_dim=8, **settings)
+    sources = tuple(Source(f"{HOSTILE}\n\n# A heading", place, "file") for place in ("hub", "local", "address"))
+    facts = dataclasses.replace(FACTS, datasets=sources, evaluated_on=sources)
+    lora = Exported(4, whole=(HOSTILE, f"{HOSTILE}\n\n# A heading"), head=HOSTILE, tied=True, overrides={HOSTILE: 1})
+    text = make_card(config, facts, [(64, 64)], kind, MEASURED, lora).text
+    assert "lm_head" in text
+    outside = re.sub(r"^(`{3,})\w+\n.*?^\1$", "", text, flags=re.DOTALL | re.MULTILINE)
+    assert "# A heading" not in outside.splitlines()
+    outside = re.sub(r"`[^`\n]+`", "", outside)  # code within a line
+    for markdown in ("![", "<img", "# A heading", "host/x.png"):
+        assert markdown not in outside
+
+
 def test_a_card_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
     (tmp_path / FILE).write_text("old")
     card = make_card(QTHAConfig(bond_dim=2, mid_dim=8), FACTS, [(64, 64)])

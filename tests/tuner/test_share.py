@@ -319,7 +319,7 @@ class Uneven(nn.Module):
         ({"layers": True}, r"qtha\.share\.layers: True"),
         ({"layers": 2.5}, r"qtha\.share\.layers: 2\.5"),
         ({"inputs": "yes"}, r"qtha\.share\.inputs: 'yes' is neither true nor false"),
-        ({"layer": 2}, r"qtha\.share\.layer: 2 is not a key of the `share:` block. What works: `layers`"),
+        ({"layer": 2}, r"qtha\.share\.layer: \(int, value not shown\) is not a key of the `share:` block. What works: `layers`"),
         (4, r"qtha\.share: 4 does not say what is shared.*layers: 4"),
     ],
 )

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ...errors import alternatives
+from ...errors import PrivateSettings, alternatives
 from ...settings.args import QTHABlock
 from ..tasks import TASKS
 from .adapters import ADAPTERS, EQUAL, QTHA, has_budget
@@ -99,6 +99,8 @@ class Suite(BaseModel):
                 QTHABlock.model_validate(block)
             except ValidationError as error:
                 raise ValueError(f"{name}: " + "; ".join(map(_line, error.errors()))) from error
+            except PrivateSettings as error:
+                raise PrivateSettings(f"variants: {name}: {error}") from None
         return variants
 
     @field_validator("settings")

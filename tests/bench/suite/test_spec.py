@@ -8,6 +8,7 @@ import yaml
 from axolotl_qtha.bench.suite.adapters import ADAPTERS, settings
 from axolotl_qtha.bench.suite.execution import Execution, without_paths
 from axolotl_qtha.bench.suite.spec import Method, read_suite, repeats, search
+from axolotl_qtha.errors import PrivateSettings
 
 from ...e2e.commands import QUICKSTART
 
@@ -85,7 +86,7 @@ def test_the_runs_of_a_suite(tmp_path):
     ],
 )
 def test_refused(tmp_path, changes, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, PrivateSettings), match=words):
         suite(tmp_path, **changes)
 
 
