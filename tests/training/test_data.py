@@ -7,6 +7,7 @@ from datasets import Dataset
 
 from axolotl_qtha.training import data
 from tests.e2e.commands import train_here, write_config
+from tests.e2e.ranks import config_for, train
 
 pytestmark = pytest.mark.e2e
 LONG = "word " * 400
@@ -70,6 +71,20 @@ def test_nothing_to_train_on(tmp_path, rows, changes, words):
         train_here(path)
     for word in (*words, "sequence_len", str(tmp_path / "rows")):
         assert word in str(error.value)
+    assert not list(tmp_path.rglob("adapter_model*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", [None, True])
+def test_every_rank_stops(tmp_path, streaming):
+    file = tmp_path / "rows.jsonl"
+    file.write_text((json.dumps(alpaca(output=None)) + "\n") * 40)
+    entry = {"path": str(file), "ds_type": "json", "type": "alpaca", "split": "train"}
+    changes = {"streaming": streaming, "test_datasets": None, "eval_steps": None}
+    done = train(config_for(tmp_path / "run", "ddp", datasets=[entry], **changes), "ddp")
+    assert done.returncode != 0
+    assert done.stdout.count("ValueError: datasets: ") >= 1, done.stdout[-3000:]
+    assert "leaves nothing to train on" in done.stdout
     assert not list(tmp_path.rglob("adapter_model*"))
 
 
