@@ -17,7 +17,7 @@ from .settings.args import refuse_private
 from .settings.public_facts import facts_of
 from .settings.training_run import AdapterSettings, TrainingRun, why_unread
 from .trained.adapter_folder import FREE_WHEN_LOADED, FREE_WHEN_RESUMED, check_fits, refuse_unsaid_share
-from .training import checkpoints, guards, learning, owner, resuming
+from .training import checkpoints, data, guards, learning, owner, resuming
 from .training.diagnostics import Diagnostics
 from .training.ending import guard_ending
 from .training.model_card import write_own_cards
@@ -48,8 +48,12 @@ class QTHAPlugin(BasePlugin):
         self._parsed: tuple[DictDefault, AdapterSettings] | None = None
 
     def register(self, cfg: dict[str, Any]) -> None:
-        """Remember whether this is `axolotl inference`, which validation drops; refuse credentials before anything logs them."""
+        """Remember whether this is `axolotl inference`, which validation drops; refuse credentials before anything logs them, and
+        an output_dir that cannot be written, to which Axolotl's log goes next.
+        """
         refuse_private(cfg)
+        if cfg.get("adapter") == "qtha":
+            guards.refuse_unwritable(cfg.get("output_dir"))
         self._inference = bool(cfg.get("inference"))
 
     def get_input_args(self) -> str:
@@ -61,8 +65,12 @@ class QTHAPlugin(BasePlugin):
         return [AdapterCapabilities(name="qtha")]
 
     def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> None:
-        """Load nothing: `axolotl train` alone calls this with preprocess=False, which tells that this is a training."""
+        """Load nothing: `axolotl train` alone calls this with preprocess=False, which tells that this is a training; its data are
+        checked as they are loaded.
+        """
         self._training = not preprocess
+        if cfg.adapter == "qtha" and not preprocess:
+            data.watch_loading(cfg)
 
     def pre_model_load(self, cfg: DictDefault) -> None:
         """Complete the base's quantisation, now that its type and dtype are known; before a training choose the checkpoint it
@@ -144,6 +152,7 @@ class QTHAPlugin(BasePlugin):
         guard_checkpoints(trainer)
         guard_ending(trainer)
         write_own_cards(trainer, model, lambda: facts_of(cfg, trainer.state, model.config))
+        data.watch_batches(trainer, cfg)
         if cfg.rl:  # else load_adapter has seen to them
             self._take_over(cfg, model)
         if cfg.resume_from_checkpoint:

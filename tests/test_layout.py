@@ -141,9 +141,11 @@ def test_what_is_wrong_is_found():
 
 
 def test_the_yaml_is_read_in_settings_alone():
-    """Others that hold Axolotl's configuration run Axolotl with it: the plugin, and the commands that load a model."""
+    """Others that hold Axolotl's configuration run Axolotl with it: the plugin, what watches its loading of data, and
+    the commands that load a model.
+    """
     holding = {name for name, path in FILES.items() if re.search(r"\bcfg\b", path.read_text())}
-    commands = {"plugin", "export.command", "hardware_eval.command", "bench.suite.cell"}
+    commands = {"plugin", "training.data", "export.command", "hardware_eval.command", "bench.suite.cell"}
     assert {name for name in holding if storey(name) != "settings"} == commands
 
 

@@ -83,7 +83,8 @@ def export(options: ExportOptions, out: Console) -> Report:
     options = dataclasses.replace(options, out=options.out.resolve())
     adapter, base = _inputs(options)
     cfg = configuration(options.config, adapter)
-    with output_folder.folder_for(options.out) as folder:
+    works = "another disk" + ("" if options.format == "lora" else ", or a smaller export: `--format lora`")
+    with output_folder.folder_for(options.out, works) as folder:
         fitted = _fit(options, cfg, base, out)
         written.release()  # the model that was measured is gone
         report = fitted.report
@@ -249,7 +250,18 @@ def _inputs(options: ExportOptions) -> tuple[Path, Path | None]:
 def _check_space(out: Path, needed: int) -> None:
     there = next(folder for folder in out.resolve().parents if folder.exists())
     if (free := shutil.disk_usage(there).free) < needed:
-        raise refusal("--out", str(out), f"has {free / 2**30:.1f} GiB free, of {needed / 2**30:.1f} needed", "another disk")
+        works = "another disk, or a smaller export: `--format lora`"
+        raise refusal("--out", str(out), f"has {_size(free)} free, of {_size(needed)} needed", works)
+
+
+def _size(count: int) -> str:
+    """Return a number of bytes as it is read best.
+
+    >>> [_size(count) for count in (0, 2_000, 5_000_000, 7_000_000_000)]
+    ['0.0 KiB', '2.0 KiB', '4.8 MiB', '6.5 GiB']
+    """
+    unit, name = next(((unit, name) for unit, name in ((2**30, "GiB"), (2**20, "MiB")) if count >= unit), (2**10, "KiB"))
+    return f"{count / unit:,.1f} {name}"
 
 
 def _text(options: ExportOptions, cfg: DictDefault, config: QTHAConfig, tokenizer: Any) -> calibration_text.Text:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from ..errors import refusal
 from ..files.durable import flush, flush_all
 from ..files.lock import InUse, Lock
+from ..files.writable import why_unwritable
 from .report import JSON
 
 LOG = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ def check(out: Path, overwrite: bool, inputs: list[Path]) -> None:
         raise refusal("--out", str(out), "is a mount point, which cannot be replaced as a whole", f"`--out {out / 'export'}`")
     if out.exists() and not out.is_dir():
         raise refusal("--out", str(out), "is a file", "a folder that does not exist yet")
+    if why := why_unwritable(target.parent):  # where it is made
+        raise refusal("--out", str(out), why, "a folder on a disk that can be written to")
     if not out.is_dir() or not any(out.iterdir()):
         return
     if not overwrite:
@@ -56,8 +59,12 @@ def check(out: Path, overwrite: bool, inputs: list[Path]) -> None:
 
 
 @contextmanager
-def folder_for(out: Path) -> Iterator[Path]:
+def folder_for(out: Path, works: str = "another disk") -> Iterator[Path]:
     """Give a folder beside `out` to write to, which takes its name at the end, or goes if anything is raised.
+
+    Args:
+        out: the folder.
+        works: on a full disk.
 
     Raises:
         ValueError: naming --out, if the disk is full.
@@ -73,8 +80,8 @@ def folder_for(out: Path) -> Iterator[Path]:
         _take(scratch, out)
     except (OSError, SafetensorError) as error:
         if _number(error) in FULL:
-            works = "another disk, or a smaller export: `--format lora`"
-            raise refusal("--out", str(out), f"cannot be written ({error}); nothing was left there", works) from error
+            left = "the earlier export is as it was" if out.is_dir() and any(out.iterdir()) else "nothing was left there"
+            raise refusal("--out", str(out), f"cannot be written ({error}); {left}", works) from error
         raise
     finally:
         if scratch is not None:

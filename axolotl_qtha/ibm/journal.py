@@ -20,6 +20,8 @@ import json
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -81,6 +83,13 @@ class Session:
     reserved: Seconds
     qpu_seconds: Seconds | None = None  # None: not billed yet
     time: float = 0.0
+
+
+class NotKept(OSError):
+    """The journal cannot be written. What was submitted is found at the next start all the same.
+
+    No ValueError, which the runner takes for results that are of no use.
+    """
 
 
 class Ledger:
@@ -211,18 +220,35 @@ class Journal(Ledger):
         row = {"event": event, "time": time.time(), **fields}
         line = json.dumps(row, sort_keys=True).encode() + b"\n"
         end = os.fstat(self._file).st_size
-        try:
-            if os.write(self._file, line) != len(line):
-                raise OSError(f"{self._events}: only a part of an event was written. Is the disk full?")
-            os.fsync(self._file)
-        except OSError:
-            os.ftruncate(self._file, end)
-            raise
+        with self._writing():
+            try:
+                if os.write(self._file, line) != len(line):
+                    raise OSError("only a part of an event was written. Is the disk full?")
+                os.fsync(self._file)
+            except OSError:
+                os.ftruncate(self._file, end)
+                raise
         self._apply(row)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Tell what a full disk costs: nothing, once there is room.
+
+        Raises:
+            NotKept: naming the journal.
+        """
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise NotKept(
+                f"qtha.ibm.journal: {str(self.folder)!r} cannot be written ({error}). Jobs that were submitted are kept in it, "
+                "and fetched at the next start; nothing is paid twice. What works: room on that disk, then the same line again."
+            ) from error
 
     def ask(self, tag: str, hashes: np.ndarray, points: np.ndarray) -> None:
         """Keep what a job is asked: hashes (circuits, 16) and angles (circuits, gates)."""
-        _write(self._path("circuits", tag), {"hashes": hashes, "points": points})
+        with self._writing():
+            _write(self._path("circuits", tag), {"hashes": hashes, "points": points})
 
     def asked(self, tag: str) -> dict[str, np.ndarray]:
         """Return what a job was asked, `hashes` and `points`."""
@@ -230,7 +256,8 @@ class Journal(Ledger):
 
     def answer(self, tag: str, values: np.ndarray, errors: np.ndarray) -> None:
         """Keep a job's results, (circuits, n)."""
-        _write(self._path("results", tag), {"values": values, "errors": errors})
+        with self._writing():
+            _write(self._path("results", tag), {"values": values, "errors": errors})
         self._load(self.entries[tag])
 
     def result(self, calibration: str, key: bytes) -> tuple[np.ndarray, np.ndarray] | None:
@@ -300,6 +327,10 @@ def _fit(hashes: np.ndarray, result: dict[str, np.ndarray], entry: Entry) -> boo
 def _write(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """Write a file as a whole or not at all."""
     beside = path.with_suffix(".tmp")
-    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, beside)
-    put_in_place(beside, path)
+    try:
+        save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, beside)
+        put_in_place(beside, path)
+    except (OSError, SafetensorError):
+        beside.unlink(missing_ok=True)
+        raise
     flush(path.parent)

@@ -47,7 +47,10 @@ def read_yaml(path: Path) -> DictDefault:
 def validated(raw: dict[str, Any]) -> DictDefault:
     """Return a configuration as Axolotl validates it, with the plugins it names."""
     cfg = DictDefault(raw)
+    output_dir = cfg.pop("output_dir", None)  # plugins are told of none, since nothing is written: it may be read-only
     prepare_plugins(cfg)
+    if output_dir is not None:
+        cfg["output_dir"] = output_dir
     return validate_config(cfg)
 
 

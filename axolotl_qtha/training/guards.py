@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..files.writable import why_unwritable
 from ..tuner.adapter import QTHAAdapter
 from ..tuner.config import QTHAConfig
 from ..tuner.layer import refuse_nonlinear_merge, whole
@@ -29,6 +30,16 @@ def refuse_merge(config: QTHAConfig, yaml: str | Path, lora_model_dir: str | Non
     command = f"axolotl qtha-export {yaml}{given} --format merged --out {Path(output_dir) / 'merged'}"
     works = f"`{command}`, which merges the closest linear adapter and says what that costs"
     refuse_nonlinear_merge("default", config, works)
+
+
+def refuse_unwritable(output_dir: str | None) -> None:
+    """Refuse an `output_dir` that cannot be written, before any work is done.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    if output_dir and (why := why_unwritable(Path(output_dir))):
+        raise ValueError(f"output_dir: {output_dir!r} {why}. What works: a folder on a disk that can be written to.")
 
 
 def check_lora_model_dir(folder: str | None, inference: bool, trainer_makes_adapter: str | None) -> None:

@@ -88,23 +88,30 @@ class QTHALayer(BaseTunerLayer):
             raise refusal(
                 "init", "tt_svd", f"reads the frozen weights, and {type(layer).__name__} cannot give them", "`init: kaiming`"
             ) from error
+        if not weight.to(torch.float32).isfinite().all():  # float8 cannot be asked
+            why = f"starts from the weight of {self.name}, which has NaN or infinity in it"
+            raise refusal("init", "tt_svd", why, "a base whose weights are finite, or `exclude_modules` with that layer")
         return weight.T if isinstance(layer, Conv1D) else weight
 
 
 class QTHALinear(nn.Module, QTHALayer):
     """A frozen `nn.Linear` (or GPT-2's `Conv1D`) with QTHA adapters."""
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, *adapter: Any, **quantisation: Any) -> None:
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, *adapter: Any, name: str | None = None, **quantisation: Any
+    ) -> None:
         """Wrap a frozen layer.
 
         Args:
             base_layer: the layer.
             adapter_name: of its first adapter.
             adapter: further arguments of `update_layer`.
+            name: of the layer in its model, for errors.
             quantisation: what PEFT's quantisation backends need to know of the model.
         """
         super().__init__()
         QTHALayer.__init__(self, base_layer, **quantisation)
+        self.name = name or self.name
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, *adapter)
 

@@ -99,8 +99,8 @@ class QTHAModel(BaseTuner):
         if isinstance(target, QTHALinear):
             target.update_layer(adapter_name, config, seed, owned, shared)
             return
-        layer = QTHALinear(target, adapter_name, config, seed, owned, shared, **get_quantization_kwargs(self.model))
-        layer.name = current_key
+        quantisation = get_quantization_kwargs(self.model)
+        layer = QTHALinear(target, adapter_name, config, seed, owned, shared, name=current_key, **quantisation)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)

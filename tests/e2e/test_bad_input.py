@@ -1,8 +1,13 @@
 """Bad input through the real command line: an exit code, one clear error, nothing written."""
 
+import errno
+import os
+
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from axolotl_qtha.settings.meta_base import read_config
 
 from .commands import run, train_here, write_config
 
@@ -71,6 +76,24 @@ def test_bases_not_quantised_as_asked(tmp_path, targets, skip, words):
     for word in words:
         assert word in str(error.value)
     assert not list(tmp_path.rglob("adapter*"))
+
+
+@pytest.mark.parametrize("number", [None, errno.EROFS])
+def test_an_output_dir_that_cannot_be_written(tmp_path, monkeypatch, number):
+    (tmp_path / "taken").write_text("")
+    config = write_config(tmp_path, output_dir=str(tmp_path / "taken" / "out" if number is None else tmp_path / "out"))
+    real = os.open
+
+    def read_only(path, *args, **kwargs):
+        if number is not None and str(path).startswith(str(tmp_path)) and args[0] & os.O_CREAT:
+            raise OSError(number, os.strerror(number))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", read_only)
+    with pytest.raises(ValueError, match=r"output_dir: '.*out' cannot be written: (Not a|Read-only).*What works"):
+        train_here(config)
+    assert sorted(tmp_path.iterdir()) == [config, tmp_path / "taken"]
+    assert read_config(config).output_dir  # a plan writes nothing there
 
 
 @pytest.mark.parametrize("command", ["inference", "evaluate"])

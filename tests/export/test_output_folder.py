@@ -1,13 +1,17 @@
 """Where an export goes: whole, or not at all."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from axolotl_qtha.export import command
+from axolotl_qtha.export.command import ExportOptions, export
 from axolotl_qtha.export.output_folder import check, folder_for
 from axolotl_qtha.export.report import JSON
 
@@ -152,3 +156,56 @@ def test_sigterm_leaves_nothing(tmp_path):
     assert end.value.code == 143
     assert list(tmp_path.iterdir()) == []
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("before", [None, EXPORTED])
+@pytest.mark.parametrize("format", ["lora", "merged"])
+def test_a_full_disk_is_told_as_it_is(tmp_path, monkeypatch, before, format):
+    """What is left there, and nothing smaller advised to who has the smallest."""
+    out = tmp_path / "out"
+    if before is not None:
+        fill(out, before)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(command, "_inputs", lambda options: (tmp_path, None))
+    monkeypatch.setattr(command, "configuration", lambda *_: {})
+    monkeypatch.setattr(command, "_fit", full)
+    with pytest.raises(ValueError, match=r"--out: .*cannot be written \(.*No space left.*What works: another disk") as error:
+        export(ExportOptions(tmp_path / "config.yml", out, format, overwrite=True), None)
+    assert ("`--format lora`" in str(error.value)) == (format == "merged")
+    assert ("the earlier export is as it was" in str(error.value)) == (before is not None)
+    assert ("nothing was left there" in str(error.value)) == (before is None)
+    assert names(tmp_path) == ([] if before is None else ["out"])
+
+
+def test_space_is_told_in_units_that_show_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(command.shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
+    with pytest.raises(ValueError, match=r"--out: .* has 4.0 KiB free, of 286.1 MiB needed"):
+        command._check_space(tmp_path / "out", 300_000_000)
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch, number):
+    real = os.open
+
+    def read_only(path, *args, **kwargs):
+        if str(path).startswith(str(tmp_path)):
+            raise OSError(number, os.strerror(number))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", read_only)
+    with pytest.raises(ValueError, match=rf"--out: .*cannot be written: {os.strerror(number)} \({tmp_path}\)"):
+        check(tmp_path / "new" / "out", overwrite=False, inputs=[])
+
+
+def test_a_file_in_the_place_of_a_folder_above_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"--out: .*cannot be written: Not a directory"):
+        check(tmp_path / "file" / "out", overwrite=False, inputs=[])
+
+
+def test_trying_leaves_nothing(tmp_path):
+    check(tmp_path / "new" / "out", overwrite=False, inputs=[])
+    assert names(tmp_path) == []

@@ -2,6 +2,7 @@
 
 import io
 import os
+import resource
 import signal
 import time
 
@@ -73,6 +74,34 @@ def test_the_same_process_may_go_on_after_an_error(start, cloud, place):
     cloud.plan(place, ValueError("not known whether it was submitted"))
     with pytest.raises(ValueError, match="not known"):
         runner.expectations(points(runner))
+    runner.expectations(points(runner))
+    assert len(cloud.jobs) == 1
+
+
+@pytest.mark.parametrize("full", [0, 2])
+def test_a_full_disk_names_the_journal_and_nothing_is_paid_twice(start, cloud, tmp_path, monkeypatch, full):
+    """No file may grow, as on a full disk, from the first write on, or from the results of a job that has ended."""
+    runner, before = start(), resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def no_more(*_):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+
+    if full:
+        keep = runner.journal.answer
+        monkeypatch.setattr(runner.journal, "answer", lambda *args: (no_more(), keep(*args)))
+    else:
+        no_more()
+    try:
+        with pytest.raises(
+            OSError, match=r"qtha.ibm.journal: .*cannot be written.*kept.*next start; nothing is paid twice"
+        ) as error:
+            runner.expectations(points(runner))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(tmp_path) in str(error.value)
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert len(cloud.jobs) == bool(full)
+    runner = start()
     runner.expectations(points(runner))
     assert len(cloud.jobs) == 1
 
