@@ -166,8 +166,8 @@ def test_shots_repeat_from_run_to_run(folder, servers):
 @pytest.mark.parametrize(
     ("strategy", "kill", "goes_on_from", "leaves"),
     [
-        ("ddp", "1:5:step", "checkpoint-4", []),  # rank 1, after step 5
-        ("zero3", "0:4:save", "checkpoint-2", ["incomplete-checkpoint-4"]),  # rank 0, while it saves at step 4
+        ("ddp", "1:5:step", "checkpoint-4", False),  # rank 1, after step 5
+        ("zero3", "0:4:save", "checkpoint-2", True),  # rank 0, while it saves at step 4
     ],
 )
 def test_a_killed_run_goes_on_from_the_last_complete_checkpoint(strategy, kill, goes_on_from, leaves, folder, single, servers):
@@ -182,8 +182,21 @@ def test_a_killed_run_goes_on_from_the_last_complete_checkpoint(strategy, kill, 
 
     again = servers.train(config, strategy)
     assert f"resume from checkpoint at {out / goes_on_from}" in again
-    assert [path.name for path in out.glob("incomplete-*")] == leaves
+    assert (f"{out / 'incomplete-checkpoint-4'} is not complete (it was being written)" in again) == leaves
+    assert not [path.name for path in out.iterdir() if path.name.startswith((".", "incomplete-"))]  # a later one is complete
     assert_follows(history(out), history(single))
     assert torch.equal(logits_in_memory(out)[0], logits_of(out))
     final, uninterrupted = load_file(out / ADAPTER), load_file(single / ADAPTER)
     assert all(torch.allclose(final[name], tensor, atol=1e-4) for name, tensor in uninterrupted.items())
+
+
+def test_a_signal_to_one_rank_has_all_of_them_save_and_stop(folder, single, servers):
+    config = config_for(folder / "asked", "zero2", save_steps=10, auto_resume_from_checkpoints=True)
+    out = output(config)
+    stopped = train(config, "zero2", QTHA_KILL="1:3:ask")
+    assert stopped.returncode != 0
+    assert "step 3 has a checkpoint, from which the run can go on. Exit code 143." in stopped.stdout
+    assert fault(out / "checkpoint-3", whole=True) is None
+    assert not (out / ADAPTER).exists()
+    servers.train(config, "zero2")
+    assert_follows(history(out), history(single))

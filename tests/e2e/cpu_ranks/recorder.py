@@ -20,7 +20,8 @@ TOKENS = torch.arange(2, 34).reshape(2, 16)  # the prompts whose logits are comp
 class Recorder(BasePlugin):
     """Writes `rank-<i>.json` (what it started from) and `logits-<i>.safetensors` into output_dir.
 
-    QTHA_KILL=<rank>:<step>:<when> sends that rank SIGKILL: `step` when the step is done, `save` while its adapter is saved.
+    QTHA_KILL=<rank>:<step>:<when> sends that rank SIGKILL: `step` when the step is done, `save` while its adapter is saved. With
+    `ask` it sends SIGTERM before the step is done.
     """
 
     def post_lora_load(self, cfg, model):
@@ -40,7 +41,7 @@ class Recorder(BasePlugin):
             return []
         if when == "save":
             _kill_in_save(f"checkpoint-{step}")
-        return [KillAfter(int(step))] if when == "step" else []
+        return [KillAfter(int(step), when)] if when in ("step", "ask") else []
 
     def post_train(self, cfg, model):
         path = Path(cfg.output_dir) / f"logits-{_rank()}.safetensors"
@@ -53,11 +54,15 @@ class Recorder(BasePlugin):
 
 
 class KillAfter(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
+    def __init__(self, step, when):
+        self.step, self.when = step, when
+
+    def on_step_begin(self, args, state, control, **_):
+        if self.when == "ask" and state.global_step == self.step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def on_step_end(self, args, state, control, **_):
-        if state.global_step == self.step:
+        if self.when == "step" and state.global_step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
