@@ -18,8 +18,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers that share cores would wait f
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Have `-m "not e2e"` leave out what is slow, too; and start with the long files, so that both workers end together."""
+def pytest_collection_modifyitems(config, items):
+    """Have `-m "not e2e"` leave out what is slow, too, and all but `-m long` what is long; and start with the long
+    files, so that both workers end together.
+    """
+    if "long" not in config.getoption("markexpr"):
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
     for item in items:
         if item.get_closest_marker("slow") or item.get_closest_marker("clients"):
             item.add_marker(pytest.mark.e2e)

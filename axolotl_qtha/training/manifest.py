@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -64,7 +65,8 @@ def begin(folder: Path, step: int, settings: dict[str, Any]) -> None:
         OSError: if the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder, Manifest("being written", step, __version__, settings, {}))
+    (folder / MANIFEST).write_text(_text(Manifest("being written", step, __version__, settings, {})))  # half of it says it, too
+    flush(folder)
 
 
 def finish(folder: Path, step: int, settings: dict[str, Any]) -> None:
@@ -73,9 +75,16 @@ def finish(folder: Path, step: int, settings: dict[str, Any]) -> None:
     Raises:
         OSError: if the disk is full.
     """
-    flush_all(folder)
-    files = {path.relative_to(folder).as_posix(): Kept(path.stat().st_size, _digest(path)) for path in _counting(folder)}
-    _write(folder, Manifest("complete", step, __version__, settings, files))
+    paths = list(_counting(folder))
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(_digest, paths)
+        flush_all(folder)  # meanwhile: one computes, the other waits for the disk
+    kept = map(Kept, (path.stat().st_size for path in paths), digests)
+    files = dict(zip((path.relative_to(folder).as_posix() for path in paths), kept, strict=True))
+    beside = folder / f".{MANIFEST}"
+    beside.write_text(_text(Manifest("complete", step, __version__, settings, files)))
+    put_in_place(beside, folder / MANIFEST)
+    flush(folder)
     flush(folder.parent)
 
 
@@ -135,8 +144,5 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write(folder: Path, manifest: Manifest) -> None:
-    beside = folder / f".{MANIFEST}"
-    beside.write_text(json.dumps(TypeAdapter(Manifest).dump_python(manifest), indent=1))
-    put_in_place(beside, folder / MANIFEST)
-    flush(folder)
+def _text(manifest: Manifest) -> str:
+    return json.dumps(TypeAdapter(Manifest).dump_python(manifest), indent=1)

@@ -17,7 +17,6 @@ from axolotl.utils.logging import get_logger
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import sort_checkpoints
 
-from ..files.durable import flush
 from ..tuner.saving import SCRATCH, finish_move
 from . import manifest
 from .checkpoints import INCOMPLETE, ONE_RANKS_SHARD, fault, of_run, set_aside, step_of
@@ -88,8 +87,7 @@ def _replacing(folder: Path) -> Iterator[None]:
     """Move a checkpoint of the same name away until its successor is complete; have it come back if that is not saved."""
     old = folder.with_name(REPLACED + folder.name)
     if folder.exists():
-        folder.rename(old)
-        flush(folder.parent)
+        folder.rename(old)  # on the disk with the first flush of what comes now
     try:
         yield
     except BaseException:

@@ -70,17 +70,29 @@ class Servers:
     def __init__(self) -> None:
         self.running: dict[str, tuple[subprocess.Popen[str], TextIO]] = {}
 
-    def train(self, config: Path, strategy: str, ranks: int = 2, again: bool = True) -> str:
-        """Train as torchrun would have ranks do, and return what they printed; `again`, if they wait for each other for ever."""
+    def train(self, config: Path, strategy: str, ranks: int = 2, again: bool = True, killed: str = "") -> str:
+        """Train as torchrun would have ranks do, and return what they printed.
+
+        Args:
+            config: the YAML.
+            strategy: a key of STRATEGIES.
+            ranks: how many.
+            again: whether to begin anew if they wait for each other for ever.
+            killed: value of QTHA_KILL; the run must fail then.
+        """
         kind = STRATEGIES[strategy][1]
         if kind not in self.running:
             self.running[kind] = self._start(kind)
         (server, answers), log = self.running[kind], config.with_suffix(".log")
         assert server.stdin
-        server.stdin.write(json.dumps({"config": str(config), "ranks": ranks, "log": str(log)}) + "\n")
+        server.stdin.write(json.dumps({"config": str(config), "ranks": ranks, "log": str(log), "killed": killed}) + "\n")
         server.stdin.flush()
         codes = json.loads(answers.readline())
         text = log.read_text()
+        if killed:
+            assert codes != [0] * ranks, text[-6000:]
+            log.unlink()
+            return text
         if again and codes != [0] * ranks and "Timeout (0:" in text:  # of faulthandler
             warnings.warn(f"{config.stem} stood still: {text[-6000:]}", stacklevel=2)
             log.unlink()

@@ -21,7 +21,7 @@ class Recorder(BasePlugin):
     """Writes `rank-<i>.json` (what it started from) and `logits-<i>.safetensors` into output_dir.
 
     QTHA_KILL=<rank>:<step>:<when> sends that rank SIGKILL: `step` when the step is done, `save` while its adapter is saved. With
-    `ask` it sends SIGTERM before the step is done.
+    `ask` it sends SIGTERM before the step is done. With a number, at that place of the run where files change, from the step on.
     """
 
     def post_lora_load(self, cfg, model):
@@ -41,6 +41,8 @@ class Recorder(BasePlugin):
             return []
         if when == "save":
             _kill_in_save(f"checkpoint-{step}")
+        if when.isdigit():
+            return [KillAtPlace(cfg.output_dir, int(step), int(when))]
         return [KillAfter(int(step), when)] if when in ("step", "ask") else []
 
     def post_train(self, cfg, model):
@@ -64,6 +66,24 @@ class KillAfter(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         if self.when == "step" and state.global_step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KillAtPlace(TrainerCallback):
+    def __init__(self, folder, step, place):
+        self.folder, self.step, self.place = folder, step, place
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            from tests.crash.interposer import Interposer, Killed
+
+            class Real(Interposer):
+                def reach(self, call, path, write=None):
+                    try:
+                        super().reach(call, path, write)
+                    except Killed:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+            Real(self.folder, self.place, "half").watching().__enter__()
 
 
 def _kill_in_save(folder):

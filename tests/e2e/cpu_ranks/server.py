@@ -1,13 +1,15 @@
 """Trains on several ranks, again and again: every rank is forked from a process that has done the imports, half of a run's time.
 
-Reads one job a line, {"config": path, "ranks": number, "log": path}, and writes the ranks' exit codes to the file descriptor that
-its argument names. A rank that stands still ends after STILL seconds, with the stacks of its threads in the log.
+Reads one job a line, {"config": path, "ranks": number, "log": path, "killed": value of QTHA_KILL or ""}, and writes the ranks'
+exit codes to the file descriptor that its argument names. A rank that stands still ends after STILL seconds, with the stacks of its
+threads in the log.
 """
 
 import faulthandler
 import importlib
 import json
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -26,8 +28,20 @@ def serve(answers):
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         children = [fork(job, rank, port) for rank in range(job["ranks"])]
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        codes = wait(children, job["killed"])
         print(json.dumps(codes), file=answers, flush=True)
+
+
+def wait(children, killed):
+    """Return the exit codes; where one rank is to be killed, the others are ended with it, as torchrun does."""
+    codes = {}
+    while len(codes) < len(children):
+        child, status = os.wait()
+        codes[child] = os.waitstatus_to_exitcode(status)
+        if killed and codes[child]:
+            for other in set(children) - codes.keys():
+                os.kill(other, signal.SIGKILL)
+    return [codes[child] for child in children]
 
 
 def fork(job, rank, port):
@@ -41,7 +55,7 @@ def fork(job, rank, port):
         faulthandler.dump_traceback_later(STILL, exit=True)
         world = str(job["ranks"])
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "QTHA_KILL": job["killed"] or "-1:0:"}
         sys.argv = ["axolotl", "train"]
         from axolotl.cli.train import do_cli
 
