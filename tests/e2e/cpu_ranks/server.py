@@ -1,8 +1,8 @@
 """Trains on several ranks, again and again: every rank is forked from a process that has done the imports, half of a run's time.
 
 Reads one job a line, {"config": path, "ranks": number, "log": path, "killed": value of QTHA_KILL or ""}, and writes the ranks'
-exit codes to the file descriptor that its argument names. A rank that stands still ends after STILL seconds, with the stacks of its
-threads in the log.
+exit codes to the file descriptor that its argument names. A rank that stands still ends after STILL seconds, with the stacks
+of its threads in the log.
 """
 
 import faulthandler
