@@ -1,6 +1,8 @@
 """Checkpoints and the final save of a training, killed or out of disk at every place where files change."""
 
 import shutil
+import subprocess
+from contextlib import suppress
 from hashlib import sha256
 
 import pytest
@@ -79,6 +81,7 @@ def left_over(out):
 @pytest.mark.parametrize("step", [3, 2], ids=["new", "in the place of an older one"])
 def test_a_checkpoint_is_the_old_one_or_the_new_one(step, how, trained, crash_count):
     trainer, out, kept = trained
+    trainer.args.output_dir = str(out)
     old = digests(kept / "checkpoint-2")
     restore(out, kept)
     found = places(out, lambda: save(trainer, step))
@@ -103,6 +106,48 @@ def test_a_checkpoint_is_the_old_one_or_the_new_one(step, how, trained, crash_co
         outcomes.add(digests(latest) == new)
     assert outcomes == {True, False}  # so the kills were on both sides of the moment
     crash_count("checkpoint", how, found)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own in memory, where the machine lets us have one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no tmpfs can be mounted here; the tests with an interposer are run")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("step", [3, 2], ids=["new", "in the place of an older one"])
+def test_a_disk_that_is_full_at_any_size(step, trained, small_disk, crash_count):
+    trainer, _, kept = trained
+    old, out, filler = digests(kept / "checkpoint-2"), small_disk / "out", small_disk / "filler"
+    trainer.args.output_dir = str(out)
+    restore(out, kept)
+    before = shutil.disk_usage(small_disk).free
+    save(trainer, step)
+    new = digests(out / f"checkpoint-{step}")
+    needed = 3 * before // 8  # more than a checkpoint of this model
+    outcomes = []
+    for left in range(0, needed, needed // 40):
+        filler.unlink(missing_ok=True)
+        restore(out, kept)
+        filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - left))
+        with suppress(Exception):
+            save(trainer, step)
+        filler.unlink()
+        assert fault(out / "checkpoint-2", whole=True) is None, left
+        tidy(out, LIMIT)
+        latest = of_run(out)[-1]
+        assert fault(latest, whole=True) is None, left
+        assert digests(latest) in (old, new), left
+        assert not left_over(out), left
+        outcomes.append(digests(latest) == new)
+    assert outcomes[0] is False
+    assert outcomes[-1] is True
+    crash_count("checkpoint", "a real disk, full at any size", outcomes)
 
 
 @pytest.mark.parametrize("how", HOWS)
