@@ -58,6 +58,9 @@ class Manifest:
                 raise ValueError(f"{name!r} is no path inside the checkpoint")
 
 
+_MANIFESTS = TypeAdapter(Manifest)
+
+
 def begin(folder: Path, step: int, settings: dict[str, Any]) -> None:
     """Write that a checkpoint is being written, before anything else of it is.
 
@@ -65,8 +68,8 @@ def begin(folder: Path, step: int, settings: dict[str, Any]) -> None:
         OSError: if the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).write_text(_text(Manifest("being written", step, __version__, settings, {})))  # half of it says it, too
-    flush(folder)
+    # Half of it says so, too; and no flush: file systems keep the order of names, and it is the first in the folder
+    (folder / MANIFEST).write_text(_text(Manifest("being written", step, __version__, settings, {})))
 
 
 def finish(folder: Path, step: int, settings: dict[str, Any]) -> None:
@@ -101,7 +104,7 @@ def read(folder: Path) -> Manifest | None:
     except OSError as error:
         raise ValueError(f"{MANIFEST} cannot be read ({error.strerror})") from error
     try:
-        return TypeAdapter(Manifest).validate_json(text)
+        return _MANIFESTS.validate_json(text)
     except (ValidationError, RecursionError) as error:
         raise ValueError(f"{MANIFEST} is damaged") from error
 
@@ -145,4 +148,4 @@ def _digest(path: Path) -> str:
 
 
 def _text(manifest: Manifest) -> str:
-    return json.dumps(TypeAdapter(Manifest).dump_python(manifest), indent=1)
+    return json.dumps(_MANIFESTS.dump_python(manifest), indent=1)

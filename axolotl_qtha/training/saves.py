@@ -87,7 +87,7 @@ def _replacing(folder: Path) -> Iterator[None]:
     """Move a checkpoint of the same name away until its successor is complete; have it come back if that is not saved."""
     old = folder.with_name(REPLACED + folder.name)
     if folder.exists():
-        folder.rename(old)  # on the disk with the first flush of what comes now
+        folder.rename(old)
     try:
         yield
     except BaseException:
