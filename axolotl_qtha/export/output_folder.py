@@ -20,7 +20,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..errors import refusal
-from ..files.durable import flush, flush_all
+from ..files.durable import flush, flush_all, why_unsafe
 from ..files.lock import InUse, Lock
 from ..files.writable import why_unwritable
 from .report import JSON
@@ -97,6 +97,12 @@ def _own(out: Path) -> Lock:
     Raises:
         ValueError: naming --out, if another process exports to it.
     """
+    try:
+        if unsafe := why_unsafe(out.parent):
+            LOG.warning(f"--out: {str(out)!r}: its file system {unsafe}.")
+    except OSError as error:
+        works = "a folder on a disk that can rename folders, with space left"
+        raise refusal("--out", str(out), f"cannot be replaced as a whole there ({error})", works) from error
     try:
         lock = Lock(out.with_name(f".{out.name}.in-use"), "an export")
     except InUse as error:

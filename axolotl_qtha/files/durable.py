@@ -58,9 +58,10 @@ def why_unsafe(folder: Path) -> str | None:
         OSError: if nothing can be written, or folders cannot be renamed, without which no save is safe.
     """
     with tempfile.TemporaryDirectory(prefix=".trying-", dir=folder) as name:
-        new, file = Path(name, "new"), Path(name, "file")
+        new, old, file = Path(name, "new"), Path(name, "old"), Path(name, "file")
         new.mkdir()
-        new.rename(Path(name, "old"))
+        old.mkdir()
+        os.rename(new, old)  # over an empty folder
         file.write_text("x")
         flushed = {"files": flush(file), "folders": flush(Path(name))}
     unable = [what for what, whether in flushed.items() if not whether]

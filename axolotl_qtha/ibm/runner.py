@@ -338,7 +338,7 @@ class Runner:
     def _interruptible(self) -> Iterator[None]:
         try:
             yield
-        except (KeyboardInterrupt, SystemExit):  # Ctrl-C raises the first; in a training, Axolotl's own handler raises the second
+        except (KeyboardInterrupt, SystemExit):  # Ctrl-C raises the first; in a training its own handler the second
             for entry in self.journal.open(self.service.local):  # stopped between the submission and its record
                 if entry.job_id is None and (found := self._find(entry.tag, 0)):
                     self._adopt_job(entry.tag, found[0])

@@ -5,25 +5,25 @@ import os
 import resource
 import signal
 import time
+from types import SimpleNamespace
 
 import click
 import numpy as np
 import pytest
 import requests
-from axolotl.train import setup_signal_handler
-from axolotl.utils.dict import DictDefault
 from qiskit_ibm_runtime.exceptions import RuntimeJobTimeoutError
 from rich.console import Console
 
 from axolotl_qtha.ibm import progress as progress_module
 from axolotl_qtha.ibm import runner as runner_module
+from axolotl_qtha.ibm.engine import CALLS
 from axolotl_qtha.ibm.journal import Journal
 from axolotl_qtha.ibm.options import IBMOptions
 from axolotl_qtha.ibm.progress import progress
 from axolotl_qtha.ibm.runner import JobFailed, Runner
 from axolotl_qtha.ibm.service import LocalService
+from axolotl_qtha.training.ending import Stop
 
-from ..models import llama
 from .boundary import ANSATZ, NOISELESS, api_error, events, points
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no QubitProperties")  # the noiseless device has none
@@ -221,22 +221,18 @@ def test_ctrl_c(start, cloud, monkeypatch, place, terminal, answer, cancelled):
     assert len(cloud.jobs) == (2 if cancelled else 1)
 
 
-def test_ctrl_c_in_a_training(start, cloud, monkeypatch, tmp_path):
-    """There Axolotl's own handler saves the adapter and exits."""
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_in_a_step_of_a_training(start, cloud, monkeypatch, number, code):
+    """It ends at once, with its jobs cancelled: the step may wait for hours."""
     cloud.states = ["RUNNING"]
-    runner, model = start(), llama()
-    before = signal.getsignal(signal.SIGINT)
-    setup_signal_handler(DictDefault(local_rank=0, output_dir=str(tmp_path / "out")), model)
+    runner, before = start(), signal.getsignal(number)
     pressed = iter([True])
-    monkeypatch.setattr(
-        cloud, "fault", lambda place: place == "status" and next(pressed, 0) and os.kill(os.getpid(), signal.SIGINT)
-    )
-    try:
-        with pytest.raises(SystemExit):
-            runner.expectations(points(runner))
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert (tmp_path / "out" / "model.safetensors").is_file()
+    monkeypatch.setattr(cloud, "fault", lambda place: place == "status" and next(pressed, 0) and os.kill(os.getpid(), number))
+    monkeypatch.setattr(CALLS, "waiting", True)
+    with pytest.raises(SystemExit) as ended, Stop(SimpleNamespace(is_world_process_zero=lambda: True)).listening():
+        runner.expectations(points(runner))
+    assert ended.value.code == code
+    assert signal.getsignal(number) == before
     assert [job.cancelled for job in cloud.jobs] == [True]
     assert [entry.state for entry in runner.journal.entries.values()] == ["cancelled"]
 
