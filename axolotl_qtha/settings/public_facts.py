@@ -120,7 +120,8 @@ def code(name: Any) -> str:
     >>> code("model.layers.0"), code("norm` ![](x)")
     ('`model.layers.0`', '`norm_ ____x_`')
     """
-    return f"`{re.sub(r'[^ -~]|[`|<>!()\[\]]', '_', str(name))[:200]}`"
+    plain = re.sub(r"[^ -~]|[`|<>!()\[\]]", "_", str(name))
+    return f"`{plain[:200]}`"
 
 
 def _sources(entries: Any) -> tuple[Source, ...]:
