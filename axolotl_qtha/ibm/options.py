@@ -37,10 +37,10 @@ class IBMOptions(BaseModel):
         "Better saved there: Axolotl logs the YAML.",
     )
     shots: int | None = Field(
-        default=None, strict=True, ge=1, description="Measurements per circuit. Default: 4096, or from precision."
+        default=None, strict=True, ge=1, le=10_000_000, description="Measurements per circuit. Default: 4096, or from precision."
     )
     precision: float | None = Field(
-        default=None, gt=0, lt=1, description="Standard error aimed at for each <Z>, instead of shots: 1 / precision**2 shots."
+        default=None, ge=1e-4, lt=1, description="Standard error aimed at for each <Z>, instead of shots: 1 / precision**2 shots."
     )
     resilience_level: Literal[0, 1, 2] = Field(
         default=1,
@@ -61,12 +61,14 @@ class IBMOptions(BaseModel):
     max_qpu_seconds: float | None = Field(
         default=None,
         gt=0,
+        le=1e7,
         description="QPU seconds that this journal's jobs may use in all. Required unless `backend` begins with `fake:`.",
     )
     tokens_per_step: int = Field(
         default=8,
         strict=True,
         ge=1,
+        le=1_000_000,
         description="Tokens of each forward pass whose circuits run on the device; the others run on the exact simulator.",
     )
     gradient: Literal["parameter_shift", "spsa", "none"] = Field(
@@ -80,10 +82,13 @@ class IBMOptions(BaseModel):
         "fall by about as much, and the further ones have worse qubits. `auto`: on all groups of connected qubits on which at "
         "most 1.5 times as many gates fail as on the best; on a simulated device on at most 8 qubits in all.",
     )
-    spsa_draws: int = Field(default=1, strict=True, ge=1, description="Random directions that `gradient: spsa` averages over.")
+    spsa_draws: int = Field(
+        default=1, strict=True, ge=1, le=100_000, description="Random directions that `gradient: spsa` averages over."
+    )
     timeout_seconds: float = Field(
         default=86400,
         gt=0,
+        le=1e8,
         description="Jobs that have not ended after this long, queue included, are cancelled and the run stops.",
     )
     journal: str = Field(

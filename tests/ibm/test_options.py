@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import traceback
 
@@ -67,6 +68,16 @@ def test_refused(settings, words):
         validated(qtha=settings)
     for word in words:
         assert word in str(error.value)
+
+
+BOUNDS = [("shots", 10**9), ("max_qpu_seconds", math.inf), ("max_qpu_seconds", math.nan), ("tokens_per_step", 10**9)]
+BOUNDS += [("spsa_draws", 10**9), ("timeout_seconds", 1e12), ("precision", 1e-9)]
+
+
+@pytest.mark.parametrize(("key", "value"), BOUNDS)
+def test_sizes_have_bounds(key, value):
+    with pytest.raises(ValueError, match=key):
+        IBMOptions(**{**FAKE, key: value})
 
 
 def test_defaults_and_what_follows_from_them():
