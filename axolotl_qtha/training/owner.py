@@ -16,7 +16,7 @@ from . import checkpoints
 from .ranks import once
 from .saves import tidy
 
-LOCK = ".in-use"
+LOCK = "_in_use"  # the hub gets no file whose name begins so
 LOG = get_logger(__name__)
 _owned: dict[Path, Lock] = {}  # the folders of this process, which may train several times, also into one folder
 _left: dict[Path, Callable[[], None]] = {}  # what is to be written where a finished adapter lies, once there is a new one
