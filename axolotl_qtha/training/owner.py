@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from .saves import tidy
 LOCK = "_in_use"  # the hub gets no file whose name begins so
 LOG = get_logger(__name__)
 _owned: dict[Path, Lock] = {}  # the folders of this process, which may train several times, also into one folder
-_left: dict[Path, Callable[[], None]] = {}  # what is to be written where a finished adapter lies, once there is a new one
+_left: dict[Path, list[Any]] = {}  # what is to be saved where a finished adapter lies, once there is a new one
 
 
 def own(output_dir: str, limit: int | None, resumes: bool) -> None:
@@ -63,7 +62,8 @@ def _own(folder: Path, limit: int | None, resumes: bool) -> None:
 def _presave_later(path: Path) -> None:
     """Have Axolotl's `save_initial_configs` not write a new run's settings beside an adapter that is finished.
 
-    If the run is killed, the folder holds that adapter as it was; when it has ended, what the host writes is written.
+    If the run is killed, the folder holds that adapter as it was; when it has ended, the base's configuration and the processor
+    are saved as well.
     """
     import axolotl.train as host
 
@@ -73,7 +73,7 @@ def _presave_later(path: Path) -> None:
     def save(run: Any, tokenizer: Any, model: Any, peft_config: Any, processor: Any) -> None:
         host.save_initial_configs = original
         if Path(run.output_dir).resolve() == path:
-            _left[path] = partial(original, run, tokenizer, model, None, processor)
+            _left[path] = [part for part in (getattr(model, "config", None), processor) if part is not None]
         else:  # another run of this process, where the first did not come to this
             original(run, tokenizer, model, peft_config, processor)
 
@@ -83,7 +83,8 @@ def _presave_later(path: Path) -> None:
 def give_up(output_dir: str) -> None:
     """Let others use a folder, now that the training has saved its adapter there; to be called on every rank."""
     path = Path(output_dir).resolve()
-    if (write := _left.pop(path, None)) is not None:
-        write()
+    for part in _left.pop(path, []):  # the tokenizer the host has saved; and its logger needs ranks, which are gone by now
+        if os.environ.get("RANK", "0") == "0":
+            part.save_pretrained(str(path))
     if (lock := _owned.pop(path, None)) is not None:
         lock.release()

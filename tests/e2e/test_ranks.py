@@ -200,3 +200,12 @@ def test_a_signal_to_one_rank_has_all_of_them_save_and_stop(folder, single, serv
     assert not (out / ADAPTER).exists()
     servers.train(config, "zero2")
     assert_follows(history(out), history(single))
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file() and path.suffix == ".json"}
+    again = servers.train(config, "zero2")  # the adapter is finished
+    assert "is of the last step: nothing is trained" in again
+    assert {name: (out / name).read_bytes() for name in before if not name.startswith("rank-")} == {
+        name: text for name, text in before.items() if not name.startswith("rank-")
+    }
+    assert all(
+        torch.equal(tensor, load_file(out / "checkpoint-6" / ADAPTER)[name]) for name, tensor in load_file(out / ADAPTER).items()
+    )
