@@ -1,6 +1,7 @@
 """`axolotl train` checkpointed or compiled does what it does without; checkpoints of earlier versions."""
 
 import os
+import shutil
 from unittest.mock import patch
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 
+from axolotl_qtha.training.manifest import MANIFEST
 from axolotl_qtha.tuner.layer import adapted_layers
 
 from .commands import losses, train_here, write_config
@@ -60,7 +62,8 @@ def test_compiled_as_lora_is(tmp_path):
 
 def test_a_checkpoint_of_an_earlier_version_is_not_resumed_but_trained_on(plain, tmp_path):
     folder, model, _ = plain
-    checkpoint = next(path for path in sorted(folder.rglob("checkpoint-2")))
+    checkpoint = shutil.copytree(next(path for path in sorted(folder.rglob("checkpoint-2"))), tmp_path / "checkpoint-2")
+    (checkpoint / MANIFEST).unlink()  # which that version did not write
     path = checkpoint / "adapter_model.safetensors"
     now, tensors = load_file(path), {}
     for name, layer in adapted_layers(model).items():
@@ -69,10 +72,7 @@ def test_a_checkpoint_of_an_earlier_version_is_not_resumed_but_trained_on(plain,
             flat = now[f"base_model.model.{name}.qtha_adapter.{part.tensor}"]
             tensors[f"base_model.model.{name}.qtha_adapter.{key}"] = flat[part.start : part.start + part.size].clone()
     save_file(tensors, path)
-    try:
-        with pytest.raises(ValueError, match=r"resume_from_checkpoint: .*earlier version.*What works: `lora_model_dir: "):
-            train_here(write_config(tmp_path, **STEPS, resume_from_checkpoint=str(checkpoint)))
-        _, _, trainer = train_here(write_config(tmp_path, **{**STEPS, "max_steps": 1}, lora_model_dir=str(checkpoint)))
-        assert len(losses(trainer)) == 1
-    finally:
-        save_file(now, path)
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint: .*earlier version.*What works: `lora_model_dir: "):
+        train_here(write_config(tmp_path, **STEPS, resume_from_checkpoint=str(checkpoint)))
+    _, _, trainer = train_here(write_config(tmp_path, **{**STEPS, "max_steps": 1}, lora_model_dir=str(checkpoint)))
+    assert len(losses(trainer)) == 1
