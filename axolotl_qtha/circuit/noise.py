@@ -66,7 +66,7 @@ def device(noise_model: str, qubits: int, key: str = "noise_model", choices: str
     except ImportError as error:
         works = '`pip install "axolotl-qtha[ibm]"`, or `noise_model: depolarizing`'
         raise refusal(key, noise_model, "needs qiskit-ibm-runtime", works) from error
-    shown = noise_model if key == "noise_model" else Hidden(noise_model)
+    shown = Hidden(noise_model) if key == "ibm.backend" else noise_model
     named = {
         str(vars(kind)["backend_name"]).removeprefix("fake_"): kind
         for kind in vars(fake_provider).values()
