@@ -98,17 +98,17 @@ def _own(out: Path) -> Lock:
         ValueError: naming --out, if another process exports to it.
     """
     try:
-        if unsafe := why_unsafe(out.parent):
-            LOG.warning(f"--out: {str(out)!r}: its file system {unsafe}.")
-    except OSError as error:
-        works = "a folder on a disk that can rename folders, with space left"
-        raise refusal("--out", str(out), f"cannot be replaced as a whole there ({error})", works) from error
-    try:
         lock = Lock(out.with_name(f".{out.name}.in-use"), "an export")
     except InUse as error:
         raise refusal("--out", str(out), f"is {error}", "to wait until it has ended, or another folder") from None
     try:
         _tidy(out)
+        if unsafe := why_unsafe(out.parent, f".{out.name}.trying-"):
+            LOG.warning(f"--out: {str(out)!r}: its file system {unsafe}.")
+    except OSError as error:
+        lock.release()
+        works = "a folder on a disk that can rename folders, with space left"
+        raise refusal("--out", str(out), f"cannot be written as a whole ({error})", works) from error
     except BaseException:
         lock.release()
         raise
@@ -123,6 +123,8 @@ def _tidy(out: Path) -> None:
             LOG.warning(f"{out} is back as it was before an export that was killed.")
         else:
             shutil.rmtree(old, ignore_errors=True)
+    for trying in out.parent.glob(f".{glob.escape(out.name)}.trying-*"):
+        shutil.rmtree(trying, ignore_errors=True)
     for scratch in out.parent.glob(f".{glob.escape(out.name)}.exporting-*"):
         shutil.rmtree(scratch, ignore_errors=True)
         LOG.warning(f"{scratch}, an export that was killed, is deleted.")

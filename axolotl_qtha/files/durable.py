@@ -7,6 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
+TRYING = ".trying-"
 _UNABLE = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)  # what file systems answer that cannot flush
 
 
@@ -51,13 +52,17 @@ def put_in_place(file: Path, place: Path) -> None:
     os.replace(file, place)
 
 
-def why_unsafe(folder: Path) -> str | None:
+def why_unsafe(folder: Path, prefix: str = TRYING) -> str | None:
     """Try what saves rely on; return what the file system of a folder cannot do, or None.
+
+    Args:
+        folder: where something is to be saved.
+        prefix: how the name of the folder begins that is made there for it, and deleted; a kill leaves it.
 
     Raises:
         OSError: if nothing can be written, or folders cannot be renamed, without which no save is safe.
     """
-    with tempfile.TemporaryDirectory(prefix=".trying-", dir=folder) as name:
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=folder) as name:
         new, old, file = Path(name, "new"), Path(name, "old"), Path(name, "file")
         new.mkdir()
         old.mkdir()

@@ -17,6 +17,7 @@ from axolotl.utils.logging import get_logger
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import sort_checkpoints
 
+from ..files.durable import TRYING
 from ..tuner.saving import SCRATCH, finish_move
 from . import manifest
 from .checkpoints import INCOMPLETE, ONE_RANKS_SHARD, fault, of_run, set_aside, step_of
@@ -157,6 +158,8 @@ def tidy(output_dir: Path, limit: int | None) -> list[str]:
         What was done, in sentences.
     """
     told = []
+    for folder in output_dir.glob(f"{TRYING}*"):
+        shutil.rmtree(folder, ignore_errors=True)
     for folder in output_dir.glob(f"{GOING}*"):
         shutil.rmtree(folder, ignore_errors=True)
         told.append(f"{folder}, half deleted when a process was killed, is deleted")
