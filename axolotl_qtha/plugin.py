@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,6 +21,7 @@ from .training.diagnostics import Diagnostics
 from .training.ending import guard_ending
 from .training.model_card import write_own_cards
 from .training.next_steps import whats_next
+from .training.ranks import is_first
 from .training.reached import Reached
 from .training.saves import changed_settings, guard_checkpoints
 from .tuner.config import QTHAConfig
@@ -172,7 +172,7 @@ class QTHAPlugin(BasePlugin):
 
     def post_train_unload(self, cfg: DictDefault) -> None:
         """Tell what to do with the trained adapter, now that it is saved (`post_train` comes before that, and again after)."""
-        if cfg.adapter == "qtha" and os.environ.get("RANK", "0") == "0":  # the process group is closed by now
+        if cfg.adapter == "qtha" and is_first():  # the process group is closed by now
             for line in whats_next(cfg.axolotl_config_path, cfg.output_dir, why_unread(cfg) is None):
                 LOG.info(line, main_process_only=False)
 
@@ -191,7 +191,7 @@ class QTHAPlugin(BasePlugin):
         self._over, resumes = False, bool(cfg.auto_resume_from_checkpoints and cfg.resume_from_checkpoint is None)
         owner.own(cfg.output_dir, cfg.save_total_limit, resumes)
         if chosen := determine_last_checkpoint(cfg):
-            changed = checkpoints.prepare(Path(chosen), cfg.output_dir, cfg.deepspeed, bool(cfg.fsdp_config))
+            changed = checkpoints.prepare(Path(chosen), cfg.output_dir, cfg.deepspeed, bool(cfg.fsdp_config), resumes)
             if changed is not None:
                 cfg.deepspeed = changed
         if is_main_process():

@@ -31,7 +31,7 @@ LOG = get_logger(__name__)
 KINDS = {"deepspeed": "`deepspeed:`", "fsdp": "`fsdp_version: 2`", "plain": "neither `deepspeed:` nor `fsdp_config:`"}
 
 
-def prepare(folder: Path, output_dir: str | Path, deepspeed: Any, fsdp: bool) -> dict[str, Any] | None:
+def prepare(folder: Path, output_dir: str | Path, deepspeed: Any, fsdp: bool, was_read: bool = False) -> dict[str, Any] | None:
     """Check the checkpoint that a run continues from, and have it ready for this number of ranks; to be called on every rank.
 
     Args:
@@ -39,6 +39,7 @@ def prepare(folder: Path, output_dir: str | Path, deepspeed: Any, fsdp: bool) ->
         output_dir: of the run.
         deepspeed: value of `deepspeed:`.
         fsdp: whether FSDP2 shares the run.
+        was_read: whether all its files were read and compared already, as `set_aside_incomplete` does with the latest.
 
     Returns:
         The settings DeepSpeed needs instead of its own to read a checkpoint that was converted, else None.
@@ -48,7 +49,7 @@ def prepare(folder: Path, output_dir: str | Path, deepspeed: Any, fsdp: bool) ->
     """
     settings = deepspeed_settings(deepspeed)
     ours = "deepspeed" if settings else "fsdp" if fsdp else "plain"
-    once(lambda: check(folder, output_dir, ours, zero_stage(settings)))
+    once(lambda: check(folder, output_dir, ours, zero_stage(settings), was_read))
     once(lambda: unpickling.refuse_unsafe(folder, deepspeed=ours == "deepspeed"))
     if ours != "deepspeed" or ranks_of(folder) in (None, get_world_size()):
         return None
@@ -176,7 +177,7 @@ def set_aside(folder: Path) -> Path:
     return place
 
 
-def check(folder: Path, output_dir: str | Path, ours: str, stage: int) -> None:
+def check(folder: Path, output_dir: str | Path, ours: str, stage: int, was_read: bool = False) -> None:
     """Refuse to continue from a checkpoint that is not complete, or was written by another way to share a run.
 
     Args:
@@ -184,6 +185,7 @@ def check(folder: Path, output_dir: str | Path, ours: str, stage: int) -> None:
         output_dir: where other checkpoints of the run are.
         ours: how this run is shared, a key of `KINDS`.
         stage: this run's ZeRO stage.
+        was_read: as for `prepare`.
 
     Raises:
         ValueError: naming the fault, and what works.
@@ -196,7 +198,7 @@ def check(folder: Path, output_dir: str | Path, ours: str, stage: int) -> None:
             f"{key} is no checkpoint: it has no trainer_state.json. What works: {_others(output_dir, folder)}, or "
             "`lora_model_dir:` to train an adapter on from step 0."
         )
-    if why := fault(folder, whole=True):
+    if why := fault(folder, whole=not was_read):
         raise ValueError(f"{key} is not complete: {why}. What works: {_others(output_dir, folder)}.")
     theirs = kind(folder)
     if theirs is not None and holds_earlier(folder):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from ..files.durable import why_unsafe
 from ..files.lock import InUse, Lock
 from ..tuner.saving import WEIGHTS
 from . import checkpoints
-from .ranks import once
+from .ranks import is_first, once
 from .saves import tidy
 
 LOCK = "_in_use"  # the hub gets no file whose name begins so
@@ -84,7 +83,7 @@ def give_up(output_dir: str) -> None:
     """Let others use a folder, now that the training has saved its adapter there; to be called on every rank."""
     path = Path(output_dir).resolve()
     for part in _left.pop(path, []):  # the tokenizer the host has saved; and its logger needs ranks, which are gone by now
-        if os.environ.get("RANK", "0") == "0":
+        if is_first():
             part.save_pretrained(str(path))
     if (lock := _owned.pop(path, None)) is not None:
         lock.release()

@@ -10,6 +10,14 @@ from accelerate.utils import broadcast_object_list
 from axolotl.utils.distributed import is_distributed
 
 
+def is_first() -> bool:
+    """Return whether this is rank 0, as its launcher says: also before the ranks are joined, and after.
+
+    Axolotl's own question takes every rank for the first as long as they are not joined.
+    """
+    return os.environ.get("RANK", "0") == "0"
+
+
 def once(work: Callable[[], Any]) -> Any:
     """Have rank 0 do something, and return or raise on every rank what it returned or raised there; to be called on every rank.
 
@@ -20,7 +28,7 @@ def once(work: Callable[[], Any]) -> Any:
         Exception: what the work raised, so that no rank waits for one that has ended.
     """
     together, told = is_distributed(), [None, None]
-    if os.environ.get("RANK", "0") == "0":  # Axolotl's own question takes every rank for the first as long as they are not joined
+    if is_first():
         try:
             told[0] = work()
         except Exception as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,10 @@ from .checkpoints import INCOMPLETE, ONE_RANKS_SHARD, fault, of_run, set_aside, 
 
 REPLACED, GOING = ".replaced-", ".going-"  # a checkpoint until its successor is complete; folders that are being deleted
 # Of the trainer's settings, those that change what is trained.
-TOLD: tuple[str, ...] = (
-    "learning_rate",
-    "max_steps",
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
+TOLD = (
+    *("learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("max_grad_norm", "weight_decay", "lr_scheduler_type", "warmup_steps", "seed", "data_seed", "optim"),
 )
-TOLD += ("max_grad_norm", "weight_decay", "lr_scheduler_type", "warmup_steps", "seed", "data_seed", "optim")
 LOG = get_logger(__name__)
 
 
@@ -42,7 +38,7 @@ def guard_checkpoints(trainer: Trainer) -> None:
     def save(model: Any, trial: Any, **kwargs: Any) -> None:
         folder = Path(trainer._get_output_dir(trial=trial)) / f"checkpoint-{trainer.state.global_step}"
         main, step, settings = trainer.is_world_process_zero(), trainer.state.global_step, settings_of(trainer.args)
-        with _replacing(folder) if main else _nothing():
+        with _replacing(folder) if main else nullcontext():
             if main:
                 manifest.begin(folder, step, settings)
             barrier()  # no rank writes into the folder that is moved away
@@ -76,11 +72,6 @@ def changed_settings(folder: Path, arguments: TrainingArguments) -> str | None:
         if written is not None and name in written.settings and written.settings[name] != value
     ]
     return ", ".join(told) or None
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 @contextmanager
@@ -118,9 +109,7 @@ def rotate(newest: Path, limit: int | None, best: str | None) -> None:
     A checkpoint that was set aside counts, and goes anyway once there is a complete one of its step or a later one.
     """
     output_dir = newest.parent
-    for folder in _set_aside(output_dir):
-        if step_of(folder) <= step_of(newest) or (limit and len(of_run(output_dir)) + len(_set_aside(output_dir)) > limit):
-            remove(folder)
+    _drop_set_aside(output_dir, newest, len(of_run(output_dir)), limit)
     if not limit or limit < 1:
         return
     others = [path for path in of_run(output_dir) if path != newest]
@@ -141,10 +130,6 @@ def remove(folder: Path) -> None:
         shutil.rmtree(going, ignore_errors=True)
         folder.rename(going)
         shutil.rmtree(going, ignore_errors=True)
-
-
-def _set_aside(output_dir: Path) -> list[Path]:
-    return sorted(output_dir.glob(f"{INCOMPLETE}*checkpoint-*"), key=step_of)
 
 
 def tidy(output_dir: Path, limit: int | None) -> list[str]:
@@ -175,19 +160,31 @@ def tidy(output_dir: Path, limit: int | None) -> list[str]:
         remove(folder)
         old.rename(folder)
         told.append(f"{folder} is back as it was before a save that was killed")
-    for folder, why in set_aside_unfinished(output_dir):
-        told.append(f"{folder} is not complete ({why}): a run was stopped while it was written. It is not used")
+    for folder in of_run(output_dir):
+        if (why := manifest.fault(folder)) == manifest.WRITING:
+            told.append(f"{set_aside(folder)} is not complete ({why}): a run was stopped while it was written. It is not used")
     complete = [path for path in of_run(output_dir) if fault(path) is None]
-    aside = _set_aside(output_dir)
+    return told + _drop_set_aside(output_dir, complete[-1] if complete else None, len(complete), limit)
+
+
+def _drop_set_aside(output_dir: Path, latest: Path | None, count: int, limit: int | None) -> list[str]:
+    """Delete checkpoints that were set aside: those that a complete one has passed, and the oldest beyond `save_total_limit`.
+
+    Args:
+        output_dir: of the run.
+        latest: the last complete checkpoint.
+        count: checkpoints that are not set aside.
+        limit: `save_total_limit`.
+
+    Returns:
+        What was deleted and why, in sentences.
+    """
+    told, aside = [], sorted(output_dir.glob(f"{INCOMPLETE}*checkpoint-*"), key=step_of)
     for number, folder in enumerate(aside):
-        superseded = complete and step_of(folder) <= step_of(complete[-1])
-        if superseded or (limit and limit > 0 and len(complete) + len(aside) - number > limit):
+        passed = latest is not None and step_of(folder) <= step_of(latest)
+        if passed or (limit and limit > 0 and count + len(aside) - number > limit):
             remove(folder)
-            why = f"{complete[-1].name} is complete" if superseded else f"save_total_limit: {limit}"
-            told.append(f"{folder} is deleted: {why}")
+            told.append(
+                f"{folder} is deleted: {f'{latest.name} is complete' if latest and passed else f'save_total_limit: {limit}'}"
+            )
     return told
-
-
-def set_aside_unfinished(output_dir: Path) -> list[tuple[Path, str]]:
-    """Rename the checkpoints that say themselves that they were being written."""
-    return [(set_aside(path), manifest.WRITING) for path in of_run(output_dir) if manifest.fault(path) == manifest.WRITING]
