@@ -12,7 +12,7 @@ from axolotl_qtha.cli.export import export
 from axolotl_qtha.tuner.layer import adapted_layers
 
 from .commands import QUICKSTART, losses, train_here, write_config
-from .ranks import Servers, assert_follows, config_for, history, logits_in_memory, logits_of, output
+from .ranks import assert_follows, config_for, history, logits_in_memory, logits_of, output
 
 pytestmark = pytest.mark.e2e
 
@@ -119,10 +119,3 @@ def single(tmp_path_factory):
     config = config_for(tmp_path_factory.mktemp("ranks") / "single", None, **SHARED)
     train_here(config)
     return output(config)
-
-
-@pytest.fixture(scope="module")
-def servers():
-    made = Servers()
-    yield made
-    made.stop()

@@ -8,7 +8,7 @@ import pytest
 from axolotl_qtha.training.checkpoints import fault, of_run
 
 from .commands import train_here
-from .ranks import Servers, assert_follows, config_for, history, output
+from .ranks import assert_follows, config_for, history, output
 
 pytestmark = pytest.mark.long
 PLACES = range(0, 48, 6)  # of a save, which has some fifty
@@ -17,13 +17,6 @@ PLACES = range(0, 48, 6)  # of a save, which has some fifty
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("crashes")
-
-
-@pytest.fixture(scope="module")
-def servers():
-    made = Servers()
-    yield made
-    made.stop()
 
 
 @pytest.fixture(scope="module")

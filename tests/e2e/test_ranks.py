@@ -10,7 +10,7 @@ from axolotl_qtha.training.checkpoints import fault
 from axolotl_qtha.training.unpickling import refuse_unsafe
 
 from .commands import train_here
-from .ranks import Servers, assert_follows, config_for, history, logits_in_memory, logits_of, output, train
+from .ranks import assert_follows, config_for, history, logits_in_memory, logits_of, output, train
 
 pytestmark = pytest.mark.e2e
 
@@ -21,13 +21,6 @@ ADAPTER = "adapter_model.safetensors"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("ranks")
-
-
-@pytest.fixture(scope="module")
-def servers():
-    made = Servers()
-    yield made
-    made.stop()
 
 
 @pytest.fixture(scope="module")

@@ -5,19 +5,12 @@ import torch
 from safetensors.torch import load_file
 
 from .commands import train_here
-from .ranks import Servers, assert_follows, config_for, history, logits_in_memory, logits_of, output
+from .ranks import assert_follows, config_for, history, logits_in_memory, logits_of, output
 
 pytestmark = pytest.mark.e2e
 
 BOTH = {"layers": 2, "inputs": True}
 KEYS = {"gradient_checkpointing": True}
-
-
-@pytest.fixture(scope="module")
-def servers():
-    made = Servers()
-    yield made
-    made.stop()
 
 
 def keys(share, **changes):

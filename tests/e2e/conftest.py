@@ -1,0 +1,13 @@
+"""What the tests of many ranks have in common."""
+
+import pytest
+
+from .ranks import Servers
+
+
+@pytest.fixture(scope="module")
+def servers():
+    """Processes that fork ranks, for the tests of a file."""
+    made = Servers()
+    yield made
+    made.stop()
