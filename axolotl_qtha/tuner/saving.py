@@ -44,6 +44,8 @@ def _save(model: PeftModel, save_directory: str | Path, *args: Any, is_main_proc
         return
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f"{SCRATCH}*/{READY}"):  # an older save whose move failed: before this one, not over it
+        finish_move(left.parent, folder)
     scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=folder))
     try:
         if (card := folder / "README.md").is_file():  # PEFT adds to the one that is there

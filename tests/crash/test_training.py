@@ -178,6 +178,28 @@ def test_a_finished_adapter_is_the_old_one_or_the_new_one(how, tmp_path, crash_c
     crash_count("final save", how, found)
 
 
+def test_a_save_whose_move_failed_is_not_put_over_a_later_one(tmp_path, monkeypatch):
+    out, model = tmp_path / "out", adapted(llama(1), target_modules=["q_proj"])
+    guard(model)
+    model.save_pretrained(out)
+    with monkeypatch.context() as failing:
+        failing.setattr("axolotl_qtha.tuner.saving.os.replace", raise_once)
+        with pytest.raises(OSError, match="once"):
+            model.save_pretrained(out)
+    assert len(left_over(out)) == 1
+    with torch.no_grad():
+        next(tensor for tensor in model.parameters() if tensor.requires_grad).add_(1)
+    model.save_pretrained(out)
+    wanted = (out / "adapter_model.safetensors").read_bytes()
+    assert not left_over(out)
+    tidy(out, None)
+    assert (out / "adapter_model.safetensors").read_bytes() == wanted
+
+
+def raise_once(*_):
+    raise OSError("once")
+
+
 def _saved(model, folder):
     model.save_pretrained(folder / "whole")
     return load_file(folder / "whole" / "adapter_model.safetensors")
