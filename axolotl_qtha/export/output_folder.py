@@ -73,7 +73,7 @@ def folder_for(out: Path, works: str = "another disk") -> Iterator[Path]:
     lock, scratch = _own(out), None
     before = _end_at_sigterm()
     try:
-        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.exporting-", dir=out.parent))
+        scratch = Path(tempfile.mkdtemp(prefix=_beside(out, "exporting"), dir=out.parent))
         scratch.chmod(0o755)
         yield scratch
         flush_all(scratch)
@@ -103,29 +103,37 @@ def _own(out: Path) -> Lock:
         raise refusal("--out", str(out), f"is {error}", "to wait until it has ended, or another folder") from None
     try:
         _tidy(out)
-        if unsafe := why_unsafe(out.parent, f".{out.name}.trying-"):
+        if unsafe := why_unsafe(out.parent, _beside(out, "trying")):
             LOG.warning(f"--out: {str(out)!r}: its file system {unsafe}.")
-    except OSError as error:
+    except BaseException as error:
         lock.release()
-        works = "a folder on a disk that can rename folders, with space left"
-        raise refusal("--out", str(out), f"cannot be written as a whole ({error})", works) from error
-    except BaseException:
-        lock.release()
+        if isinstance(error, OSError):
+            works = "a folder on a disk that can rename folders, with space left"
+            raise refusal("--out", str(out), f"cannot be written as a whole ({error})", works) from error
         raise
     return lock
 
 
+def _beside(out: Path, kind: str) -> str:
+    """Return how the names begin of what an export makes beside its folder."""
+    return f".{out.name}.{kind}-"
+
+
 def _tidy(out: Path) -> None:
     """Bring to its end what exports that were killed left beside a folder."""
-    for old in out.parent.glob(f".{glob.escape(out.name)}.replaced-*"):
+
+    def left(kind: str) -> Iterator[Path]:
+        return out.parent.glob(glob.escape(_beside(out, kind)) + "*")
+
+    for old in left("replaced"):
         if not out.exists() and any(old.iterdir()):
             old.rename(out)
             LOG.warning(f"{out} is back as it was before an export that was killed.")
         else:
             shutil.rmtree(old, ignore_errors=True)
-    for trying in out.parent.glob(f".{glob.escape(out.name)}.trying-*"):
+    for trying in left("trying"):
         shutil.rmtree(trying, ignore_errors=True)
-    for scratch in out.parent.glob(f".{glob.escape(out.name)}.exporting-*"):
+    for scratch in left("exporting"):
         shutil.rmtree(scratch, ignore_errors=True)
         LOG.warning(f"{scratch}, an export that was killed, is deleted.")
 
@@ -151,7 +159,7 @@ def _take(scratch: Path, out: Path) -> None:
         os.rename(scratch, out)
         flush(out.parent)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.replaced-", dir=out.parent))
+    old = Path(tempfile.mkdtemp(prefix=_beside(out, "replaced"), dir=out.parent))
     try:
         os.rename(out, old)  # over the empty folder
     except OSError:
