@@ -82,6 +82,7 @@ class Stop(TrainerCallback):
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
+        self._process = os.getpid()
         self._asked: int | None = None
         self._since = 0.0
         self._group: Any = None
@@ -102,6 +103,10 @@ class Stop(TrainerCallback):
                 signal.signal(number, signal.default_int_handler if hosts else handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # one that loads data, which a terminal interrupts with us, and only we end
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
         now = time.monotonic()
         if self._asked is None and not CALLS.waiting:
             self._asked, self._since = number, now

@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 from hashlib import sha256
+from types import SimpleNamespace
 
 import pytest
 
 from axolotl_qtha.files.lock import Lock
 from axolotl_qtha.training import manifest, owner
 from axolotl_qtha.training.checkpoints import fault, of_run
+from axolotl_qtha.training.ending import Stop
 
 from .commands import run, train_here, write_config
 from .signalling import PLUGIN, Stumbled
@@ -114,6 +116,18 @@ def test_a_second_signal_ends_at_once(folder, monkeypatch, capfd):
     assert not (folder / "twice" / "out" / ADAPTER).exists()
     assert "stopped at once" in capfd.readouterr().err
     owner.give_up(str(folder / "twice" / "out"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
+def test_a_process_that_loads_data_is_ended_by_its_parent_alone(number, code, capfd):
+    """A terminal sends Ctrl-C to it as well; it inherits what its parent does at a signal."""
+    with Stop(SimpleNamespace(is_world_process_zero=lambda: True)).listening():
+        child = os.fork()
+        if not child:
+            os.kill(os.getpid(), number)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
+    assert capfd.readouterr().err == ""
 
 
 def test_ctrl_c_of_the_command(folder):
