@@ -58,9 +58,10 @@ class Engine:
             raise refusal("quantum_backend", "aer_gpu", "finds no GPU it can use", GPU_BUILD)
         self.ansatz, self.simulation = ansatz, simulation
         self.gates = GateAngles(ansatz)
-        compiled = (
-            compile_for(self.gates.circuit, device) if device else compile_circuit(self.gates.circuit, simulation.noise_model)
-        )
+        if device:
+            compiled = compile_for(self.gates.circuit, device, simulation.transpiler)
+        else:
+            compiled = compile_circuit(self.gates.circuit, simulation.noise_model, simulation.strengths)
         self.confusion = compiled.confusion
         method = self._method(compiled)
         self._check_memory(method, compiled.width, gpu)
