@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import refusal
-from ..tuner.config import SIMULATION_KEYS, QTHAConfig
+from ..tuner.config import QTHAConfig
+from ..tuner.running import SIMULATION_KEYS
 from ..tuner.saving import WEIGHTS
 from ..tuner.targets import HEADED, HEADS
 

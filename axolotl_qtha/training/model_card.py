@@ -18,6 +18,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..circuit.ansatz import Ansatz
+from ..circuit.noise import is_own
 from ..settings.public_facts import Facts, choice, code, plain
 from ..trained.clients import Client, Exported, limits, unmergeable, vllm_rank
 from ..tuner.config import QTHAConfig
@@ -36,7 +37,11 @@ SETTINGS = (
     *("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save", "share", "seed"),
 )
 CORE_SETTINGS = ("bond_dim", "mid_dim", "num_cores", "in_factors", "out_factors", "init", "core_gain")
-CIRCUIT_SETTINGS = ("angle_scale", "gate_order", "quantum_backend", "shots", "noise_model", "precision", "gradient")
+CIRCUIT_SETTINGS = (
+    *("angle_scale", "gate_order", "quantum_backend", "shots", "noise_model"),
+    *("depolarizing_1q", "depolarizing_2q", "readout_error", "precision", "gradient"),
+)
+FLIPS = "readout_error"  # two numbers in their order
 FOLDER = "PATH/TO/THIS/FOLDER"
 WIDTH = 110  # columns of the circuit's drawing
 
@@ -240,7 +245,10 @@ def shown(config: QTHAConfig) -> dict[str, Any]:
     keys += CIRCUIT_SETTINGS if config.has_circuit else ()
     saved = config.to_dict()  # which names no device: whoever loads it has another account, or none
     values = {key: saved[key] for key in keys}
-    values = {key: sorted(value) if isinstance(value, (set, list, tuple)) else value for key, value in values.items()}
+    if is_own(config.noise_model):
+        del values["noise_model"]
+    names = {key: sorted(value) for key, value in values.items() if isinstance(value, (set, list, tuple)) and key != FLIPS}
+    values |= names
     return {key: value for key, value in values.items() if value is not None and not _has_path(value)}
 
 
@@ -286,7 +294,9 @@ def _drawing(ansatz: Ansatz) -> str:
 
 
 def _circuits(config: QTHAConfig) -> str | None:
-    """Return what ran the circuits of a training on IBM Quantum, None for others; neither account nor instance."""
+    """Return what ran the circuits of a training that the settings above do not tell; neither account, instance nor module."""
+    if is_own(config.noise_model):
+        return "simulated with a noise model of its own, which is not published"
     if (ibm := config.ibm) is None:
         return None
     some = f"{ibm.tokens_per_step} tokens of each forward pass on {code(ibm.backend)}, {ibm.executions:,} shots"
