@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 import math
 import sys
@@ -25,6 +24,7 @@ from ..circuit.ansatz import Ansatz
 from ..errors import refusal
 from .circuits import ISACircuit, estimator_options
 from .cost import Cost, rate
+from .draws import Draws, job_seed
 from .journal import Entry, Journal
 from .options import IBMOptions
 from .progress import progress
@@ -41,7 +41,7 @@ class JobFailed(RuntimeError):
 class Runner:
     """One circuit on one device."""
 
-    def __init__(self, ansatz: Ansatz, options: IBMOptions, service: LocalService, journal: Journal) -> None:
+    def __init__(self, ansatz: Ansatz, options: IBMOptions, service: LocalService, journal: Journal, seed: int = 0) -> None:
         """Transpile the circuit, and pick up the jobs of an earlier run.
 
         Args:
@@ -49,29 +49,36 @@ class Runner:
             options: how to run it.
             service: the device.
             journal: where jobs and results are kept.
+            seed: of the shots of a simulated device.
         """
-        self.ansatz, self.options, self.service, self.journal = ansatz, options, service, journal
+        self.ansatz, self.options, self.service, self.journal, self.seed = ansatz, options, service, journal, seed
         self.isa = ISACircuit(ansatz, service.backend, options)
         self.rate = rate(self.isa, options, service.backend)
         # What makes a result, besides the angles. Not the transpiled circuit: it changes with the calibration.
         context = {"circuit": repr(ansatz), "backend": service.name, "local": service.local, **options.measurement()}
         if self.isa.pack > 1:  # on other qubits, with neighbours: another measurement
             context["pack"] = self.isa.pack
-        self._key = hashlib.blake2b(json.dumps(context, sort_keys=True).encode(), digest_size=32).digest()
+        if service.local:
+            context["seed"] = seed
+        self.draws = Draws(context)
         self._recover()
         self._settle()
 
-    def expectations(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return <Z_i> and their standard errors, (circuits, n), of circuits with these gate angles (circuits, gates) in radians.
+    def expectations(self, points: np.ndarray, keys: list[bytes] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Return <Z_i> and their standard errors, (circuits, n).
 
         Circuits that were run before are answered from the journal, those under way are waited for, the others are submitted.
+
+        Args:
+            points: gate angles (circuits, gates) in radians.
+            keys: which draws they are, of `draws`; None: those of a call by itself.
 
         Raises:
             ValueError: if they cost more than is left of max_qpu_seconds; nothing was submitted then.
             JobFailed: if a job failed, with IBM's reason.
         """
         points = np.ascontiguousarray(points, dtype=np.float64)
-        keys = self._keys(points)
+        keys = self.draws.keys(points) if keys is None else keys
         calibration = self.service.calibration
         new = {key: row for key, row in zip(keys, points, strict=True) if self.journal.result(calibration, key) is None}
         with self._interruptible():
@@ -94,12 +101,10 @@ class Runner:
         errors = np.array([result[1] for result in results if result is not None]).reshape(values.shape)
         return values, errors
 
-    def places(self, points: np.ndarray) -> np.ndarray:
+    def places(self, points: np.ndarray, keys: list[bytes] | None = None) -> np.ndarray:
         """Return which of `isa.places` each of these circuits was run in, (circuits)."""
-        return np.array([self.journal.place(self.service.calibration, key) for key in self._keys(points)], dtype=int)
-
-    def _keys(self, points: np.ndarray) -> list[bytes]:
-        return [hashlib.blake2b(row.tobytes(), digest_size=16, key=self._key).digest() for row in points]
+        keys = self.draws.keys(points) if keys is None else keys
+        return np.array([self.journal.place(self.service.calibration, key) for key in keys], dtype=int)
 
     def cost(self, blocks: int) -> Cost:
         """Return what this many circuits cost, `pack` of them in one of the device's."""
@@ -181,6 +186,8 @@ class Runner:
             session=session if session in journal.sessions else None,
         )
         options = estimator_options(self.options, tag, share)
+        if service.local:
+            options["simulator"] = {"seed_simulator": job_seed(self.seed, keys)}
         for attempt in range(ATTEMPTS):
             try:
                 job = service.submit(self.isa.pub(points), options)
