@@ -150,6 +150,33 @@ def _by_name(noise_model: str, strengths: Strengths) -> NoiseModel | None:
     return noise
 
 
+def transpiled(circuit: QuantumCircuit, arguments: tuple[tuple[str, Any], ...] = (), **where: Any) -> QuantumCircuit:
+    """Return a circuit in a device's gates, by Qiskit's transpiler.
+
+    Args:
+        circuit: the circuit.
+        arguments: of the transpiler, in the place of the usual ones.
+        **where: the device, as `backend` or `target`.
+
+    Raises:
+        ValueError: naming `ibm.transpiler`, if it fails with these arguments.
+    """
+    from qiskit import transpile
+    from qiskit.transpiler.exceptions import TranspilerError
+
+    given = {key: list(value) if isinstance(value, tuple) else value for key, value in arguments}
+    layout, device = given.get("initial_layout"), where.get("backend") or where["target"]
+    if layout is not None and (len(layout) != circuit.num_qubits or max(layout) >= device.num_qubits):
+        why = f"has {len(layout)} of a device's {device.num_qubits} qubits, counted from 0, and the circuit {circuit.num_qubits}"
+        raise refusal("ibm.transpiler.initial_layout", layout, why, f"as many as the circuit's, up to {device.num_qubits - 1}")
+    try:
+        return transpile(circuit, **where, **TRANSPILER | given)
+    except TranspilerError as error:
+        if not arguments:
+            raise
+        raise refusal("ibm.transpiler", given, f"does not place the circuit: {error}", "fewer of these arguments") from error
+
+
 def compile_for(circuit: QuantumCircuit, backend: BackendV2, transpiler: tuple[tuple[str, Any], ...] = ()) -> Compiled:
     """Return a circuit with free parameters in the gates of a device, and the noise of its last calibration.
 
@@ -158,9 +185,7 @@ def compile_for(circuit: QuantumCircuit, backend: BackendV2, transpiler: tuple[t
         backend: the device.
         transpiler: options of Qiskit's transpiler, in the place of the usual ones.
     """
-    from qiskit import transpile
-
-    compiled = transpile(circuit, backend, **TRANSPILER | dict(transpiler))
+    compiled = transpiled(circuit, transpiler, backend=backend)
     qubits = compiled.layout.final_index_layout()
     noise, confusion = _noise_of(backend, used(compiled) | set(qubits))
     return Compiled(compiled, qubits, noise, np.array([confusion.get(qubit, (1.0, 0.0)) for qubit in qubits]))

@@ -81,7 +81,7 @@ class _Seen:
 def ways(runner: Runner, simulation: Simulation) -> dict[str, Measurement | None]:
     """Return the ways to run the circuits, the exact one first."""
     shots = runner.options.executions
-    ideal = Simulation("aer", shots=shots, seed=simulation.seed)
+    ideal = Simulation("aer", shots=shots, seed=simulation.seed, transpiler=runner.options.transpiling)
     engines = {SHOTS: Engine(runner.ansatz, ideal, None), NOISE: Engine(runner.ansatz, ideal, None, runner.service.backend)}
     sampled = {name: partial(_sampled, engine, shots) for name, engine in engines.items()}
     return {EXACT: None, **sampled, DEVICE: runner.expectations}
