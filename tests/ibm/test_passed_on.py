@@ -127,7 +127,7 @@ def test_what_depends_on_the_other_keys():
 
 
 BAD_TRANSPILER = [
-    ({"optimization_level": 4}, ["optimization_level: 4", "0, 1, 2 or 3"]),
+    ({"optimization_level": 4}, ["optimization_level: 4", "1, 2 or 3"]),
     ({"seed_transpiler": -1}, ["seed_transpiler: -1", "`seed_transpiler: 7`"]),
     ({"initial_layout": [1, 1]}, ["initial_layout: [1, 1]", "a qubit of the device for each"]),
     ({"initial_layout": {"0": 1}}, ["initial_layout: (dict, value not shown)"]),
@@ -154,8 +154,8 @@ def test_refused_arguments_of_the_transpiler(transpiler, words):
 def test_a_layout_that_does_not_fit(layout):
     with pytest.raises(ValueError, match=r"qtha.ibm.transpiler.initial_layout: .*What works: as many as the circuit's, up to 4"):
         ISACircuit(Ansatz(2, 1), MANILA, IBMOptions(**FAKE, transpiler={"initial_layout": layout}))
+    unconnected = {"initial_layout": [0, 4], "routing_method": "none"}
     with pytest.raises(ValueError, match=r"qtha.ibm.transpiler: .* does not place the circuit"):
-        unconnected = {"initial_layout": [0, 4], "routing_method": "none"}
         ISACircuit(Ansatz(2, 1), MANILA, IBMOptions(**FAKE, transpiler=unconnected))
 
 
