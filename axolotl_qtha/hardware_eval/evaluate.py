@@ -23,7 +23,6 @@ from torch import Tensor
 from ..circuit import torch_engine
 from ..circuit.aer import Engine, to_numpy
 from ..circuit.simulation import Simulation
-from ..ibm.provenance import provenance
 from ..ibm.runner import Runner
 from ..trained.calibration_text import IGNORED, Batch
 from ..trained.passes import Pass
@@ -278,7 +277,7 @@ def evidence(runner: Runner) -> dict[str, Any]:
     jobs = [runner.journal.entries[tag] for tag in runner.answered]
     kept = ("job_id", "tag", "time", "circuits", "calibration", "seed", "made", "qpu_seconds", "metadata")
     return {
-        **provenance(runner.isa, runner.service, runner.options),
+        **runner.made,
         "seed": runner.seed,  # of the simulated shots; a real device has none
         "adapter_sha256": runner.adapter,
         "jobs": [{name: getattr(job, name) for name in kept} for job in sorted(jobs, key=lambda job: (job.time, job.tag))],

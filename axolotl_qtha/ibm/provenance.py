@@ -1,6 +1,6 @@
 """How results came about: the transpiled circuit, where it lies, the device's calibration, and versions. Nobody's account.
 
-Kept by the journal as `made/NAME.json`, NAME being the digest of what it says, and by `hardware_eval.json`.
+Kept by the journal as `made/NAME.json`, NAME being a digest of what it says, and by `hardware_eval.json`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ADDRESS = re.compile(r"crn:|://|@|^[\w+/=.-]{40,}$")  # an instance, an address,
 
 
 def provenance(isa: ISACircuit, service: LocalService, options: IBMOptions) -> dict[str, Any]:
-    """Return how the results of a circuit on a device come about, as values of JSON; the same each time."""
+    """Return how the results of a circuit on a device come about, as values of JSON."""
     return {
         "device": service.name,
         "simulated_here": service.local,
@@ -51,8 +51,9 @@ def provenance(isa: ISACircuit, service: LocalService, options: IBMOptions) -> d
 
 
 def name_of(made: dict[str, Any]) -> str:
-    """Return the name that the journal keeps it by."""
-    return hashlib.blake2b(json.dumps(made, sort_keys=True).encode(), digest_size=16).hexdigest()
+    """Return the name that the journal keeps it by: the bytes of QPY, which differ from time to time, are left out."""
+    said = {key: value for key, value in made.items() if key != "circuit_qpy"}
+    return hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def qpy_text(circuit: QuantumCircuit) -> str:

@@ -11,6 +11,8 @@ import hashlib
 import logging
 import math
 import uuid
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -101,6 +103,11 @@ class Runner(Jobs):
         keys = self.draws.keys(points) if keys is None else keys
         return np.array([self.journal.place(self.service.calibration, key) for key in keys], dtype=int)
 
+    @cached_property
+    def made(self) -> dict[str, Any]:
+        """How results come about, see `provenance`."""
+        return provenance(self.isa, self.service, self.options)
+
     def cost(self, blocks: int) -> Cost:
         """Return what this many circuits cost, `pack` of them in one of the device's."""
         return self.rate.cost(blocks)
@@ -165,8 +172,8 @@ class Runner(Jobs):
         service, journal, tag = self.service, self.journal, f"qtha-{uuid.uuid4().hex}"
         journal.ask(tag, np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, 16), points)
         session = getattr(service.session, "session_id", None)
-        made, seed = provenance(self.isa, service, self.options), job_seed(self.seed, keys) if service.local else None
-        journal.keep(name_of(made), made)
+        made, seed = name_of(self.made), job_seed(self.seed, keys) if service.local else None
+        journal.keep(made, self.made)
         journal.record(
             "intent",
             tag=tag,
@@ -180,7 +187,7 @@ class Runner(Jobs):
             estimate=cost.qpu_seconds,
             reserved=cost.qpu_seconds if share is None else share,
             options=self.options.measurement(),
-            made=name_of(made),
+            made=made,
             seed=seed,
             adapter=self.adapter,
             session=session if session in journal.sessions else None,
