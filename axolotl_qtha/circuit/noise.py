@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 # Without a device: what the circuit needs, a CRZ being two CX and two RZ. Aer (0.18) cannot bind a CRZ's angle: it silently
 # runs one circuit with the angle 0.
 BASIS = ["ry", "rz", "cx"]
-DEPOLARIZING = {"ry": (1e-3, 1), "cx": (1e-2, 2)}  # probability, qubits; an RZ is virtual on today's devices
+OWN_BASIS = ["rx", *BASIS]  # into which Qiskit translates every gate that a circuit of the user's own may have
+DEPOLARIZING = {"ry": (1e-3, 1), "rx": (1e-3, 1), "cx": (1e-2, 2)}  # probability, qubits; an RZ is virtual on today's devices
 FAKE = "fake:"
 CHOICES = "`none`, `depolarizing`, or `fake:` with the name of a device, e.g. `fake:manila`"
 
@@ -94,10 +95,11 @@ def compile_circuit(circuit: QuantumCircuit, noise_model: str) -> Compiled:
     qubits = list(range(circuit.num_qubits))
     clean = np.tile([1.0, 0.0], (circuit.num_qubits, 1))
     if noise_model in ("none", "depolarizing"):
-        noise = NoiseModel(basis_gates=BASIS)
+        noise = NoiseModel(basis_gates=OWN_BASIS)
         for gate, (probability, size) in DEPOLARIZING.items():
             noise.add_all_qubit_quantum_error(depolarizing_error(probability, size), gate)
-        compiled = transpile(circuit, basis_gates=BASIS, optimization_level=0)
+        basis = BASIS if {"ry", "crz"}.issuperset(circuit.count_ops()) else OWN_BASIS
+        compiled = transpile(circuit, basis_gates=basis, optimization_level=0)
         return Compiled(compiled, qubits, noise if noise_model == "depolarizing" else None, clean)
     return compile_for(circuit, device(noise_model, circuit.num_qubits))
 

@@ -90,7 +90,7 @@ class Runner:
         for tag in under_way:
             self.journal.adopt(tag, calibration)
         results = [self.journal.result(calibration, key) for key in keys]
-        values = np.array([result[0] for result in results if result is not None]).reshape(len(points), self.ansatz.qubits)
+        values = np.array([result[0] for result in results if result is not None]).reshape(len(points), self.ansatz.width)
         errors = np.array([result[1] for result in results if result is not None]).reshape(values.shape)
         return values, errors
 

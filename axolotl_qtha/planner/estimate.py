@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model
 
+from ..circuit.torch_engine import slowness
 from ..settings.public_facts import quantised_as
 from ..settings.training_run import TrainingRun
 from ..tuner.config import AER, QTHAConfig
@@ -81,6 +82,7 @@ class Plan:
     shift_circuits: int  # further circuits for the gradient of each, by parameter shift
     qubits: int  # of one circuit
     gates: dict[str, int]  # of one circuit
+    slow: str  # what is to be said of a circuit that no fast engine runs
     gpus: list[tuple[str, int]]  # name and bytes
     ranks: int
     sharing: str  # how they share the run, in short
@@ -178,8 +180,9 @@ def make_plan(run: TrainingRun, gpus: list[tuple[str, int]], advise: bool = True
         circuits_per_token=config.blocks if config.has_circuit else 0,
         circuits_share=work.circuit / work.total,
         shift_circuits=_shift_circuits(config),
-        qubits=config.circuit_qubits if config.has_circuit else 0,
+        qubits=ansatz(config).qubits if config.has_circuit else 0,
         gates=gate_counts(config) if config.has_circuit else {},
+        slow=_slow(config),
         gpus=gpus,
         ranks=ranks,
         sharing=shared.sharing.name(ranks),
@@ -253,6 +256,13 @@ def _targets(config: QTHAConfig, layers: dict[str, Any]) -> list[Target]:
             )
         )
     return targets
+
+
+def _slow(config: QTHAConfig) -> str:
+    """Return what is to be said of a circuit that no fast engine runs, "" of others."""
+    if config.circuit is None or config.quantum_backend != "torch" or not ansatz(config).is_own:
+        return ""
+    return slowness(ansatz(config))
 
 
 def _shift_circuits(config: QTHAConfig) -> int:

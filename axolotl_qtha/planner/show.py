@@ -38,6 +38,8 @@ def show_plan(plan: Plan, out: Console) -> None:
             f"{plan.circuits_share:.1%} of a step's arithmetic.",
             highlight=False,
         )
+    if plan.slow:
+        out.print(plan.slow, highlight=False, markup=False)
     if plan.shift_circuits:
         circuits = plan.circuits_per_step * (1 + plan.shift_circuits)
         out.print(

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..circuit import circuit_file
 from ..circuit.ansatz import Ansatz
 from ..settings.public_facts import Facts, choice, code, plain
 from ..trained.clients import Client, Exported, limits, unmergeable, vllm_rank
 from ..tuner.config import QTHAConfig
 from ..tuner.layer import adapted_sizes
-from ..tuner.sizes import Size, adapter_shape, compared, count_lora_parameters, count_parameters
+from ..tuner.sizes import Size, adapter_shape, ansatz, compared, count_lora_parameters, count_parameters
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -36,7 +37,7 @@ SETTINGS = (
     *("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save", "share", "seed"),
 )
 CORE_SETTINGS = ("bond_dim", "mid_dim", "num_cores", "in_factors", "out_factors", "init", "core_gain")
-CIRCUIT_SETTINGS = ("angle_scale", "gate_order", "quantum_backend", "shots", "noise_model", "precision", "gradient")
+CIRCUIT_SETTINGS = ("circuit", "angle_scale", "gate_order", "quantum_backend", "shots", "noise_model", "precision", "gradient")
 FOLDER = "PATH/TO/THIS/FOLDER"
 WIDTH = 110  # columns of the circuit's drawing
 
@@ -270,8 +271,17 @@ def _circuit(config: QTHAConfig, kind: Kind) -> str:
     n, own = config.circuit_qubits, "its own circuit" if config.blocks == 1 else f"{config.blocks} of its own side by side"
     own += " (layers of a rank by rank_pattern have circuits of that rank)" if config.rank_pattern else ""
     own += "; modules that read the same input have one circuit in common" if config.share and config.share.inputs else ""
+    head = f"## Circuit{'' if kind == 'adapter' else ' of the QTHA adapter'}"
+    if config.circuit:
+        circuit = ansatz(config)
+        observed = ", ".join(map(code, circuit.described().observables))
+        return (
+            f"{head}\n\nGiven by {code(config.circuit)} and kept as {code(circuit_file.FILE)}, on {circuit.qubits} qubits: {n} "
+            f"of the {config.rank} numbers of the bottleneck enter it, and {observed} are read out (the last letter is qubit 0). "
+            f"Every adapted layer of the model has {own}.\n\n" + _block("text", _drawing(circuit))
+        )
     return (
-        f"## Circuit{'' if kind == 'adapter' else ' of the QTHA adapter'}\n\n"
+        f"{head}\n\n"
         f"One layer on {n} qubits: `z` are {n} of the {config.rank} numbers of the bottleneck, `theta` the angles, ■ marks a "
         f"gate's control, and the expectation values of Z are read out. Every adapted layer of the model has {own}."
         f"{again}\n\n" + _block("text", _drawing(Ansatz(n, 1, config.gate_order)))

@@ -47,6 +47,7 @@ IDLE = {
     "circuit_layers": ("none",),
     "angle_scale": ("none", "silu"),
     "gate_order": ("none", "silu"),
+    "circuit": ("none", "silu"),
 }
 
 

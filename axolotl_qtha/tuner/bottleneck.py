@@ -80,12 +80,12 @@ def prepared(bottleneck: Bottleneck) -> Callable[[Tensor], Tensor]:
     circuit, dtype = bottleneck.branch, bottleneck.w_c.dtype
     if not isinstance(circuit, Circuit) or circuit.simulation.backend != "torch":
         return bottleneck
-    kernel = torch_engine.fused(circuit.angles, circuit.ansatz.qubits)
+    kernel = torch_engine.fused(circuit.angles, circuit.ansatz)
     if kernel is None:
         return bottleneck
     angles, few = circuit.angles.detach(), None
     if on_cpu := angles.device.type == "cpu":
-        torch_engine.check_finite(torch.zeros_like(angles), angles, circuit.ansatz.qubits)
+        torch_engine.check_finite(torch.zeros_like(angles), angles, circuit.ansatz)
     with torch_engine.exactly(angles.device.type):
         tables = kernel.Tables(angles, circuit.ansatz)
     if kernel is native:
@@ -100,7 +100,7 @@ def prepared(bottleneck: Bottleneck) -> Callable[[Tensor], Tensor]:
             with maybe_autocast(z.device.type, enabled=False):
                 encoded = circuit.encode(precise).reshape(-1, z.shape[-1]).contiguous()
                 if on_cpu:
-                    torch_engine.check_finite(encoded, angles, circuit.ansatz.qubits)
+                    torch_engine.check_finite(encoded, angles, circuit.ansatz)
                 h = bottleneck.fuse(precise, kernel.run(encoded, tables).view(z.shape))
         return h if h.dtype == z.dtype else h.to(z.dtype)
 

@@ -12,7 +12,10 @@ from typing import Any, Literal, get_args
 
 from peft import PeftConfig
 
-from ..circuit.ansatz import GATE_ORDERS, MAX_QUBITS
+from ..circuit import circuit_file
+from ..circuit.ansatz import GATE_ORDERS, MAX_QUBITS, Ansatz
+from ..circuit.own import OwnCircuit, check_name
+from ..circuit.recognised import circuit_of
 from ..circuit.simulation import Backend, Gradient, Precision, Simulation
 from ..errors import refusal
 from ..ibm.options import IBMOptions
@@ -158,6 +161,13 @@ class QTHAConfig(PeftConfig):
         "`quantum_backend: ibm`: which device, how, and what it may cost, as a block of keys of its own, e.g. "
         "`{backend: least_busy, max_qpu_seconds: 60}`. Never saved with the adapter.",
     )
+    circuit: str | None = _key(
+        None,
+        "A circuit of your own in place of the built-in one: `my_package.my_module:my_circuit`, a function of (qubits, "
+        "circuit_layers) that returns a Qiskit circuit, or the name of a registered one. Inputs are its parameters z[i], all "
+        "others are trained. Saved with the adapter as circuit.qpy.",
+    )
+    own_circuits = None  # of `circuit`, by how many numbers they take, that lay beside the file it was read from
     stored = None  # names of the tensors beside the file it was read from, until a model has compared them
     seed: int | None = _key(None, "Seed of the adapter's initial values. Default: Axolotl's `seed`, else 42.")
 
@@ -231,7 +241,9 @@ class QTHAConfig(PeftConfig):
         if (rank, alpha) == (self.rank, self.alpha):
             return self
         mid_dim = None if self.mid_dim is None else max(self.mid_dim, rank)
-        return replace(self, rank=rank, alpha=alpha, mid_dim=mid_dim, rank_pattern=None, alpha_pattern=None)
+        layer = replace(self, rank=rank, alpha=alpha, mid_dim=mid_dim, rank_pattern=None, alpha_pattern=None)
+        layer.own_circuits = self.own_circuits
+        return layer
 
     @property
     def blocks(self) -> int:
@@ -283,6 +295,8 @@ class QTHAConfig(PeftConfig):
         assert set(get_args(GateOrder)) == set(GATE_ORDERS)
         for key, kind in choices.items():
             arguments.check_choice(key, getattr(self, key), get_args(kind))
+        if self.circuit is not None:
+            check_name(self.circuit)
         for key in ("rank", "bond_dim", "mid_dim", "num_cores", "circuit_layers"):
             arguments.check_count(key, getattr(self, key), key in ("bond_dim", "mid_dim"))
         for key, kind in {"precision": Precision, "gradient": Gradient}.items():
@@ -306,6 +320,8 @@ class QTHAConfig(PeftConfig):
         for key, default in self._idle().items():
             why, works = f"has no effect with `quantum: {self.quantum}`", f"leave {key} out (its default: {default})"
             raise refusal(key, getattr(self, key), why, f"{works}, or `quantum: qtha`")
+        if self.circuit is not None and self.gate_order != Ansatz.gate_order:
+            raise refusal("gate_order", self.gate_order, "is the built-in circuit's, and `circuit` names another", "leave it out")
         if self.mid_dim is not None and self.mid_dim < self.rank:
             raise refusal(
                 "mid_dim",
@@ -347,4 +363,22 @@ class QTHAConfig(PeftConfig):
         stored = check_adapter_file(Path(pretrained_model_name_or_path))
         config = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         config.stored = stored
+        if config.circuit is not None:
+            config.own_circuits = circuit_file.beside(pretrained_model_name_or_path, config.circuit, **kwargs)
         return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the configuration, and the circuits of the user's own beside it."""
+        super().save_pretrained(save_directory, **kwargs)
+        if self.circuit is not None:
+            circuit_file.write(Path(save_directory), self.circuits_used())
+
+    def circuits_used(self) -> list[OwnCircuit]:
+        """Return the circuits of the user's own that layers have, one for each rank that they are cut to.
+
+        Raises:
+            ValueError: naming `circuit`, if one cannot be had.
+        """
+        assert self.circuit is not None
+        numbers = sorted({self.qubits_at(rank) for rank in self.ranks})
+        return [circuit_of(self.circuit, each, self.circuit_layers, self.own_circuits) for each in numbers]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..circuit.ansatz import Ansatz
+from ..circuit.recognised import ansatz_of, circuit_of
 from ..errors import refusal
 from .config import QTHAConfig
 from .mpo import Factors, MPOShape, factorize
@@ -28,7 +29,7 @@ class AdapterShape:
     rank: int
     mpo_a: MPOShape | None  # in_features -> mid_dim; None with `mpo: none`
     mpo_b: MPOShape | None  # mid_dim -> out_features
-    branch_rows: int  # rows of `rank` numbers that drive the branch: angles, or the weights of `silu`
+    branch_table: tuple[int, int]  # of the numbers that drive the branch: angles, or the weights of `silu`
     has_branch: bool
     trains_branch: bool
     learns_scale: bool
@@ -51,7 +52,7 @@ class AdapterShape:
         if self.has_branch:
             parts["w_q"] = r * r
         if self.trains_branch:
-            parts["branch"] = own.branch * r * self.branch_rows
+            parts["branch"] = own.branch * math.prod(self.branch_table)
         if self.learns_scale:
             parts["scale"] = own.branch * r
         return parts
@@ -63,15 +64,28 @@ class AdapterShape:
 
 
 def ansatz(config: QTHAConfig) -> Ansatz:
-    """Return the circuit of a configuration; a token has `config.blocks` of them side by side."""
-    return Ansatz(config.circuit_qubits, config.circuit_layers, config.gate_order)
+    """Return the circuit of a configuration; a token has `config.blocks` of them side by side.
+
+    Raises:
+        ValueError: naming `circuit`, where one of the user's own cannot be had.
+    """
+    return _ansatz(config, config.rank)
 
 
-def _branch_rows(config: QTHAConfig, rank: int) -> int:
-    """Rows of the branch's (rows, rank) table. The classical twin `silu` has as many as the circuit it stands in for."""
+def _ansatz(config: QTHAConfig, rank: int) -> Ansatz:
+    """Return the circuit of a layer of this rank."""
+    qubits = config.qubits_at(rank)
+    if config.circuit is None:
+        return Ansatz(qubits, config.circuit_layers, config.gate_order)
+    return ansatz_of(circuit_of(config.circuit, qubits, config.circuit_layers, config.own_circuits))
+
+
+def _branch_table(config: QTHAConfig, rank: int) -> tuple[int, int]:
+    """Return the shape of the branch's table. The classical twin `silu` has as much as the circuit it stands in for."""
     if config.has_circuit:
-        return Ansatz(config.qubits_at(rank), config.circuit_layers, config.gate_order).rows
-    return 4 * config.circuit_layers if config.quantum == "silu" else 0
+        circuit = _ansatz(config, rank)
+        return circuit.rows, circuit.columns(rank)
+    return (4 * config.circuit_layers, rank) if config.quantum == "silu" else (0, rank)
 
 
 def adapter_shape(
@@ -105,7 +119,7 @@ def _shape(config: QTHAConfig, layer: LayerSize, mid_dim: int | None, bond_dim: 
         rank,
         mpo_a,
         mpo_b,
-        branch_rows=_branch_rows(config, rank),
+        branch_table=_branch_table(config, rank),
         has_branch=config.quantum != "none",
         trains_branch=config.quantum in ("qtha", "qwthn", "silu"),
         learns_scale=config.has_circuit and config.angle_scale == "learned",
@@ -301,7 +315,9 @@ def branch(config: QTHAConfig) -> str:
     if config.quantum == "none":
         return "quantum: none"
     what, of = ("circuit", "qubits") if config.has_circuit else ("ring", "units")
-    return f"quantum: {config.quantum} ({config.blocks} {what}{'s' * (config.blocks > 1)} of {config.circuit_qubits} {of})"
+    count = config.circuit_qubits if config.circuit is None else ansatz(config).qubits
+    own = f" by {config.circuit}" if config.circuit else ""
+    return f"quantum: {config.quantum} ({config.blocks} {what}{'s' * (config.blocks > 1)} of {count} {of}{own})"
 
 
 def in_ranks(config: QTHAConfig, sizes: Sequence[Size]) -> str:
