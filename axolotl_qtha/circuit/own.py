@@ -17,6 +17,8 @@ from functools import cached_property
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..errors import alternatives, refusal
 from .gates import KNOWN
 
@@ -50,15 +52,14 @@ class OwnCircuit:
 
     @cached_property
     def digest(self) -> str:
-        """What the circuit is, in hexadecimal; the same in every process."""
-        where = self.circuit.find_bit
-        lines = [
-            f"{gate.name} {[str(value) for value in gate.params]} {[where(qubit).index for qubit in gate.qubits]}"
-            f"{_inside(gate.operation)}"
-            for gate in self.circuit.data
-        ]
-        names = [[parameter.name for parameter in some] for some in (self.inputs, self.trained)]
-        text = "\n".join([str(self.circuit.num_qubits), *lines, str(names), str(self.observables)])
+        """What the circuit does, in hexadecimal; the same in every process, whatever its parameters are called.
+
+        Expressions of angles count by their values at random parameters: QPY keeps what they say, and not how they are written.
+        """
+        random = np.random.default_rng(0)
+        every = [*self.inputs, *self.trained]
+        numbers = dict(zip(every, random.uniform(-np.pi, np.pi, len(every)), strict=True))
+        text = f"{_gates(self.circuit, numbers)} {len(self.inputs)} {len(self.trained)} {self.observables}"
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     @property
@@ -68,11 +69,23 @@ class OwnCircuit:
         return PREFIX + self.digest
 
 
-def _inside(gate: Any) -> str:
-    """Return what a gate consists of, where its name does not say it."""
-    if gate.name in KNOWN or gate.name == "barrier" or gate.definition is None:
-        return ""
-    return str([(inner.name, [str(value) for value in inner.params], len(inner.qubits)) for inner in gate.definition.data])
+def _gates(circuit: QuantumCircuit, numbers: dict[Parameter, float]) -> list[Any]:
+    """Return the gates of a circuit, their qubits and their angles at these parameters; of unknown gates what they consist of."""
+    where, found = circuit.find_bit, list[Any]()
+    for entry in circuit.data:
+        gate, qubits = entry.operation, [where(qubit).index for qubit in entry.qubits]
+        if gate.name in KNOWN or gate.definition is None:
+            found.append((gate.name, [_rounded(value, numbers) for value in gate.params], qubits))
+        elif gate.name != "barrier":
+            found.append((_gates(gate.definition, numbers), qubits))
+    return [circuit.num_qubits, *found]
+
+
+def _rounded(value: Any, numbers: dict[Parameter, float]) -> list[complex]:
+    """Return a gate's angle, or the entries of its matrix, to nine decimals."""
+    if hasattr(value, "parameters"):
+        value = value.bind({parameter: numbers[parameter] for parameter in value.parameters}).numeric()
+    return [complex(entry) for entry in (np.asarray(value, dtype=complex).round(9) + 0).ravel().tolist()]
 
 
 def known(gate_order: str) -> OwnCircuit:
