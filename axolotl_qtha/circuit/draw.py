@@ -9,7 +9,7 @@ from qiskit import QuantumCircuit, transpile
 from rich.table import Table
 
 from .ansatz import Ansatz
-from .noise import BASIS, device, used
+from .noise import basis, device, used
 
 SIMULATOR = "simulator"
 CHOICES = "`simulator`, or `fake:` with the name of a device, e.g. `fake:torino`"
@@ -47,7 +47,7 @@ def costs(ansatz: Ansatz, backend: str) -> list[Cost]:
     """
     circuit = ansatz.circuit()
     if backend == SIMULATOR:
-        compiled = transpile(circuit, basis_gates=BASIS, optimization_level=0)
+        compiled = transpile(circuit, basis_gates=basis(circuit), optimization_level=0)
     else:
         target = device(backend, ansatz.qubits, "--backend", CHOICES)
         compiled = transpile(circuit, target, optimization_level=3, seed_transpiler=0)

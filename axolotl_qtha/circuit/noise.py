@@ -87,6 +87,11 @@ def device(noise_model: str, qubits: int, key: str = "noise_model", choices: str
     return backend
 
 
+def basis(circuit: QuantumCircuit) -> list[str]:
+    """Return the gates into which a circuit is compiled without a device."""
+    return BASIS if {"ry", "crz"}.issuperset(circuit.count_ops()) else OWN_BASIS
+
+
 def compile_circuit(circuit: QuantumCircuit, noise_model: str) -> Compiled:
     """Return a circuit with free parameters in the gates of a noise model, and its noise."""
     from qiskit import transpile
@@ -98,8 +103,7 @@ def compile_circuit(circuit: QuantumCircuit, noise_model: str) -> Compiled:
         noise = NoiseModel(basis_gates=OWN_BASIS)
         for gate, (probability, size) in DEPOLARIZING.items():
             noise.add_all_qubit_quantum_error(depolarizing_error(probability, size), gate)
-        basis = BASIS if {"ry", "crz"}.issuperset(circuit.count_ops()) else OWN_BASIS
-        compiled = transpile(circuit, basis_gates=basis, optimization_level=0)
+        compiled = transpile(circuit, basis_gates=basis(circuit), optimization_level=0)
         return Compiled(compiled, qubits, noise if noise_model == "depolarizing" else None, clean)
     return compile_for(circuit, device(noise_model, circuit.num_qubits))
 
