@@ -22,7 +22,7 @@ from .blocks import LARGEST, ONE_CIRCUIT, SMALLEST, USUAL, usual_qubits
 from .peft_type import QTHA
 from .share import Share
 
-Quantum = Literal["qtha", "none", "silu", "frozen", "qwthn"]
+Quantum = Literal["qtha", "none", "silu", "frozen", "product", "qwthn"]
 TensorNetwork = Literal["tt", "none"]
 AngleScale = Literal["raw", "learned", "tanh"]
 GateOrder = Literal["2025-06", "2025-05"]
@@ -33,7 +33,7 @@ MAX_SHOTS = 1_000_000  # as Aer itself
 AER_KEYS = ("shots", "seed_simulator", "noise_model", "precision", "gradient")
 SIMULATION_KEYS = ("quantum_backend", *AER_KEYS, "ibm")
 AER = ("aer", "aer_gpu")  # values of `quantum_backend` that read AER_KEYS
-CIRCUIT_MODES = ("qtha", "frozen", "qwthn")  # values of `quantum` that run a circuit
+CIRCUIT_MODES = ("qtha", "frozen", "product", "qwthn")  # values of `quantum` that run a circuit
 
 
 def _key(default: Any, text: str) -> Any:
@@ -106,12 +106,15 @@ class QTHAConfig(PeftConfig):
     )
     quantum: Quantum = _key(
         "qtha",
-        "The branch beside the linear one: `qtha` trained circuit, `frozen` random circuit that is not trained, `silu` "
-        "classical network of the same wiring and size, `none` no branch (exactly a low-rank adapter), `qwthn` the "
-        "paper's first version (product instead of sum).",
+        "The branch beside the linear one: `qtha` trained circuit, `frozen` random circuit that is not trained, `product` the "
+        "circuit without its two-qubit gates (no entanglement: <Z_i> is the cosine of circuit_layers times the angle of z_i plus "
+        "the sum of its trained angles), `silu` classical network of the same wiring and size, `none` no branch (exactly a "
+        "low-rank adapter), `qwthn` the paper's first version (product instead of sum).",
     )
     mpo: TensorNetwork = _key("tt", "`tt`: matrix product operators; `none`: full r-wide matrices, as LoRA.")
-    circuit_layers: int = _key(2, "Layers L of each circuit (4 * rank * L angles in all). The authors use L = rank.")
+    circuit_layers: int = _key(
+        2, "Layers L of each circuit: 4 * rank * L angles in all, `product` 2 * rank * L. The authors use L = rank."
+    )
     angle_scale: AngleScale = _key(
         "tanh",
         "How the bottleneck's z becomes radians: `raw` z itself, as the authors (wraps around), `learned` z times a "
@@ -217,7 +220,7 @@ class QTHAConfig(PeftConfig):
 
     def qubits_at(self, rank: int) -> int:
         """Return the qubits of each circuit of a layer of this rank."""
-        return self.qubits or usual_qubits(rank) or rank
+        return 1 if self.quantum == "product" else self.qubits or usual_qubits(rank) or rank
 
     @property
     def ranks(self) -> list[int]:
@@ -265,7 +268,7 @@ class QTHAConfig(PeftConfig):
         result.pop("ibm")
         result["share"] = self.share.model_dump() if self.share else None
         if not self.rank_pattern:  # else each rank has its own
-            result["qubits"] = None if self.quantum == "none" else self.circuit_qubits
+            result["qubits"] = None if self.quantum in arguments.IDLE["qubits"] else self.circuit_qubits
         if self.quantum_backend == "ibm":
             result["quantum_backend"] = "torch"
         return result
@@ -307,12 +310,8 @@ class QTHAConfig(PeftConfig):
             why, works = f"has no effect with `quantum: {self.quantum}`", f"leave {key} out (its default: {default})"
             raise refusal(key, getattr(self, key), why, f"{works}, or `quantum: qtha`")
         if self.mid_dim is not None and self.mid_dim < self.rank:
-            raise refusal(
-                "mid_dim",
-                self.mid_dim,
-                f"is below rank {self.rank}: the adapter could not reach its rank",
-                f"`mid_dim: {self.rank}`",
-            )
+            why = f"is below rank {self.rank}: the adapter could not reach its rank"
+            raise refusal("mid_dim", self.mid_dim, why, f"`mid_dim: {self.rank}`")
         for key in ("in_factors", "out_factors"):
             arguments.check_factors(key, getattr(self, key), self.num_cores)
         if self.share and self.init == "tt_svd":

@@ -107,7 +107,7 @@ def _shape(config: QTHAConfig, layer: LayerSize, mid_dim: int | None, bond_dim: 
         mpo_b,
         branch_rows=_branch_rows(config, rank),
         has_branch=config.quantum != "none",
-        trains_branch=config.quantum in ("qtha", "qwthn", "silu"),
+        trains_branch=config.quantum in ("qtha", "product", "qwthn", "silu"),
         learns_scale=config.has_circuit and config.angle_scale == "learned",
         owned=owned,
     )
@@ -300,8 +300,9 @@ def branch(config: QTHAConfig) -> str:
     """
     if config.quantum == "none":
         return "quantum: none"
-    what, of = ("circuit", "qubits") if config.has_circuit else ("ring", "units")
-    return f"quantum: {config.quantum} ({config.blocks} {what}{'s' * (config.blocks > 1)} of {config.circuit_qubits} {of})"
+    kinds = ("circuit", "qubit") if config.has_circuit else ("ring", "unit")
+    words = [f"{n} {word}{'s' * (n > 1)}" for n, word in zip((config.blocks, config.circuit_qubits), kinds, strict=True)]
+    return f"quantum: {config.quantum} ({' of '.join(words)})"
 
 
 def in_ranks(config: QTHAConfig, sizes: Sequence[Size]) -> str:
@@ -326,8 +327,7 @@ def describe(config: QTHAConfig, sizes: Sequence[Size]) -> list[str]:
         f"QTHA on {len(sizes)} modules: rank {config.rank}, {network}, {branch(config)}; {total:,} trainable "
         f"parameters, {compared(total, lora)} than LoRA of the same rank ({lora:,})."
     ]
-    if config.rank_pattern:
-        lines.append(f"  {in_ranks(config, sizes)}")
+    lines += [f"  {in_ranks(config, sizes)}"] if config.rank_pattern else []
     if note := gave_way(config, sizes):
         lines.append(f"  {note}")
     if config.mpo == "tt":
