@@ -40,6 +40,7 @@ def circuit_of(name: str, qubits: int, layers: int, kept: Mapping[int, OwnCircui
     return own
 
 
+@lru_cache(maxsize=64)
 def without_entanglers(name: str, own: OwnCircuit) -> OwnCircuit:
     """Return a circuit without its gates on several qubits, and without the parameters that only these had.
 
@@ -61,6 +62,7 @@ def without_entanglers(name: str, own: OwnCircuit) -> OwnCircuit:
     return replace(own, circuit=circuit, trained=trained)
 
 
+@lru_cache(maxsize=64)
 def ansatz_of(own: OwnCircuit) -> Ansatz:
     """Return the ansatz that runs a circuit: by the fast engines if it consists of the built-in circuit's moments, in any order.
 

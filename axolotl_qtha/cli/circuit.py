@@ -78,5 +78,5 @@ def _circuit(config: Path) -> tuple[QTHAConfig, Ansatz]:
 
     settings = AdapterSettings.of(read_yaml(config)).parsed
     if not settings.has_circuit:
-        raise refusal("quantum", settings.quantum, "runs no circuit", "`quantum: qtha`, `frozen` or `qwthn`")
+        raise refusal("quantum", settings.quantum, "runs no circuit", "`quantum: qtha`, `frozen`, `product` or `qwthn`")
     return settings, ansatz(settings)

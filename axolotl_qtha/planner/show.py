@@ -31,10 +31,11 @@ def show_plan(plan: Plan, out: Console) -> None:
     if plan.circuits_per_step:
         gates = ", ".join(f"{count} {gate.upper()}" for gate, count in plan.gates.items())
         fewer = ", fewer where layers share one" if plan.shared else ""
+        circuit = f"{plan.qubits} qubit{'s' * (plan.qubits > 1)} and {gates}"
         again = "; each is simulated forward twice (checkpointing) and backward once" if plan.gradient_checkpointing else ""
         out.print(
             f"Circuits per step and {_place(plan)}: {plan.circuits_per_step:,} ({plan.circuits_per_token} per adapted layer and "
-            f"token{fewer}, {plan.tokens_per_step:,} tokens) of {plan.qubits} qubits and {gates}{again}. They are "
+            f"token{fewer}, {plan.tokens_per_step:,} tokens) of {circuit}{again}. They are "
             f"{plan.circuits_share:.1%} of a step's arithmetic.",
             highlight=False,
         )

@@ -21,6 +21,7 @@ from ..circuit import circuit_file
 from ..circuit.ansatz import Ansatz
 from ..settings.public_facts import Facts, choice, code, plain
 from ..trained.clients import Client, Exported, limits, unmergeable, vllm_rank
+from ..tuner.arguments import IDLE
 from ..tuner.config import QTHAConfig
 from ..tuner.layer import adapted_sizes
 from ..tuner.sizes import Size, adapter_shape, ansatz, compared, count_lora_parameters, count_parameters
@@ -45,6 +46,7 @@ BRANCHES = {
     "qtha": "and a small simulated quantum circuit",
     "qwthn": "multiplied by a small simulated quantum circuit",
     "frozen": "and a small simulated quantum circuit, random and not trained,",
+    "product": "and a small simulated quantum circuit without entangling gates",
     "silu": "and a small classical network in the place of the quantum circuit",
     "none": "without a quantum circuit",
 }
@@ -239,6 +241,7 @@ def shown(config: QTHAConfig) -> dict[str, Any]:
     keys = [*SETTINGS, "mpo", *(CORE_SETTINGS if config.mpo == "tt" else ()), "quantum"]
     keys += ["qubits", "circuit_layers"] if config.quantum != "none" else []
     keys += CIRCUIT_SETTINGS if config.has_circuit else ()
+    keys = [key for key in keys if config.quantum not in IDLE.get(key, ())]
     saved = config.to_dict()  # which names no device: whoever loads it has another account, or none
     values = {key: saved[key] for key in keys}
     values = {key: sorted(value) if isinstance(value, (set, list, tuple)) else value for key, value in values.items()}
@@ -271,19 +274,21 @@ def _circuit(config: QTHAConfig, kind: Kind) -> str:
     n, own = config.circuit_qubits, "its own circuit" if config.blocks == 1 else f"{config.blocks} of its own side by side"
     own += " (layers of a rank by rank_pattern have circuits of that rank)" if config.rank_pattern else ""
     own += "; modules that read the same input have one circuit in common" if config.share and config.share.inputs else ""
-    head = f"## Circuit{'' if kind == 'adapter' else ' of the QTHA adapter'}"
+    title = f"## Circuit{'' if kind == 'adapter' else ' of the QTHA adapter'}\n\n"
     if config.circuit:
         circuit = ansatz(config)
         observed = ", ".join(map(code, circuit.described().observables))
         return (
-            f"{head}\n\nGiven by {code(config.circuit)} and kept as {code(circuit_file.FILE)}, on {circuit.qubits} qubits: {n} "
-            f"of the {config.rank} numbers of the bottleneck enter it, and {observed} are read out (the last letter is qubit 0). "
-            f"Every adapted layer of the model has {own}.\n\n" + _block("text", _drawing(circuit))
+            f"{title}Given by {code(config.circuit)} and kept as {code(circuit_file.FILE)}, on {circuit.qubits} qubits: {n} of the "
+            f"{config.rank} numbers of the bottleneck enter it, and {observed} are read out (the last letter is qubit 0). Every "
+            f"adapted layer of the model has {own}.\n\n" + _block("text", _drawing(circuit))
         )
+    head = f"One layer on {n} qubits: `z` are {n} of the {config.rank} numbers of the bottleneck, `theta` the angles, ■ marks a "
+    head += "gate's control"
+    if n == 1:  # nothing to entangle with
+        head = f"One layer on one qubit: `z` is one of the {config.rank} numbers of the bottleneck, `theta` are the angles"
     return (
-        f"{head}\n\n"
-        f"One layer on {n} qubits: `z` are {n} of the {config.rank} numbers of the bottleneck, `theta` the angles, ■ marks a "
-        f"gate's control, and the expectation values of Z are read out. Every adapted layer of the model has {own}."
+        f"{title}{head}, and the expectation values of Z are read out. Every adapted layer of the model has {own}."
         f"{again}\n\n" + _block("text", _drawing(Ansatz(n, 1, config.gate_order)))
     )
 

@@ -25,7 +25,7 @@ from .blocks import LARGEST, ONE_CIRCUIT, SMALLEST, USUAL, usual_qubits
 from .peft_type import QTHA
 from .share import Share
 
-Quantum = Literal["qtha", "none", "silu", "frozen", "qwthn"]
+Quantum = Literal["qtha", "none", "silu", "frozen", "product", "qwthn"]
 TensorNetwork = Literal["tt", "none"]
 AngleScale = Literal["raw", "learned", "tanh"]
 GateOrder = Literal["2025-06", "2025-05"]
@@ -36,7 +36,7 @@ MAX_SHOTS = 1_000_000  # as Aer itself
 AER_KEYS = ("shots", "seed_simulator", "noise_model", "precision", "gradient")
 SIMULATION_KEYS = ("quantum_backend", *AER_KEYS, "ibm")
 AER = ("aer", "aer_gpu")  # values of `quantum_backend` that read AER_KEYS
-CIRCUIT_MODES = ("qtha", "frozen", "qwthn")  # values of `quantum` that run a circuit
+CIRCUIT_MODES = ("qtha", "frozen", "product", "qwthn")  # values of `quantum` that run a circuit
 
 
 def _key(default: Any, text: str) -> Any:
@@ -109,12 +109,15 @@ class QTHAConfig(PeftConfig):
     )
     quantum: Quantum = _key(
         "qtha",
-        "The branch beside the linear one: `qtha` trained circuit, `frozen` random circuit that is not trained, `silu` "
-        "classical network of the same wiring and size, `none` no branch (exactly a low-rank adapter), `qwthn` the "
-        "paper's first version (product instead of sum).",
+        "The branch beside the linear one: `qtha` trained circuit, `frozen` random circuit that is not trained, `product` the "
+        "circuit without its two-qubit gates (no entanglement: <Z_i> is the cosine of circuit_layers times the angle of z_i plus "
+        "the sum of its trained angles), `silu` classical network of the same wiring and size, `none` no branch (exactly a "
+        "low-rank adapter), `qwthn` the paper's first version (product instead of sum).",
     )
     mpo: TensorNetwork = _key("tt", "`tt`: matrix product operators; `none`: full r-wide matrices, as LoRA.")
-    circuit_layers: int = _key(2, "Layers L of each circuit (4 * rank * L angles in all). The authors use L = rank.")
+    circuit_layers: int = _key(
+        2, "Layers L of each circuit: 4 * rank * L angles in all, `product` 2 * rank * L. The authors use L = rank."
+    )
     angle_scale: AngleScale = _key(
         "tanh",
         "How the bottleneck's z becomes radians: `raw` z itself, as the authors (wraps around), `learned` z times a "
@@ -207,8 +210,13 @@ class QTHAConfig(PeftConfig):
 
     def _idle(self) -> dict[str, Any]:
         """Return the defaults of the settings that have another value, and do nothing beside `quantum`."""
-        defaults = {each.name: each.default for each in fields(self) if self.quantum in arguments.IDLE.get(each.name, ())}
+        defaults = {each.name: each.default for each in fields(self) if self._is_idle(each.name)}
         return {key: default for key, default in defaults.items() if getattr(self, key) != default}
+
+    def _is_idle(self, key: str) -> bool:
+        """Return whether a setting does nothing beside `quantum`; a circuit of the user's own keeps its qubits as a product."""
+        own_product = key == "qubits" and self.quantum == "product" and self.circuit is not None
+        return self.quantum in arguments.IDLE.get(key, ()) and not own_product
 
     @property
     def scaling(self) -> float:
@@ -227,7 +235,7 @@ class QTHAConfig(PeftConfig):
 
     def qubits_at(self, rank: int) -> int:
         """Return the qubits of each circuit of a layer of this rank."""
-        return self.qubits or usual_qubits(rank) or rank
+        return 1 if self.quantum == "product" and self.circuit is None else self.qubits or usual_qubits(rank) or rank
 
     @property
     def ranks(self) -> list[int]:
@@ -277,7 +285,7 @@ class QTHAConfig(PeftConfig):
         result.pop("ibm")
         result["share"] = self.share.model_dump() if self.share else None
         if not self.rank_pattern:  # else each rank has its own
-            result["qubits"] = None if self.quantum == "none" else self.circuit_qubits
+            result["qubits"] = None if self._is_idle("qubits") else self.circuit_qubits
         if self.quantum_backend == "ibm":
             result["quantum_backend"] = "torch"
         return result
@@ -323,12 +331,8 @@ class QTHAConfig(PeftConfig):
         if self.circuit is not None and self.gate_order != Ansatz.gate_order:
             raise refusal("gate_order", self.gate_order, "is the built-in circuit's, and `circuit` names another", "leave it out")
         if self.mid_dim is not None and self.mid_dim < self.rank:
-            raise refusal(
-                "mid_dim",
-                self.mid_dim,
-                f"is below rank {self.rank}: the adapter could not reach its rank",
-                f"`mid_dim: {self.rank}`",
-            )
+            why = f"is below rank {self.rank}: the adapter could not reach its rank"
+            raise refusal("mid_dim", self.mid_dim, why, f"`mid_dim: {self.rank}`")
         for key in ("in_factors", "out_factors"):
             arguments.check_factors(key, getattr(self, key), self.num_cores)
         if self.share and self.init == "tt_svd":

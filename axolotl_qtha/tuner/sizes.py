@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..circuit.ansatz import Ansatz
-from ..circuit.recognised import ansatz_of, circuit_of
+from ..circuit.recognised import ansatz_of, circuit_of, without_entanglers
 from ..errors import refusal
 from .config import QTHAConfig
 from .mpo import Factors, MPOShape, factorize
@@ -77,7 +77,8 @@ def _ansatz(config: QTHAConfig, rank: int) -> Ansatz:
     qubits = config.qubits_at(rank)
     if config.circuit is None:
         return Ansatz(qubits, config.circuit_layers, config.gate_order)
-    return ansatz_of(circuit_of(config.circuit, qubits, config.circuit_layers, config.own_circuits))
+    own = circuit_of(config.circuit, qubits, config.circuit_layers, config.own_circuits)
+    return ansatz_of(without_entanglers(config.circuit, own) if config.quantum == "product" else own)
 
 
 def _branch_table(config: QTHAConfig, rank: int) -> tuple[int, int]:
@@ -121,7 +122,7 @@ def _shape(config: QTHAConfig, layer: LayerSize, mid_dim: int | None, bond_dim: 
         mpo_b,
         branch_table=_branch_table(config, rank),
         has_branch=config.quantum != "none",
-        trains_branch=config.quantum in ("qtha", "qwthn", "silu"),
+        trains_branch=config.quantum in ("qtha", "product", "qwthn", "silu"),
         learns_scale=config.has_circuit and config.angle_scale == "learned",
         owned=owned,
     )
@@ -314,10 +315,11 @@ def branch(config: QTHAConfig) -> str:
     """
     if config.quantum == "none":
         return "quantum: none"
-    what, of = ("circuit", "qubits") if config.has_circuit else ("ring", "units")
-    count = config.circuit_qubits if config.circuit is None else ansatz(config).qubits
+    kinds = ("circuit", "qubit") if config.has_circuit else ("ring", "unit")
+    units = config.circuit_qubits if config.circuit is None else ansatz(config).qubits
+    words = [f"{n} {word}{'s' * (n > 1)}" for n, word in zip((config.blocks, units), kinds, strict=True)]
     own = f" by {config.circuit}" if config.circuit else ""
-    return f"quantum: {config.quantum} ({config.blocks} {what}{'s' * (config.blocks > 1)} of {count} {of}{own})"
+    return f"quantum: {config.quantum} ({' of '.join(words)}{own})"
 
 
 def in_ranks(config: QTHAConfig, sizes: Sequence[Size]) -> str:
@@ -342,8 +344,7 @@ def describe(config: QTHAConfig, sizes: Sequence[Size]) -> list[str]:
         f"QTHA on {len(sizes)} modules: rank {config.rank}, {network}, {branch(config)}; {total:,} trainable "
         f"parameters, {compared(total, lora)} than LoRA of the same rank ({lora:,})."
     ]
-    if config.rank_pattern:
-        lines.append(f"  {in_ranks(config, sizes)}")
+    lines += [f"  {in_ranks(config, sizes)}"] if config.rank_pattern else []
     if note := gave_way(config, sizes):
         lines.append(f"  {note}")
     if config.mpo == "tt":

@@ -50,7 +50,7 @@ def module(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "variant", [{}, {"quantum": "frozen"}, {"quantum": "qwthn"}, {"mpo": "none"}, {"angle_scale": "learned"}]
+    "variant", [{}, {"quantum": "frozen"}, {"quantum": "product"}, {"mpo": "none"}, {"angle_scale": "learned"}]
 )
 @pytest.mark.parametrize("circuit", [LADDER, PAIRS])
 def test_what_is_counted_is_what_is_made_and_trains_and_loads(circuit, variant, tmp_path):

@@ -13,9 +13,9 @@ from .table import Entry
 
 PICTURES = ("pareto.png", "costs.png")
 # Okabe and Ito's colours, which the colour-blind can tell apart.
-COLOURS = ("#000000", "#777777", "#E69F00", "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#B8A800")
-LOOKS = dict(zip(ADAPTERS, zip(COLOURS, "soDX^v<>P", strict=True), strict=True))
-MARKERS_OF_VARIANTS = "*hd8p"
+COLOURS = ("#000000", "#777777", "#E69F00", "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#882255", "#CC79A7", "#B8A800")
+LOOKS = dict(zip(ADAPTERS, zip(COLOURS, "soDX^v<d>P", strict=True), strict=True))
+MARKERS_OF_VARIANTS = "*h8pH"
 Looks = dict[str, tuple[Any, str]]  # colour and marker, by adapter
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from ...errors import PrivateSettings, alternatives
 from ...settings.args import QTHABlock
@@ -49,10 +49,10 @@ class Suite(BaseModel):
     base_model: str = Field(description="Folder or name of the base.")
     tasks: list[str | Block] = Field(min_length=1, description=f"Of {sorted(TASKS)}, or blocks with data of one's own.")
     adapters: list[str] = Field(min_length=1, description=f"Of {sorted(ADAPTERS)}.")
+    ranks: list[Whole] = Field(default=[8], min_length=1, description="Ranks of all adapters.")
     variants: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+(-[A-Za-z0-9_.]+)*$")], dict[str, Any]] = Field(
         default_factory=dict, description="Further adapters: QTHA with other keys of the `qtha:` block, by names of one's own."
     )
-    ranks: list[Whole] = Field(default=[8], min_length=1, description="Ranks of all adapters.")
     budgets: list[Annotated[float, Field(gt=0, le=1)]] = Field(
         default=[0.24], min_length=1, description="QTHA: `param_budget`, trainable parameters as a share of LoRA's."
     )
@@ -87,20 +87,19 @@ class Suite(BaseModel):
 
     @field_validator("variants")
     @classmethod
-    def _variants_work(cls, variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    def _variants_work(cls, variants: dict[str, dict[str, Any]], info: ValidationInfo) -> dict[str, dict[str, Any]]:
+        """Check each variant at every rank of the suite; `ranks` stands above, so that pydantic has read it before."""
         for name, block in variants.items():
             if name in ADAPTERS:
                 raise ValueError(f"{name!r} is an adapter's name. What works: a name of its own.")
             if taken := sorted(set(block) & {"rank", "seed"}):
+                key = taken[0]
                 raise ValueError(
-                    f"{name}: {taken[0]!r} is set by the suite for each run. What works: `{taken[0]}s` of the suite."
+                    f"{name}: {key!r} is set by the suite for each run: its `{key}s` decide, for all adapters and variants. "
+                    f"What works: `{key}s: [{block[key]}]` of the suite, and no `{key}` here."
                 )
-            try:
-                QTHABlock.model_validate(block)
-            except ValidationError as error:
-                raise ValueError(f"{name}: " + "; ".join(map(_line, error.errors()))) from error
-            except PrivateSettings as error:
-                raise PrivateSettings(f"variants: {name}: {error}") from None
+            for rank in info.data.get("ranks", ()):  # none where they are at fault themselves
+                _check_variant(name, block, rank)
         return variants
 
     @field_validator("settings")
@@ -145,6 +144,20 @@ class Suite(BaseModel):
         """Return whether an adapter's size depends on the budget; that of `lora-equal` is only named if there are several."""
         block = self.block(adapter)
         return has_budget(block) if block is not None else adapter == EQUAL and len(self.budgets) > 1
+
+
+def _check_variant(name: str, block: dict[str, Any], rank: int) -> None:
+    """Check that a variant works at a rank; what it asks of the circuit may work at one and not at another.
+
+    Raises:
+        ValueError: naming variant and rank.
+    """
+    try:
+        QTHABlock.model_validate({"rank": rank, **block})
+    except ValidationError as error:
+        raise ValueError(f"{name}, at rank {rank}: " + "; ".join(map(_line, error.errors()))) from error
+    except PrivateSettings as error:
+        raise PrivateSettings(f"variants: {name}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -234,7 +247,8 @@ def _line(fault: Any) -> str:
         return f"{'.'.join(where[:-1])}: {_unknown(where[-1], 'key of a task', Block.model_fields)}"
     # Pydantic's messages say what works, but not always what was found.
     value = "" if fault["type"] in ("value_error", "missing") else f"{fault['input']!r}: "
-    return f"{'.'.join(where)}: {value}{fault['msg'].removeprefix('Value error, ')}"
+    text = f"{value}{fault['msg'].removeprefix('Value error, ')}"
+    return ": ".join([*filter(None, [".".join(where)]), text])  # what a whole block is at fault for is nowhere in it
 
 
 def _unknown(name: str, what: str, known: Any) -> str:

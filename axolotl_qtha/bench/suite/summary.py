@@ -86,7 +86,7 @@ def _goal(found: list[Entry]) -> str:
             verdict = f"**{'met' if met else 'not met'}**: {difference.value.text(sign=True)}"
             verdict += "" if fits else f", with more than {SHARE:.0%} of the parameters"
             sure = difference.value.below_zero or difference.value.above_zero
-            verdict += "" if sure or difference.value.half is None else " (the interval includes zero)"
+            verdict += "" if sure or difference.value.half is None else " (not told apart: the interval includes zero)"
         rows.append(
             f"- {ours.task}, {ours.method.label}: {share:.1%} of LoRA's parameters; validation loss less LoRA's {verdict}"
         )
@@ -181,17 +181,15 @@ def _adds(found: list[Entry]) -> str:
 
 def _sentence(difference: Difference) -> str:
     control, value = difference.other.method.adapter, difference.value
-    head = f"{difference.ours.task}, {difference.ours.method.label} against {control} ({ADAPTERS[control]}): "
+    ours, its = (f"{entry.parameters:,}" for entry in (difference.ours, difference.other))
+    head = f"{difference.ours.task}, {difference.ours.method.label} ({ours} parameters) against {control} ({ADAPTERS[control]}; "
+    head += f"{its} parameters): "
     if value is None or value.half is None:
         return head + difference.verdict + "."
     text = f"validation loss {value.text(sign=True)}; "
     if value.below_zero:
         return head + text + "the trained circuit **lowers** it."
-    return (
-        head
-        + text
-        + ("the trained circuit **raises** it." if value.above_zero else "the trained circuit **adds nothing** that shows.")
-    )
+    return head + text + ("the trained circuit **raises** it." if value.above_zero else "the two are **not told apart**.")
 
 
 def _adapters(execution: Execution) -> str:

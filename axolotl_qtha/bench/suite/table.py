@@ -126,7 +126,7 @@ class Difference:
             return "one seed: no interval"
         if self.value.below_zero:
             return "lower"
-        return "higher" if self.value.above_zero else "no difference (the interval includes zero)"
+        return "higher" if self.value.above_zero else "not told apart (the interval includes zero)"
 
 
 def _at(curves: dict[int, dict[int, float]], step: int) -> dict[int, float]:

@@ -78,8 +78,10 @@ def test_the_runs_of_a_suite(tmp_path):
         ({"steps": 3}, r"'steps' is no key of a suite. What works: .*`max_steps`"),
         ({"settings": {"seed": 3}}, r"settings: 'seed' is set by the suite for each run"),
         ({"variants": {"slow": {"circiut_lr": 1e-3}}}, r"variants: slow: .*circiut_lr.*What works: `circuit_lr`"),
-        ({"variants": {"slow": {"num_cores": 0}}}, r"variants: slow: .*num_cores: 0"),
-        ({"variants": {"slow": {"rank": 2}}}, r"variants: slow: 'rank' is set by the suite for each run.*`ranks`"),
+        ({"variants": {"slow": {"num_cores": 0}}}, r"variants: slow, at rank 4: .*num_cores: 0"),
+        ({"variants": {"slow": {"rank": 2}}}, r"variants: slow: 'rank' is set by the .*`ranks` decide.*`ranks: \[2\]` of the"),
+        ({"variants": {"a": {"quantum_backend": "aer", "noise_model": "fake:manila"}}}, r"variants: a, at rank 8: qtha.noise_"),
+        ({"variants": {"a": {"qubits": 8}}}, r"variants: a, at rank 4: qtha.qubits: 8 does not divide rank 4.*`qubits: 4`"),
         ({"variants": {"qtha": {"alpha": 2}}}, r"variants: 'qtha' is an adapter's name"),
         ({"variants": {"a--b": {"alpha": 2}}}, r"variants.*a--b"),
         ({"tasks": [{"name": "mine", "train": {}, "test": {}}]}, r"tasks.0.validation: Field required"),
@@ -140,6 +142,17 @@ def test_variants_are_qtha_with_other_keys(tmp_path):
     assert keys["slow--r8-b0.4"]["qtha"] | {"quantum": "qtha"} == keys["qtha--r8-b0.4"]["qtha"] | variants["slow"]
     assert keys["attention--r8"]["qtha"] == {"rank": 8, "alpha": 16, **variants["attention"]}
     assert keys["attention--r8"]["adapter"] == "qtha"
+
+
+def test_a_variant_is_checked_at_the_ranks_of_the_suite(tmp_path):
+    """A device of five qubits has room for the circuits of rank 4, not of rank 8, the default of the block."""
+    noisy = {"quantum_backend": "aer", "noise_model": "fake:manila", "shots": 256}
+    execution = Execution(suite(tmp_path, ranks=[4], variants={"noisy": noisy}))
+    cell = next(cell for cell in search(execution.suite) if cell.method.adapter == "noisy")
+    assert execution.keys(cell)["qtha"].items() >= {"rank": 4, **noisy}.items()
+    with pytest.raises(ValueError, match=r"at rank 8: .*'fake:manila' has 5 qubits, the circuit 8") as error:
+        suite(tmp_path, ranks=[4, 8], variants={"noisy": noisy})
+    assert ": :" not in str(error.value)
 
 
 def test_settings_are_recorded_without_local_paths(tmp_path):
