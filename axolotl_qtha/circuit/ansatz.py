@@ -13,7 +13,7 @@ Source: arXiv 2503.12790 and the authors' public code; Sim et al. (arXiv 1905.10
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from qiskit import QuantumCircuit
@@ -107,3 +107,33 @@ class Ansatz:
                 for control, target in self.pairs(moment.kind):
                     circuit.crz(row[control], control, target)
         return circuit
+
+    def bound(self, z: Any, angles: Any) -> QuantumCircuit:
+        """Return the Qiskit circuit with numbers in the place of its parameters.
+
+        Args:
+            z: encoded inputs in radians, (n), an array or tensor; None: they stay parameters.
+            angles: trained angles in radians, (rows, n), an array or tensor.
+
+        Raises:
+            ValueError: if a shape does not fit, or a number is NaN or infinite.
+
+        >>> Ansatz(qubits=2, layers=1).bound([0.1, 0.2], [[0.0] * 2] * 4).num_parameters
+        0
+        """
+        import torch
+
+        n, numbers = self.qubits, {"theta": ("angles", angles, (self.rows, self.qubits)), "z": ("z", z, (self.qubits,))}
+        found: dict[str, list[float]] = {}
+        for vector, (name, given, shape) in numbers.items():
+            if given is None and vector == "z":
+                continue
+            values = torch.as_tensor(given, dtype=torch.float64, device="cpu").detach()
+            if tuple(values.shape) != shape:
+                raise ValueError(f"{name} has shape {tuple(values.shape)}. What works: {shape} for a circuit of {n} qubits.")
+            if not bool(torch.isfinite(values).all()):
+                raise ValueError(f"{name} holds NaN or infinite values. What works: the last good checkpoint.")
+            found[vector] = values.flatten().tolist()
+        circuit = self.circuit()
+        free = [parameter for parameter in circuit.parameters if parameter.vector.name in found]
+        return circuit.assign_parameters({each: found[each.vector.name][each.index] for each in free})
