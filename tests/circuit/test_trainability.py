@@ -143,7 +143,7 @@ def test_effective_dimension_of_known_matrices():
 
 
 def test_effective_dimension_of_one_qubit():
-    """<Z> = cos(z + a + b): F = mean sin^2 times a matrix of ones, normalised to (1, 1; 1, 1), so d_eff = log(1 + 2 k) / log k."""
+    """<Z> = cos(z + a + b): F is mean sin^2 times a matrix of ones, normalised to ones, so d_eff = log(1 + 2 k) / log k."""
     ansatz, data = Ansatz(1, 1), 10_000
     z, angles = uniform(50, 1), uniform(1, 2, 1).expand(50, -1, -1)
     information = fisher(jacobians(z, angles, ansatz))
