@@ -282,7 +282,7 @@ def _circuit(config: QTHAConfig, kind: Kind) -> str:
 def _drawing(ansatz: Ansatz) -> str:
     from ..circuit.draw import text
 
-    return "\n".join(line.rstrip() for line in text(ansatz, WIDTH).splitlines())
+    return "\n".join(line.rstrip() for line in text(ansatz.circuit(), WIDTH).splitlines())
 
 
 def _circuits(config: QTHAConfig) -> str | None:
