@@ -21,7 +21,7 @@ from ..errors import refusal
 from . import torch_engine
 from .ansatz import Ansatz
 from .noise import Compiled, compile_circuit, compile_for
-from .readout import Group, groups
+from .observables import Group, groups
 from .shifts import GateAngles, Slopes
 from .simulation import Simulation
 

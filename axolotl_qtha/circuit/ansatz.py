@@ -91,6 +91,11 @@ class Ansatz:
         return width // self.width if self.is_own else width
 
     @property
+    def angle_shape(self) -> tuple[int, int]:
+        """Shape of the angles of one circuit."""
+        return self.rows, self.columns(self.width)
+
+    @property
     def rows(self) -> int:
         """Number of rows of trainable angles."""
         if self.is_own:
@@ -149,3 +154,31 @@ class Ansatz:
                     circuit.crz(row[control], control, target)
         labels = tuple("I" * (n - 1 - i) + "Z" + "I" * i for i in range(n))
         return OwnCircuit(circuit, tuple(z), tuple(theta), labels)
+
+    def bound(self, z: Any, angles: Any) -> QuantumCircuit:
+        """Return the Qiskit circuit with numbers in the place of its parameters.
+
+        Args:
+            z: encoded inputs in radians, (n), an array or tensor; None: they stay parameters.
+            angles: trained angles in radians, (rows, n), an array or tensor; of a circuit of the user's own (rows, 1).
+
+        Raises:
+            ValueError: if a shape does not fit, or a number is NaN or infinite.
+
+        >>> Ansatz(qubits=2, layers=1).bound([0.1, 0.2], [[0.0] * 2] * 4).num_parameters
+        0
+        """
+        import torch
+
+        described, n = self.described(), self.width
+        given: list[tuple[Any, ...]] = [("angles", angles, self.angle_shape, described.trained)]
+        given += [] if z is None else [("z", z, (n,), described.inputs)]
+        found: dict[Any, float] = {}
+        for name, numbers, shape, parameters in given:
+            values = torch.as_tensor(numbers, dtype=torch.float64, device="cpu").detach()
+            if tuple(values.shape) != shape:
+                raise ValueError(f"{name} has shape {tuple(values.shape)}. What works: {shape} for a circuit of {n} numbers.")
+            if not bool(torch.isfinite(values).all()):
+                raise ValueError(f"{name} holds NaN or infinite values. What works: the last good checkpoint.")
+            found |= dict(zip(parameters, values.flatten().tolist(), strict=True))
+        return described.circuit.assign_parameters(found)

@@ -1,62 +1,51 @@
-"""How Pauli observables are read out: turned to Z and measured together where they agree qubit by qubit."""
+"""What is read out of many circuits at one time, each with angles of its own: the one place that knows it is `<Z>`.
+
+The engine runs circuits with angles of their own side by side, so an ensemble is one wide row of them.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import torch
+from torch import Tensor
 
-import numpy as np
-from qiskit import QuantumCircuit
-from qiskit.quantum_info import PauliList
+from . import torch_engine
+from .ansatz import Ansatz
 
-
-@dataclass(frozen=True)
-class Group:
-    """Observables that one measurement of all qubits tells: qubit by qubit they are the same Pauli operator, or the identity."""
-
-    which: list[int]  # of the circuit's observables
-    basis: str  # what each qubit is measured in, a Pauli label
-    support: np.ndarray  # (observables, qubits): whether each acts on a qubit
-
-    def turned(self, circuit: QuantumCircuit) -> QuantumCircuit:
-        """Return the circuit with gates after it that turn what is measured to Z; the same object, where that is Z already."""
-        if not set(self.basis) & set("XY"):
-            return circuit
-        result = circuit.copy()
-        for qubit, letter in enumerate(reversed(self.basis)):
-            if letter == "Y":
-                result.sdg(qubit)
-            if letter in "XY":
-                result.h(qubit)
-        return result
-
-    def values(self, slope: np.ndarray | float = 1.0, offset: np.ndarray | float = 0.0) -> np.ndarray:
-        """Return what each observable counts for each outcome, (2**qubits, observables): qubit 0 is the lowest bit.
-
-        Args:
-            slope: of each qubit's read-out, (qubits): Z is read as slope * Z + offset, on average.
-            offset: likewise.
-        """
-        qubits = self.support.shape[1]
-        outcomes = np.arange(2**qubits)[:, None]
-        z = slope * (1.0 - 2.0 * (outcomes >> np.arange(qubits) & 1)) + offset  # (2**qubits, qubits)
-        result: np.ndarray = np.where(self.support, z[:, None], 1.0).prod(axis=2)
-        return result
+COLUMNS = 2**18  # of the wide row, which bounds the memory
 
 
-def groups(observables: tuple[str, ...]) -> list[Group]:
-    """Return the measurements that tell all observables, Pauli labels; those of Z alone are one.
+def expectations(z: Tensor, angles: Tensor, ansatz: Ansatz) -> Tensor:
+    """Return what is read out: <Z_i>, (draws, tokens, outputs).
 
-    >>> [group.basis for group in groups(("IZ", "ZI", "XX"))]
-    ['ZZ', 'XX']
+    Args:
+        z: encoded inputs in radians, (draws, tokens, n).
+        angles: trained angles in radians, (draws, rows, columns): one table for all tokens of a draw.
+        ansatz: the circuit.
     """
-    paulis = PauliList(list(observables))
-    parts = paulis.group_commuting(qubit_wise=True)
-    index = {label: [i for i, other in enumerate(observables) if other == label] for label in observables}
-    found = []
-    for part in parts:
-        labels = part.to_labels()
-        letters = [next((label[i] for label in labels if label[i] != "I"), "I") for i in range(len(labels[0]))]
-        which = sorted(i for label in set(labels) for i in index[label])
-        support = np.array([[letter != "I" for letter in reversed(observables[i])] for i in which])
-        found.append(Group(which, "".join(letters), support))
-    return sorted(found, key=lambda group: group.which)
+    draws, tokens, n = z.shape
+    wide = z.transpose(0, 1).reshape(tokens, draws * n)
+    found = torch_engine.expectation_values(wide, angles.transpose(0, 1).flatten(1), ansatz)
+    return found.reshape(tokens, draws, n).transpose(0, 1)
+
+
+def jacobians(z: Tensor, angles: Tensor, ansatz: Ansatz) -> Tensor:
+    """Return the derivatives of what is read out for the trained angles, (N, outputs, rows, columns).
+
+    Args:
+        z: encoded inputs in radians, (N, n).
+        angles: trained angles in radians, (N, rows, columns).
+        ansatz: the circuit.
+    """
+    many = max(1, COLUMNS // z.shape[1] ** 2)
+    parts = [_jacobians(z[i : i + many], angles[i : i + many], ansatz) for i in range(0, len(z), many)]
+    return torch.cat(parts)
+
+
+def _jacobians(z: Tensor, angles: Tensor, ansatz: Ansatz) -> Tensor:
+    """Return them from one wide row, in which each circuit stands once for each output."""
+    (count, n), (rows, columns) = z.shape, angles.shape[1:]
+    wide = z[:, None].expand(count, n, n).reshape(1, -1)
+    table = angles[:, None].expand(count, n, rows, columns).permute(2, 0, 1, 3).reshape(rows, -1)
+    one = torch.eye(n, dtype=z.dtype, device=z.device).expand(count, n, n).reshape(1, -1)
+    _, found = torch_engine.gradients(one, wide, table, ansatz)
+    return found.view(rows, count, n, columns).permute(1, 2, 0, 3)

@@ -279,9 +279,9 @@ def _circuit(config: QTHAConfig, kind: Kind) -> str:
         circuit = ansatz(config)
         observed = ", ".join(map(code, circuit.described().observables))
         return (
-            f"{title}Given by {code(config.circuit)} and kept as {code(circuit_file.FILE)}, on {circuit.qubits} qubits: {n} of the "
-            f"{config.rank} numbers of the bottleneck enter it, and {observed} are read out (the last letter is qubit 0). Every "
-            f"adapted layer of the model has {own}.\n\n" + _block("text", _drawing(circuit))
+            f"{title}Given by {code(config.circuit)} and kept as {code(circuit_file.FILE)}, on {circuit.qubits} qubits: {n} of "
+            f"the {config.rank} numbers of the bottleneck enter it, and {observed} are read out (the last letter is qubit 0). "
+            f"Every adapted layer of the model has {own}.\n\n" + _block("text", _drawing(circuit))
         )
     head = f"One layer on {n} qubits: `z` are {n} of the {config.rank} numbers of the bottleneck, `theta` the angles, ■ marks a "
     head += "gate's control"
@@ -297,7 +297,7 @@ def _circuit(config: QTHAConfig, kind: Kind) -> str:
 def _drawing(ansatz: Ansatz) -> str:
     from ..circuit.draw import text
 
-    return "\n".join(line.rstrip() for line in text(ansatz, WIDTH).splitlines())
+    return "\n".join(line.rstrip() for line in text(ansatz.circuit(), WIDTH).splitlines())
 
 
 def _circuits(config: QTHAConfig) -> str | None:
