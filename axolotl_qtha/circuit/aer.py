@@ -64,7 +64,10 @@ class Engine:
         self.measurements = []
         for group in groups(self.gates.observables):
             circuit = group.turned(self.gates.circuit)
-            compiled = compile_for(circuit, device) if device else compile_circuit(circuit, simulation.noise_model)
+            if device:
+                compiled = compile_for(circuit, device, simulation.transpiler)
+            else:
+                compiled = compile_circuit(circuit, simulation.noise_model, simulation.strengths)
             method = self._method(compiled)
             self._check_memory(method, compiled.width, gpu)
             simulator = AerSimulator(

@@ -10,7 +10,7 @@ from qiskit import QuantumCircuit, qasm3, qpy, transpile
 from rich.table import Table
 
 from ..errors import refusal
-from .noise import basis, device, used
+from .noise import device, plain_basis, used
 
 SIMULATOR = "simulator"
 CHOICES = "`simulator`, or `fake:` with the name of a device, e.g. `fake:torino`"
@@ -49,7 +49,7 @@ def costs(circuit: QuantumCircuit, backend: str) -> list[Cost]:
         ValueError: if the backend is unknown or has too few qubits.
     """
     if backend == SIMULATOR:
-        compiled = transpile(circuit, basis_gates=basis(circuit), optimization_level=0)
+        compiled = transpile(circuit, basis_gates=plain_basis(circuit), optimization_level=0)
     else:
         target = device(backend, circuit.num_qubits, "--backend", CHOICES)
         compiled = transpile(circuit, target, optimization_level=3, seed_transpiler=0)

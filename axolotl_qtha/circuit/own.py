@@ -7,11 +7,8 @@ is read out are Pauli observables, one for each number, by default Z on each qub
 from __future__ import annotations
 
 import hashlib
-import importlib
 import re
-import sys
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import entry_points
@@ -21,15 +18,13 @@ import numpy as np
 
 from ..errors import alternatives, refusal
 from .gates import KNOWN
+from .imported import found_at, is_path
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from qiskit.circuit import Parameter, QuantumCircuit
 
 PREFIX = "own:"  # of the `gate_order` of an ansatz that is one
 GROUP = "axolotl_qtha.circuits"  # entry points of packages that bring circuits
-PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 NAME = re.compile(r"[A-Za-z_][\w-]{0,39}")
 WORKS = "`circuit: my_package.my_module:my_circuit`, a function of (qubits, layers) that returns a Qiskit `QuantumCircuit`"
 KEYS = ("circuit", "inputs", "trained", "observables")
@@ -113,7 +108,7 @@ def check_name(value: Any) -> None:
     Raises:
         ValueError: naming it.
     """
-    if not isinstance(value, str) or not (PATH.fullmatch(value) or NAME.fullmatch(value)):
+    if not is_path(value) and not (isinstance(value, str) and NAME.fullmatch(value)):
         raise refusal("circuit", value, "is neither an import path nor a name", WORKS)
 
 
@@ -127,55 +122,14 @@ def function_of(name: str) -> Function:
     """
     check_name(name)
     if ":" in name:
-        return imported("circuit", name, WORKS)
+        return found_at("circuit", name, WORKS)
     if name in _registered:
         return _registered[name]
     found = entry_points(group=GROUP)
     if name in found.names:
-        return imported("circuit", found[name].value, WORKS)
+        return found_at("circuit", found[name].value, WORKS)
     others = {*_registered, *found.names}
     raise refusal("circuit", name, "is registered by nothing", alternatives(name, others) if others else WORKS)
-
-
-def imported(key: str, path: str, works: str) -> Any:
-    """Return what an import path names, `package.module:name`.
-
-    Args:
-        key: the setting.
-        path: its value.
-        works: an example that works, in words.
-
-    Raises:
-        ValueError: naming the key, the path, and the part that was not found.
-    """
-    module_name, _, names = path.partition(":")
-    with _here():
-        try:
-            found: Any = importlib.import_module(module_name)
-        except Exception as error:  # whatever the module does
-            why = f"cannot be imported: `import {module_name}` says {type(error).__name__}: {error}"
-            raise refusal(key, path, why, f"a module on Python's path or in the current directory, e.g. {works}") from error
-    so_far = module_name
-    for name in names.split("."):
-        if not hasattr(found, name):
-            place = getattr(found, "__file__", None) or so_far
-            near = (
-                alternatives(name, (other for other in vars(found) if not other.startswith("_")))
-                if hasattr(found, "__dict__")
-                else ""
-            )
-            raise refusal(key, path, f"names no {name!r} in {so_far} ({place} was imported)", near or works)
-        found, so_far = getattr(found, name), f"{so_far}.{name}"
-    return found
-
-
-@contextmanager
-def _here() -> Iterator[None]:
-    sys.path.append("")  # last: nothing in the current directory stands in for an installed package
-    try:
-        yield
-    finally:
-        sys.path.remove("")
 
 
 def called(name: str, qubits: int, layers: int) -> OwnCircuit:
@@ -193,7 +147,7 @@ def called(name: str, qubits: int, layers: int) -> OwnCircuit:
     try:
         given = function(qubits, layers)
     except Exception as error:
-        why = f"fails: called with qubits={qubits}, layers={layers} it says {type(error).__name__}: {error}"
+        why = f"was imported, and called with qubits={qubits}, layers={layers} it fails with {type(error).__name__}: {error}"
         raise refusal("circuit", name, why, WORKS) from error
     return described(name, given, qubits)
 

@@ -44,7 +44,7 @@ def hardware_eval(**options: Any) -> None:
     """
     with errors_shown():
         from ..hardware_eval.command import EvaluationOptions, hardware_eval
-        from ..ibm.runner import JobFailed
+        from ..ibm.jobs import JobFailed
         from ..terminal import console
 
         try:

@@ -66,7 +66,7 @@ def hardware_eval(options: EvaluationOptions, out: Console) -> Evaluation:
     make = partial(batches, sequences, most, tokenizer.pad_token_id or 0)
     run = Pass(cast(Any, model), adapters, make, sum(1 for _ in make()))
     assert config.ibm is not None
-    device = runner(ansatz(config), config.ibm)
+    device = runner(ansatz(config), config.ibm, config.simulation.seed)
     counts = circuits_of(run, options.tokens)
     before = _check_cost(options, device, counts, len(adapters), folder, out)
     try:

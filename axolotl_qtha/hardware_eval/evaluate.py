@@ -7,6 +7,7 @@ compared at the inputs it was given itself; what that does to the model, over al
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ EXACT, SHOTS, NOISE, DEVICE = "exact", "shots", "noise model", "device"
 POINTS = 2000  # pairs of <Z> kept of each way, for the plot
 
 Values = tuple[np.ndarray, np.ndarray]  # <Z> and their standard errors, (circuits, n)
-Measurement = Callable[[np.ndarray], Values]  # of gate angles, (circuits, gates) in radians
+Measurement = Callable[..., Values]  # of gate angles, (circuits, gates) in radians; the device's also of the draws' keys
 
 
 @dataclass
@@ -69,6 +70,7 @@ class _Seen:
     run: Measurement
     limit: int | None  # tokens of a sequence, its last ones; None: all
     placed: bool = False  # whether it is asked for which place of the device's circuit each was run in
+    drawn: Counter[bytes] | None = None  # the device's circuits so far: an equal one is run again, with shots of its own
     mask: Tensor = field(default_factory=lambda: torch.ones(0, dtype=torch.bool))  # of the batch: which tokens are run
     exact: list[np.ndarray] = field(default_factory=list)
     found: list[np.ndarray] = field(default_factory=list)
@@ -79,7 +81,7 @@ class _Seen:
 def ways(runner: Runner, simulation: Simulation) -> dict[str, Measurement | None]:
     """Return the ways to run the circuits, the exact one first."""
     shots = runner.options.executions
-    ideal = Simulation("aer", shots=shots, seed=simulation.seed)
+    ideal = Simulation("aer", shots=shots, seed=simulation.seed, transpiler=runner.options.transpiling)
     engines = {SHOTS: Engine(runner.ansatz, ideal, None), NOISE: Engine(runner.ansatz, ideal, None, runner.service.backend)}
     sampled = {name: partial(_sampled, engine, shots) for name, engine in engines.items()}
     return {EXACT: None, **sampled, DEVICE: runner.expectations}
@@ -113,7 +115,9 @@ def evaluate(run: Pass, runner: Runner, how: dict[str, Measurement | None], limi
         JobFailed: if the device fails.
     """
     totals: dict[str, _Totals] = {}
-    seen = {name: _Seen(way or _never, limit, name == DEVICE and runner.isa.pack > 1) for name, way in how.items()}
+    seen = {name: _Seen(way or _never, limit) for name, way in how.items()}
+    if DEVICE in seen:
+        seen[DEVICE].placed, seen[DEVICE].drawn = runner.isa.pack > 1, Counter()
     for batch in track(run.batches(), "evaluating", run.count, transient=True):
         wanted = batch.labels[:, 1:] != IGNORED
         reference: Tensor | None = None
@@ -174,12 +178,13 @@ def _branch(runner: Runner, seen: _Seen | None, circuit: Circuit, z: Tensor) -> 
     mask = seen.mask if seen.mask.shape == z.shape[:-1] else torch.ones(z.shape[:-1], dtype=torch.bool)
     mask = mask.to(z.device)
     points = runner.isa.gates.points(to_numpy(encoded[mask]), to_numpy(circuit.angles))
-    values, errors = seen.run(points)
+    keys = () if seen.drawn is None else (runner.draws.keys(points, seen.drawn),)
+    values, errors = seen.run(points, *keys)
     seen.exact.append(to_numpy(exact[mask]).reshape(values.shape))
     seen.found.append(values)
     seen.errors.append(errors)
     if seen.placed:
-        seen.places.append(runner.places(points))
+        seen.places.append(runner.places(points, *keys))
     result = exact.clone()
     result[mask] = torch.from_numpy(values).to(exact).reshape(-1, z.shape[-1])
     return result

@@ -8,6 +8,7 @@ side on qubits of their own (blocks), and a row the angles of as many.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -101,14 +102,15 @@ def _places(gates: GateAngles, backend: BackendV2, options: IBMOptions | None) -
     """Return where the blocks of a circuit go; one alone goes where Qiskit places it on the whole device."""
     asked, n = 1 if options is None else options.pack, gates.circuit.num_qubits
     refuse_too_wide(asked, n, backend.name, backend.num_qubits)
-    found = [] if asked == 1 else places(gates.circuit, backend)
+    arguments = () if options is None else options.transpiling
+    found = [] if asked == 1 else places(gates.circuit, backend, arguments)
     if asked == "auto":
         good = [place for place in found if place.faults <= WORSE * found[0].faults]
         count = min(len(good), SIMULATED_QUBITS // n) if options and options.is_fake else len(good)
     elif (count := asked) > max(1, len(found)):
         why = f"blocks of {n} qubits: {backend.name} has {len(found)} groups of as many that are connected and work"
         raise refusal("ibm.pack", asked, why, f"`pack: auto`, or at most {max(1, len(found))}")
-    return found[:count] if count > 1 else [best(gates.circuit, backend)]
+    return found[:count] if count > 1 else [best(gates.circuit, backend, arguments)]
 
 
 def _side_by_side(places: list[Place], gates: GateAngles) -> QuantumCircuit:
@@ -141,4 +143,14 @@ def estimator_options(options: IBMOptions, tag: str, seconds: int | None) -> dic
         result["twirling"] = {"enable_gates": True, "enable_measure": True}
     if seconds is not None:
         result["max_execution_time"] = seconds
+    _merge(result, options.estimator or {})
     return result
+
+
+def _merge(result: dict[str, Any], further: Mapping[str, Any]) -> None:
+    """Put further options beside those that are there; none is in both, see `passed_on`."""
+    for key, value in further.items():
+        if isinstance(value, Mapping):
+            _merge(result.setdefault(key, {}), value)
+        else:
+            result[key] = value

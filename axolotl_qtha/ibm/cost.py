@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from ..circuit.shifts import GateAngles, shift_circuits
 from .options import IBMOptions
+from .passed_on import at, twirled
 
 if TYPE_CHECKING:
     from qiskit import QuantumCircuit
@@ -33,8 +34,12 @@ MAX_INSTRUCTIONS = 26_800_000  # per qubit and job, LIMITS
 INSTRUCTIONS = {"rz": 1, "delay": 1, "sx": 2, "x": 2, "cx": 5, "cz": 5, "ecr": 5}  # LIMITS; others are taken as 5
 PREPARATION = 50 + 10  # instructions of one initialisation and one measurement, LIMITS
 NOISE_FACTORS = (1, 3, 5)  # of resilience_level 2: default of the runtime's ZneOptions
+PEA_FACTORS = (1, 1.5, 2, 2.5, 3)  # where noise is injected and not folded in
 RANDOMIZATIONS = 32  # of twirling and of learning the read-out: defaults of the runtime's options
 LEAST_SHOTS = 64  # per randomisation, likewise
+MAX_OVERHEAD = 100  # of PEC, likewise: as many executions at most
+LEARNED_LAYERS, LEARNED_DEPTHS, LEARNED_SHOTS = 4, 6, 128  # of learning the noise of layers, likewise
+LEARNED_BASES = 9  # pairs of Paulis that a layer is measured in
 
 
 @dataclass(frozen=True)
@@ -85,18 +90,9 @@ class Rate:
 
 def rate(isa: ISACircuit, options: IBMOptions, backend: BackendV2) -> Rate:
     """Return what a circuit of a device costs."""
-    shots, learning = options.executions, 0
-    per_randomization = max(LEAST_SHOTS, math.ceil(shots / RANDOMIZATIONS))
-    if options.resilience_level > 0 or options.twirling:
-        shots = per_randomization * math.ceil(shots / per_randomization)
-    if options.resilience_level > 0:
-        learning = RANDOMIZATIONS * per_randomization
-    length, longer = isa.seconds(backend), 1.0
-    if options.resilience_level == 2:
-        shots *= len(NOISE_FACTORS)
-        longer = sum(NOISE_FACTORS) / len(NOISE_FACTORS)
-    delay = getattr(backend, "default_rep_delay", None) or REP_DELAY
-    executions = math.ceil(shots)
+    executions, learning, longer = mitigated(options)
+    length = isa.seconds(backend)
+    delay = at(options.estimator, "execution.rep_delay") or getattr(backend, "default_rep_delay", None) or REP_DELAY
     circuit = isa.circuit
     instructions = PREPARATION + longer * _instructions(circuit)
     most = min((MAX_EXECUTIONS - learning) // executions, int(MAX_INSTRUCTIONS // instructions))
@@ -111,6 +107,36 @@ def rate(isa: ISACircuit, options: IBMOptions, backend: BackendV2) -> Rate:
         circuits_per_job=max(1, most),
         pack=isa.pack,
     )
+
+
+def mitigated(options: IBMOptions) -> tuple[int, int, float]:
+    """Return executions of a circuit, those that each job learns from, and how many times as long circuits are on average."""
+    further, shots = options.estimator, options.executions
+    resilience = at(further, "resilience") or {}
+    number, per = (at(further, f"twirling.{name}") for name in ("num_randomizations", "shots_per_randomization"))
+    pec, pea = bool(resilience.get("pec_mitigation")), at(further, "resilience.zne.amplifier") == "pea"
+    if not isinstance(per, int):
+        usual = LEAST_SHOTS if pec else max(LEAST_SHOTS, math.ceil(shots / RANDOMIZATIONS))
+        per = math.ceil(shots / number) if isinstance(number, int) else usual
+    if twirled(further, options.resilience_level, options.twirling):
+        shots = per * math.ceil(shots / per)
+    learning, longer = 0, 1.0
+    if resilience.get("measure_mitigation", options.resilience_level > 0):
+        learn = resilience.get("measure_noise_learning") or {}
+        each = learn.get("shots_per_randomization")
+        learning = learn.get("num_randomizations", RANDOMIZATIONS) * (each if isinstance(each, int) else per)
+    if resilience.get("zne_mitigation", options.resilience_level == 2):
+        factors = at(further, "resilience.zne.noise_factors") or (PEA_FACTORS if pea else NOISE_FACTORS)
+        shots *= len(factors)
+        longer = 1.0 if pea else sum(factors) / len(factors)
+    if pec:
+        shots = math.ceil(shots * float(at(further, "resilience.pec.max_overhead") or MAX_OVERHEAD))
+    if pec or pea:
+        layers = resilience.get("layer_noise_learning") or {}
+        depths = len(layers.get("layer_pair_depths") or range(LEARNED_DEPTHS))
+        learned = layers.get("num_randomizations", RANDOMIZATIONS) * layers.get("shots_per_randomization", LEARNED_SHOTS)
+        learning += layers.get("max_layers_to_learn", LEARNED_LAYERS) * LEARNED_BASES * depths * learned
+    return shots, learning, longer
 
 
 def _instructions(circuit: QuantumCircuit) -> int:

@@ -88,7 +88,7 @@ def prepare(ansatz: Ansatz, simulation: Simulation) -> None:
         ValueError: naming the key, if the journal is in use, or the device cannot be had.
     """
     CALLS.on_device, CALLS.waiting = True, False  # a training that failed may have left it otherwise
-    runner(ansatz, _options(simulation))
+    runner(ansatz, _options(simulation), simulation.seed)
 
 
 def _options(simulation: Simulation) -> IBMOptions:
@@ -97,8 +97,13 @@ def _options(simulation: Simulation) -> IBMOptions:
 
 
 @lru_cache(maxsize=8)
-def runner(ansatz: Ansatz, options: IBMOptions) -> Runner:
+def runner(ansatz: Ansatz, options: IBMOptions, seed: int = 0) -> Runner:
     """Return what runs a circuit on the device; the first call opens the journal and connects.
+
+    Args:
+        ansatz: the circuit.
+        options: the device.
+        seed: of the shots, where it is simulated.
 
     Raises:
         ValueError: naming the key, if the journal is in use, or the device cannot be had.
@@ -110,7 +115,7 @@ def runner(ansatz: Ansatz, options: IBMOptions) -> Runner:
         )
     journal = open_journal(Path(options.journal))
     service = connect(options, ansatz.qubits, journal.last_backend())
-    result = Runner(ansatz, options, service, journal)
+    result = Runner(ansatz, options, service, journal, seed)
     if service.local:
         refuse_unsimulated(result.isa.width, result.isa.pack)
     atexit.register(result.close)
@@ -166,7 +171,7 @@ class _Circuits(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor, angles: Tensor, ansatz: Ansatz, simulation: Simulation) -> Tensor:
         ctx.save_for_backward(z, angles)
         ctx.circuit = ansatz, simulation
-        run = runner(ansatz, _options(simulation))
+        run = runner(ansatz, _options(simulation), simulation.seed)
         points = run.isa.gates.points(to_numpy(z), to_numpy(angles))
         values, errors = (each.reshape(z.shape) for each in run.expectations(points))
         off = values - to_numpy(torch_engine.expectation_values(z, angles, ansatz))
@@ -177,7 +182,7 @@ class _Circuits(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         z, angles = ctx.saved_tensors
         ansatz, simulation = ctx.circuit
-        run, wants = runner(ansatz, _options(simulation)), ctx.needs_input_grad[:2]
+        run, wants = runner(ansatz, _options(simulation), simulation.seed), ctx.needs_input_grad[:2]
         by_z, by_angles = gradients(run, to_numpy(grads[0]), to_numpy(z), to_numpy(angles), wants, simulation.seed)
         return torch.from_numpy(by_z).to(z), torch.from_numpy(by_angles).to(angles), None, None
 

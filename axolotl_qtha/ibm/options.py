@@ -6,9 +6,10 @@ import math
 import re
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
 
 from ..errors import Hidden, PrivateSettings, key_shown, refusal, unknown_keys
+from .passed_on import Asked, Frozen, check_effects, check_estimator, check_transpiler
 
 DEFAULT_SHOTS = 4096
 FAKE = "fake:"
@@ -52,6 +53,16 @@ class IBMOptions(BaseModel):
     twirling: bool = Field(
         default=False,
         description="Randomise gates and read-out (Pauli twirling) even where resilience_level does not do so by itself.",
+    )
+    estimator: dict[str, Any] | None = Field(
+        default=None,
+        description="Further options of EstimatorV2, as qiskit-ibm-runtime names them, for a device that is not simulated, e.g. "
+        "`{resilience: {zne: {noise_factors: [1, 3, 5]}}, twirling: {num_randomizations: 32}}`.",
+    )
+    transpiler: dict[str, Any] | None = Field(
+        default=None,
+        description="Arguments of Qiskit's transpiler: `optimization_level`, `seed_transpiler`, `initial_layout` (without pack), "
+        "`layout_method`, `routing_method`, ... Default: `{optimization_level: 3, seed_transpiler: 0}`.",
     )
     mode: Literal["job", "batch", "session"] = Field(
         default="batch",
@@ -131,6 +142,31 @@ class IBMOptions(BaseModel):
             raise refusal("ibm.pack", value, "is not a positive whole number", "`pack: 1`, 2, ... or `pack: auto`")
         return value
 
+    @field_validator("estimator", "transpiler", mode="before")
+    @classmethod
+    def _is_a_block(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None:
+            return None
+        return check_estimator(value) if info.field_name == "estimator" else check_transpiler(value)
+
+    @field_validator("estimator", "transpiler", mode="after")
+    @classmethod
+    def _can_be_hashed(cls, value: Any) -> Any:
+        return None if value is None else Frozen(value)
+
+    @model_validator(mode="after")
+    def _passed_on_works(self) -> IBMOptions:
+        if self.estimator is not None:
+            if self.is_fake:
+                why = f"has no effect on `backend: {self.backend}`, whose circuits are simulated here without error mitigation"
+                raise refusal("ibm.estimator", Hidden(self.estimator), why, "a device of IBM Quantum, or leave it out")
+            asked = Asked(self.resilience_level, self.twirling, self.dynamical_decoupling, self.executions)
+            check_effects(self.estimator, asked)
+        if self.pack != 1 and (layout := (self.transpiler or {}).get("initial_layout")) is not None:
+            why = f"places one circuit, and `pack: {self.pack}` places several by their errors"
+            raise refusal("ibm.transpiler.initial_layout", layout, why, "`pack: 1`, or no layout")
+        return self
+
     @model_validator(mode="after")
     def _values_work(self) -> IBMOptions:
         if self.shots is not None and self.precision is not None:
@@ -158,9 +194,18 @@ class IBMOptions(BaseModel):
 
     def measurement(self) -> dict[str, Any]:
         """Return what decides on a result besides circuit and device; neither names nor accounts."""
-        return self.model_dump(include={"shots", "precision", "resilience_level", "dynamical_decoupling", "twirling"}) | {
-            "executions": self.executions
-        }
+        usual = {"shots", "precision", "resilience_level", "dynamical_decoupling", "twirling"}
+        passed_on = {"estimator": self.estimator, "transpiler": self.transpiler}
+        # where nothing is passed on as before there was anything: journals of that time answer
+        given = {key: dict(value) for key, value in passed_on.items() if value}
+        return self.model_dump(include=usual) | {"executions": self.executions} | given
+
+    @property
+    def transpiling(self) -> tuple[tuple[str, Any], ...]:
+        """The transpiler's arguments as `Simulation` has them."""
+        return tuple(
+            (key, tuple(value) if isinstance(value, list) else value) for key, value in sorted((self.transpiler or {}).items())
+        )
 
 
 def refuse_too_wide(pack: int | str, qubits: int, device: str, width: int) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import rustworkx
-from qiskit import QuantumCircuit, transpile
+from qiskit import QuantumCircuit
 from qiskit.providers import BackendV2
 from qiskit.transpiler import Target
 
-from ..circuit.noise import used
+from ..circuit.noise import transpiled, used
+
+Arguments = tuple[tuple[str, Any], ...]  # of the transpiler, see `IBMOptions.transpiling`
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,13 @@ class Place:
         return -math.log1p(-self.error) if self.error < 1 else math.inf
 
 
-def best(circuit: QuantumCircuit, backend: BackendV2) -> Place:
-    """Return where Qiskit places a circuit on a whole device."""
-    compiled = transpile(circuit, backend, optimization_level=3, seed_transpiler=0)
+def best(circuit: QuantumCircuit, backend: BackendV2, transpiler: Arguments = ()) -> Place:
+    """Return where Qiskit places a circuit on a whole device, with its transpiler's arguments."""
+    compiled = transpiled(circuit, transpiler, backend=backend)
     return _placed(compiled, _read_out(compiled), backend.target)
 
 
-def places(circuit: QuantumCircuit, backend: BackendV2) -> list[Place]:
+def places(circuit: QuantumCircuit, backend: BackendV2, transpiler: Arguments = ()) -> list[Place]:
     """Return as many groups as are found, by their expected error, the least first; without those that never work.
 
     Qiskit places the circuit on a connected part of what the groups before have left, until no part is large enough.
@@ -41,7 +44,7 @@ def places(circuit: QuantumCircuit, backend: BackendV2) -> list[Place]:
     found, free = list[Place](), set(range(backend.num_qubits))
     while part := _largest(backend.target, free, circuit.num_qubits):
         # on a device of that part alone: Qiskit fails on some that have qubits without a connection
-        compiled = transpile(circuit, target=_cut(backend.target, part), optimization_level=3, seed_transpiler=0)
+        compiled = transpiled(circuit, transpiler, target=_cut(backend.target, part))
         whole = QuantumCircuit(backend.num_qubits)
         whole.compose(compiled, qubits=part[: compiled.num_qubits], inplace=True)
         place = _placed(whole, [part[qubit] for qubit in _read_out(compiled)], backend.target)

@@ -13,8 +13,9 @@ from peft import PeftModel, get_peft_model
 from ..circuit.torch_engine import slowness
 from ..settings.public_facts import quantised_as
 from ..settings.training_run import TrainingRun
-from ..tuner.config import AER, QTHAConfig
+from ..tuner.config import QTHAConfig
 from ..tuner.layer import QTHALayer, adapted_sizes
+from ..tuner.running import AER
 from ..tuner.share import in_words
 from ..tuner.sizes import adapter_shape, ansatz, branch, count_lora_parameters, count_parameters, gave_way, in_ranks, resolve
 from ..tuner.targets import select_targets

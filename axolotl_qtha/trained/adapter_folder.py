@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..circuit.circuit_file import FILE
 from ..errors import refusal
-from ..tuner.config import SIMULATION_KEYS, QTHAConfig
+from ..tuner.config import QTHAConfig
+from ..tuner.running import SIMULATION_KEYS
 from ..tuner.saving import WEIGHTS
 from ..tuner.targets import HEADED, HEADS
 

@@ -47,7 +47,7 @@ def trained_circuit(folder: Path, layer: str | None, block: int = 0) -> tuple[Qu
 
 
 def trained_angles(folder: Path, layer: str | None) -> tuple[QTHAConfig, str, Tensor]:
-    """Return a layer's configuration, its full name, and its angles (rows, columns) in radians; for the rest see `trained_circuit`."""
+    """Return a layer's configuration, full name, and angles (rows, columns) in radians; for the rest see `trained_circuit`."""
     config = cast(QTHAConfig, QTHAConfig.from_pretrained(str(folder)))
     if not config.has_circuit:
         raise refusal("--lora-model-dir", str(folder), f"has `quantum: {config.quantum}`, without a circuit", "`quantum: qtha`")

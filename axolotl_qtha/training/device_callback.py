@@ -69,7 +69,7 @@ def show_inference_cost(config: QTHAConfig, layers: int) -> None:
 def _runner(config: QTHAConfig) -> Runner:
     options = config.ibm
     assert options is not None
-    return engine.runner(ansatz(config), options)
+    return engine.runner(ansatz(config), options, config.simulation.seed)
 
 
 class TrainOnDevice(TrainerCallback):

@@ -19,6 +19,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..circuit import circuit_file
 from ..circuit.ansatz import Ansatz
+from ..circuit.noise import is_own
 from ..settings.public_facts import Facts, choice, code, plain
 from ..trained.clients import Client, Exported, limits, unmergeable, vllm_rank
 from ..tuner.arguments import IDLE
@@ -38,7 +39,11 @@ SETTINGS = (
     *("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save", "share", "seed"),
 )
 CORE_SETTINGS = ("bond_dim", "mid_dim", "num_cores", "in_factors", "out_factors", "init", "core_gain")
-CIRCUIT_SETTINGS = ("circuit", "angle_scale", "gate_order", "quantum_backend", "shots", "noise_model", "precision", "gradient")
+CIRCUIT_SETTINGS = (
+    *("circuit", "angle_scale", "gate_order", "quantum_backend", "shots", "noise_model"),
+    *("depolarizing_1q", "depolarizing_2q", "readout_error", "precision", "gradient"),
+)
+FLIPS = "readout_error"  # two numbers in their order
 FOLDER = "PATH/TO/THIS/FOLDER"
 WIDTH = 110  # columns of the circuit's drawing
 
@@ -244,7 +249,10 @@ def shown(config: QTHAConfig) -> dict[str, Any]:
     keys = [key for key in keys if config.quantum not in IDLE.get(key, ())]
     saved = config.to_dict()  # which names no device: whoever loads it has another account, or none
     values = {key: saved[key] for key in keys}
-    values = {key: sorted(value) if isinstance(value, (set, list, tuple)) else value for key, value in values.items()}
+    if is_own(config.noise_model):
+        del values["noise_model"]
+    names = {key: sorted(value) for key, value in values.items() if isinstance(value, (set, list, tuple)) and key != FLIPS}
+    values |= names
     return {key: value for key, value in values.items() if value is not None and not _has_path(value)}
 
 
@@ -301,7 +309,9 @@ def _drawing(ansatz: Ansatz) -> str:
 
 
 def _circuits(config: QTHAConfig) -> str | None:
-    """Return what ran the circuits of a training on IBM Quantum, None for others; neither account nor instance."""
+    """Return what ran the circuits of a training that the settings above do not tell; neither account, instance nor module."""
+    if is_own(config.noise_model):
+        return "simulated with a noise model of its own, which is not published"
     if (ibm := config.ibm) is None:
         return None
     some = f"{ibm.tokens_per_step} tokens of each forward pass on {code(ibm.backend)}, {ibm.executions:,} shots"

@@ -16,13 +16,14 @@ from ..circuit import circuit_file
 from ..circuit.ansatz import GATE_ORDERS, MAX_QUBITS, Ansatz
 from ..circuit.own import OwnCircuit, check_name
 from ..circuit.recognised import circuit_of
-from ..circuit.simulation import Backend, Gradient, Precision, Simulation
+from ..circuit.simulation import Backend, Gradient, Precision
 from ..errors import refusal
 from ..ibm.options import IBMOptions
 from . import arguments, blocks
 from .adapter_file import check_adapter_file
 from .blocks import LARGEST, ONE_CIRCUIT, SMALLEST, USUAL, usual_qubits
 from .peft_type import QTHA
+from .running import Running
 from .share import Share
 
 Quantum = Literal["qtha", "none", "silu", "frozen", "product", "qwthn"]
@@ -31,11 +32,6 @@ AngleScale = Literal["raw", "learned", "tanh"]
 GateOrder = Literal["2025-06", "2025-05"]
 CoreGain = Literal["balanced", "none"]
 Init = Literal["kaiming", "tt_svd"]
-MAX_SHOTS = 1_000_000  # as Aer itself
-# How circuits are run is no part of a trained adapter: it may be loaded and run in another way.
-AER_KEYS = ("shots", "seed_simulator", "noise_model", "precision", "gradient")
-SIMULATION_KEYS = ("quantum_backend", *AER_KEYS, "ibm")
-AER = ("aer", "aer_gpu")  # values of `quantum_backend` that read AER_KEYS
 CIRCUIT_MODES = ("qtha", "frozen", "product", "qwthn")  # values of `quantum` that run a circuit
 
 
@@ -44,7 +40,7 @@ def _key(default: Any, text: str) -> Any:
 
 
 @dataclass
-class QTHAConfig(PeftConfig):
+class QTHAConfig(Running, PeftConfig):
     """Configuration of a QTHA adapter.
 
     Raises:
@@ -150,8 +146,16 @@ class QTHAConfig(PeftConfig):
     )
     noise_model: str = _key(
         "none",
-        "Aer: `none`, `depolarizing` (0.001 after each RY, 0.01 after each CX, a CRZ being two CX), or `fake:` and the name of "
-        "an IBM device, e.g. `fake:manila`: its gates, coupling and measured noise (needs the `ibm` extra).",
+        "Aer: `none`, `depolarizing` (after each RY and CX, a CRZ being two CX), `readout`, `fake:` and the name of a device, "
+        "e.g. `fake:manila`: its gates, coupling and measured noise (needs the `ibm` extra), or the import path of your own, "
+        "`my_package.my_module:my_model`: a NoiseModel of Qiskit Aer, a BackendV2 of Qiskit, or a function that returns one.",
+    )
+    depolarizing_1q: float | None = _key(None, "`depolarizing`: its probability after each RY, in [0, 1]. Default: 0.001.")
+    depolarizing_2q: float | None = _key(None, "`depolarizing`: its probability after each CX, in [0, 1]. Default: 0.01.")
+    readout_error: float | list[float] | None = _key(
+        None,
+        "`readout`, `depolarizing`: probability that a bit is read wrongly, or two: `[0.01, 0.03]` of reading 1 for a 0, and 0 "
+        "for a 1. Default: 0.02 with `readout`, else 0.",
     )
     precision: Precision | None = _key(None, "Aer: `single` or `double` precision. Default: double.")
     gradient: Gradient | None = _key(
@@ -203,6 +207,7 @@ class QTHAConfig(PeftConfig):
 
     def _complete_saved(self) -> None:
         """Make up for what earlier versions wrote into files."""
+        self._refuse_code()
         if self.qubits is None and not self.rank_pattern:
             self.qubits = self.rank  # of a time when a circuit had as many qubits as the rank
         for key, default in self._idle().items():  # they were let through
@@ -258,36 +263,17 @@ class QTHAConfig(PeftConfig):
         """Circuits side by side: how many each token has in a layer."""
         return self.rank // self.circuit_qubits
 
-    @property
-    def simulation(self) -> Simulation:
-        """How the circuit is run."""
-        seed = self.seed if self.seed_simulator is None else self.seed_simulator
-        assert seed is not None
-        if self.quantum_backend == "torch":
-            return Simulation()
-        if self.quantum_backend not in AER:
-            return Simulation(self.quantum_backend, seed=seed, ibm=self.ibm)
-        precision, gradient = self.precision or "double", self.gradient or "parameter_shift"
-        return Simulation(self.quantum_backend, self.shots, seed, self.noise_model, precision, gradient)
-
-    def run_as(self, other: QTHAConfig) -> None:
-        """Take over from another configuration how circuits are run."""
-        for key in SIMULATION_KEYS:
-            setattr(self, key, getattr(other, key))
-        self._check_simulation()
-
     def to_dict(self) -> dict[str, Any]:
         """Return the settings that are saved; `qubits` is what it stands for.
 
-        The `ibm:` block says who pays and how much: it is left out, and the adapter then loads on the exact simulator.
+        The `ibm:` block says who pays and how much, and a noise model's import path names code: they are left out, and the
+        adapter then loads on the exact simulator, or without noise.
         """
         result = super().to_dict()
-        result.pop("ibm")
+        self._keep_no_code(result)
         result["share"] = self.share.model_dump() if self.share else None
         if not self.rank_pattern:  # else each rank has its own
             result["qubits"] = None if self._is_idle("qubits") else self.circuit_qubits
-        if self.quantum_backend == "ibm":
-            result["quantum_backend"] = "torch"
         return result
 
     def _check_values(self) -> None:
@@ -307,13 +293,7 @@ class QTHAConfig(PeftConfig):
             check_name(self.circuit)
         for key in ("rank", "bond_dim", "mid_dim", "num_cores", "circuit_layers"):
             arguments.check_count(key, getattr(self, key), key in ("bond_dim", "mid_dim"))
-        for key, kind in {"precision": Precision, "gradient": Gradient}.items():
-            arguments.check_choice(key, getattr(self, key), (None, *get_args(kind)))
-        if self.shots is not None and (type(self.shots) is not int or not 1 <= self.shots <= MAX_SHOTS):
-            raise refusal("shots", self.shots, f"is not a whole number from 1 to {MAX_SHOTS:,}", "`shots: 1024`, or none: exact")
-        for key, value in (("seed", self.seed), ("seed_simulator", self.seed_simulator)):
-            if (value is not None or key == "seed") and (type(value) is not int or not 0 <= value < 2**32):
-                raise refusal(key, value, "is not a whole number from 0 to 2**32 - 1", f"`{key}: 42`")
+        self._check_simulation_values()
         blocks.check(self.rank, self.qubits, self.quantum, self.has_circuit)
         arguments.check_patterns(self.rank_pattern, self.alpha_pattern, self.qubits, self.quantum, self.has_circuit)
         arguments.check_number("dropout", self.dropout, lambda p: 0 <= p < 1, "a probability below 1", "0.05")
@@ -355,11 +335,6 @@ class QTHAConfig(PeftConfig):
                 "has no effect beside a regular expression in target_modules",
                 "name the layers in the expression, or give target_modules as a list",
             )
-
-    def _check_simulation(self) -> None:
-        other = {key: getattr(self, key) for key in AER_KEYS} if self.quantum_backend not in AER else {}
-        no_circuit = None if self.has_circuit else self.quantum
-        arguments.check_backend(self.quantum_backend, no_circuit, self.ibm, other, self.rank_pattern)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:

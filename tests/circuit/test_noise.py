@@ -5,13 +5,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from qiskit import ClassicalRegister, transpile
+from qiskit import ClassicalRegister, QuantumCircuit, transpile
 from qiskit.quantum_info import DensityMatrix, Pauli, pauli_basis
-from qiskit_aer import AerSimulator
 from qiskit_ibm_runtime.fake_provider import FakeManilaV2
 
 from axolotl_qtha.circuit import aer, noise
 from axolotl_qtha.circuit.ansatz import Ansatz
+from axolotl_qtha.circuit.shifts import GateAngles
 from axolotl_qtha.circuit.simulation import Simulation
 from axolotl_qtha.tuner.backends import expectation_values
 
@@ -53,8 +53,8 @@ def test_depolarizing_is_what_it_says(qubits, layers):
 
 
 @pytest.mark.slow
-def test_a_device_is_simulated_as_aer_does_it():
-    """Our part of the noise model and read-out, against `AerSimulator.from_backend` with bound angles and shots."""
+def test_a_device_is_simulated_as_it_does_itself():
+    """Our part of the noise model and read-out, against the fake device's own simulation with bound angles and shots."""
     ansatz, shots = Ansatz(3, 1), 100_000
     z, theta = angles_and_inputs(ansatz, tokens=3)
     exact = run(ansatz, z, theta, "fake:manila")
@@ -66,10 +66,43 @@ def test_a_device_is_simulated_as_aer_does_it():
         )
         bound.add_register(ClassicalRegister(3))
         bound.measure(bound.layout.final_index_layout(), range(3))
-        counts = AerSimulator.from_backend(backend, seed_simulator=1).run(bound, shots=shots).result().get_counts()
+        counts = backend.run(bound, shots=shots, seed_simulator=1).result().get_counts()
         signs = {bits: 1 - 2 * np.array([int(bit) for bit in reversed(bits)]) for bits in counts}
         sampled = sum(count * signs[bits] for bits, count in counts.items()) / shots
         assert (np.abs(sampled - mine) <= 5 * np.sqrt((1 - mine**2) / shots)).all()
+
+
+def flips(properties, qubit):
+    """P(read 1 | prepared 0) and P(read 0 | prepared 1) of a device's qubit, as its last calibration measured them."""
+    return (properties.qubit_property(qubit, name)[0] for name in ("prob_meas1_prep0", "prob_meas0_prep1"))
+
+
+def test_readout_errs_as_the_device_measured_it_not_by_the_mean():
+    """Without gates <Z> is 1, read out as 1 - 2 P(1|0). The target of a device has the mean of the two flips alone."""
+    backend = FakeManilaV2()
+    compiled = noise.compile_for(QuantumCircuit(3), backend)
+    slope, offset = compiled.confusion.T
+    for qubit, read_0, read_1 in zip(compiled.qubits, slope + offset, offset - slope, strict=True):
+        up, down = flips(backend.properties(), qubit)
+        assert (read_0, read_1) == pytest.approx((1 - 2 * up, 2 * down - 1), abs=1e-12)
+        assert abs(up - down) > 0.005, "or the mean would do"
+
+
+def test_without_angles_a_fake_device_reads_what_aer_has_for_it():
+    """Two qubits, one layer, all angles zero: the fake device's own sampler, 200,000 shots, within 5 standard errors."""
+    ansatz, shots, backend = Ansatz(2, 1), 200_000, FakeManilaV2()
+    z, theta = np.zeros((1, 2)), np.zeros((ansatz.rows, 2))
+    (mine,) = run(ansatz, z, theta, "fake:manila")
+    gates = GateAngles(ansatz)
+    compiled = noise.compile_for(gates.circuit, backend)
+    measured = compiled.circuit.assign_parameters(dict.fromkeys(compiled.circuit.parameters, 0.0))
+    measured.add_register(ClassicalRegister(2))
+    measured.measure(compiled.qubits, range(2))
+    counts = backend.run(measured, shots=shots, seed_simulator=7).result().get_counts()
+    sampled = sum(count * (1 - 2 * np.array([int(bit) for bit in reversed(bits)])) for bits, count in counts.items()) / shots
+    assert (np.abs(sampled - mine) <= 5 * np.sqrt((1 - mine**2) / shots)).all()
+    (with_shots,) = run(ansatz, z, theta, "fake:manila", shots=shots)
+    assert (np.abs(with_shots - mine) <= 5 * np.sqrt((1 - mine**2) / shots)).all()
 
 
 @pytest.mark.parametrize("noise_model", NOISES)
@@ -127,7 +160,7 @@ def test_an_adjoint_gradient_leaves_the_noise_out():
 @pytest.mark.parametrize(
     ("name", "qubits", "words"),
     [
-        ("depolarising", 2, "'depolarising' is unknown. What works: `none`, `depolarizing`, or `fake:`"),
+        ("depolarising", 2, "'depolarising' is unknown. What works: `none`, `depolarizing`, `readout`, `fake:`"),
         ("manila", 2, "'manila' is unknown"),
         ("fake:manilla", 2, "names no device. What works: `fake:manila`"),
         ("fake:", 2, "names no device"),

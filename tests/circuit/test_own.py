@@ -85,12 +85,12 @@ def test_more_qubits_than_can_be_simulated_are_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("no_such_module:f", "`import no_such_module` says ModuleNotFoundError"),
+        ("no_such_module:f", "`import no_such_module` fails with ModuleNotFoundError"),
         (
             "axolotl_qtha.circuit.examples:cz_lader",
-            r"names no 'cz_lader' in axolotl_qtha.circuit.examples .*py was imported.*`cz_ladder`",
+            "`axolotl_qtha.circuit.examples` was imported and has no `cz_lader`, but .*cz_ladder",
         ),
-        ("json:dumps", "called with qubits=2, layers=1 it says TypeError"),
+        ("json:dumps", "called with qubits=2, layers=1 it fails with TypeError"),
         ("unheard-of", "is registered by nothing"),
         ("a b", "neither an import path nor a name"),
         ("os.path/x:y", "neither an import path nor a name"),

@@ -222,14 +222,14 @@ def test_packing_and_what_it_does_to_the_error(text, tmp_path):
     journal = Journal(tmp_path / "journal")
     runner = Runner(ansatz(trained.peft_config["default"]), PACKED, connect(PACKED, QUBITS), journal)
     asked, of = [], runner.expectations
-    runner.expectations = lambda points: asked.append((points, of(points))) or asked[-1][1]
+    runner.expectations = lambda *call: asked.append((*call, of(*call))) or asked[-1][-1]
     run = text_pass(trained, text)
     result = {way.name: way for way in evaluate(run, runner, ways(runner, Simulation()), 4)}
-    circuits = sum(len(points) for points, _ in asked)
+    circuits = sum(len(points) for points, _, _ in asked)
     assert circuits == 2 * sum(circuits_of(run, 4)) == 2 * 2 * sum(min(4, len(row.ids)) for row in text)
     exact = Engine(runner.ansatz, Simulation("aer"), None)
-    off = np.concatenate([found[0] - exact.expectations(points) for points, found in asked])
-    places = np.concatenate([runner.places(points) for points, _ in asked])
+    off = np.concatenate([found[0] - exact.expectations(points) for points, _, found in asked])
+    places = np.concatenate([runner.places(points, keys) for points, keys, _ in asked])
     expected = [np.sqrt((off[places == place] ** 2).mean()) for place in range(3)]
     assert result[DEVICE].by_place == pytest.approx(expected, abs=1e-5)  # <Z> in float32
     assert result[NOISE].by_place == []

@@ -14,8 +14,8 @@ import requests
 from qiskit_ibm_runtime.exceptions import RuntimeJobTimeoutError
 from rich.console import Console
 
+from axolotl_qtha.ibm import jobs as jobs_module
 from axolotl_qtha.ibm import progress as progress_module
-from axolotl_qtha.ibm import runner as runner_module
 from axolotl_qtha.ibm.engine import CALLS
 from axolotl_qtha.ibm.journal import Journal
 from axolotl_qtha.ibm.options import IBMOptions
@@ -208,8 +208,8 @@ def test_ctrl_c(start, cloud, monkeypatch, place, terminal, answer, cancelled):
             raise answer
         return answer
 
-    monkeypatch.setattr(runner_module.sys.stdin, "isatty", lambda: terminal, raising=False)
-    monkeypatch.setattr(runner_module.click, "confirm", confirm)
+    monkeypatch.setattr(jobs_module.sys.stdin, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(jobs_module.click, "confirm", confirm)
     cloud.plan(place, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         runner.expectations(points(runner))

@@ -58,8 +58,20 @@ def test_modules_to_save_reaches_axolotl():
 
 
 AER = {"quantum_backend": "aer"}
+DEPOLARIZING = {**AER, "noise_model": "depolarizing"}
 # block -> what the message must hold: the key, the value and something that works
 BAD_BLOCKS = [
+    ({**DEPOLARIZING, "depolarizing_1q": 1.5}, ["qtha.depolarizing_1q", "1.5", "[0, 1]", "`depolarizing_1q: 0.01`"]),
+    ({**DEPOLARIZING, "depolarizing_2q": -0.1}, ["qtha.depolarizing_2q", "-0.1", "[0, 1]"]),
+    ({**DEPOLARIZING, "readout_error": [0.1]}, ["qtha.readout_error", "[0.1]", "two of them", "`readout_error: [0.01, 0.03]`"]),
+    ({**DEPOLARIZING, "readout_error": [0.1, 2]}, ["qtha.readout_error", "2.0", "[0, 1]"]),
+    ({**AER, "depolarizing_1q": 0.1}, ["qtha.depolarizing_1q", "0.1", "`noise_model: none`", "`noise_model: depolarizing`"]),
+    ({**AER, "noise_model": "readout", "depolarizing_2q": 0.1}, ["qtha.depolarizing_2q", "`noise_model: readout`"]),
+    ({**AER, "noise_model": "fake:manila", "readout_error": 0.1}, ["qtha.readout_error", "`noise_model: fake:manila`"]),
+    ({"depolarizing_1q": 0.1}, ["qtha.depolarizing_1q", "0.1", "Aer's", "`quantum_backend: aer`"]),
+    ({**AER, "noise_model": "no_such_module:model"}, ["no_such_module:model", "`import no_such_module` fails", "NoiseModel"]),
+    ({**AER, "noise_model": "math:nothing"}, ["math:nothing", "`math` was imported and has no `nothing`", "BackendV2"]),
+    ({**AER, "noise_model": "math:pi"}, ["math:pi", "gives no NoiseModel or BackendV2, but an object of builtins.float"]),
     ({"rnak": 4}, ["qtha.rnak: (int, value not shown)", "`rank`"]),
     ({"rank": 0}, ["qtha.rank", "0", "rank: 8"]),
     ({"rank": -3}, ["qtha.rank", "-3", "rank: 8"]),

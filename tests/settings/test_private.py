@@ -16,6 +16,7 @@ from ..e2e.commands import train_here, write_config
 PLANTED = "Zq83planted_here_0F9e8d7c6b5a493827160f9e8"  # 42 characters, as keys of IBM Cloud have 44
 URL = f"https://user:{PLANTED}@host"
 FAKE = {"backend": "fake:manila"}
+PAID = {"backend": "ibm_torino", "max_qpu_seconds": 60}
 IBM = {"rank": 2, "quantum_backend": "ibm"}
 # what stands in the YAML -> what the error names
 PLACES = {
@@ -39,6 +40,18 @@ PLACES = {
     "pack": ({"qtha": {**IBM, "ibm": {**FAKE, "pack": PLANTED}}}, "qtha.ibm.pack: (str, value not shown)"),
     "mode": ({"qtha": {**IBM, "ibm": {**FAKE, "mode": PLANTED}}}, "qtha.ibm.mode (value not shown)"),
     "instance, no text": ({"qtha": {**IBM, "ibm": {**FAKE, "instance": [PLANTED]}}}, "qtha.ibm.instance (value not shown)"),
+    "estimator, a text": ({"qtha": {**IBM, "ibm": {**PAID, "estimator": PLANTED}}}, "qtha.ibm.estimator: (str, value not shown)"),
+    "estimator, unknown": ({"qtha": {**IBM, "ibm": {**PAID, "estimator": {"a": PLANTED}}}}, "qtha.ibm.estimator.a: (str, value"),
+    "estimator, a value": (
+        {"qtha": {**IBM, "ibm": {**PAID, "estimator": {"twirling": {"num_randomizations": PLANTED}}}}},
+        "qtha.ibm.estimator.twirling.num_randomizations: (str, value not shown)",
+    ),
+    "estimator, token": ({"qtha": {**IBM, "ibm": {**PAID, "estimator": {"token": PLANTED}}}}, "qtha.ibm.estimator.token"),
+    "estimator, a fake": ({"qtha": {**IBM, "ibm": {**FAKE, "estimator": {"x": PLANTED}}}}, "qtha.ibm.estimator.x: (str, value"),
+    "transpiler, a value": (
+        {"qtha": {**IBM, "ibm": {**FAKE, "transpiler": {"layout_method": PLANTED}}}},
+        "qtha.ibm.transpiler.layout_method: (str, value not shown)",
+    ),
     "journal, an address": ({"qtha": {**IBM, "ibm": {**FAKE, "journal": URL}}}, "qtha.ibm.journal: (str, value not shown)"),
     "quantum_backend": ({"qtha": {"quantum_backend": PLANTED}}, "qtha.quantum_backend: (str, value not shown)"),
     "quantum_backend, a mapping": ({"qtha": {"quantum_backend": {"ibm": PLANTED}}}, "qtha.quantum_backend: (dict, value"),
