@@ -177,7 +177,9 @@ class Ansatz:
         for name, numbers, shape, parameters in given:
             values = torch.as_tensor(numbers, dtype=torch.float64, device="cpu").detach()
             if tuple(values.shape) != shape:
-                raise ValueError(f"{name} has shape {tuple(values.shape)}. What works: {shape} for a circuit of {n} numbers.")
+                raise ValueError(
+                    f"{name} has shape {tuple(values.shape)}. What works: {shape} for a circuit of {self.qubits} qubits."
+                )
             if not bool(torch.isfinite(values).all()):
                 raise ValueError(f"{name} holds NaN or infinite values. What works: the last good checkpoint.")
             found |= dict(zip(parameters, values.flatten().tolist(), strict=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -38,6 +38,11 @@ def circuit_of(name: str, qubits: int, layers: int, kept: Mapping[int, OwnCircui
         works = f"at most {MAX_QUBITS} qubits, e.g. with a smaller `qubits:`"
         raise refusal("circuit", name, f"has {own.circuit.num_qubits} qubits, more than can be simulated", works)
     return own
+
+
+def circuits_of(name: str, numbers: Iterable[int], layers: int, kept: Mapping[int, OwnCircuit] | None) -> list[OwnCircuit]:
+    """Return the circuits that an adapter has, one for each of these numbers of inputs; see `circuit_of`."""
+    return [circuit_of(name, qubits, layers, kept) for qubits in sorted(set(numbers))]
 
 
 @lru_cache(maxsize=64)

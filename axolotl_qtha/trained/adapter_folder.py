@@ -86,7 +86,7 @@ def refuse_other_circuits(key: str, folder: Path, config: QTHAConfig) -> None:
     if config.circuit is None:
         return
     saved = QTHAConfig.from_pretrained(str(folder))
-    if [own.digest for own in saved.circuits_used()] != [own.digest for own in config.circuits_used()]:
+    if [own.digest for own in saved.circuits_used] != [own.digest for own in config.circuits_used]:
         raise ValueError(
             f"{key}: {str(folder)!r} was trained with another circuit than `circuit: {config.circuit}` gives now. What works: "
             f"the function as it was; the circuit itself is in the folder's {FILE}."

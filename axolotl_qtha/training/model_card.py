@@ -10,22 +10,20 @@ import dataclasses
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..circuit import circuit_file
-from ..circuit.ansatz import Ansatz
 from ..circuit.noise import is_own
 from ..settings.public_facts import Facts, choice, code, plain
 from ..trained.clients import Client, Exported, limits, unmergeable, vllm_rank
 from ..tuner.arguments import IDLE
 from ..tuner.config import QTHAConfig
 from ..tuner.layer import adapted_sizes
-from ..tuner.sizes import Size, adapter_shape, ansatz, compared, count_lora_parameters, count_parameters
+from ..tuner.sizes import Size, adapter_shape, compared, count_lora_parameters, count_parameters
+from .card_circuit import drawn
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -45,7 +43,6 @@ CIRCUIT_SETTINGS = (
 )
 FLIPS = "readout_error"  # two numbers in their order
 FOLDER = "PATH/TO/THIS/FOLDER"
-WIDTH = 110  # columns of the circuit's drawing
 
 BRANCHES = {
     "qtha": "and a small simulated quantum circuit",
@@ -278,34 +275,8 @@ def _parameters(config: QTHAConfig, sizes: Sequence[Size], kind: Kind, rank: int
 
 
 def _circuit(config: QTHAConfig, kind: Kind) -> str:
-    again = f" A circuit has {config.circuit_layers} such layers, with angles of their own." if config.circuit_layers > 1 else ""
-    n, own = config.circuit_qubits, "its own circuit" if config.blocks == 1 else f"{config.blocks} of its own side by side"
-    own += " (layers of a rank by rank_pattern have circuits of that rank)" if config.rank_pattern else ""
-    own += "; modules that read the same input have one circuit in common" if config.share and config.share.inputs else ""
-    title = f"## Circuit{'' if kind == 'adapter' else ' of the QTHA adapter'}\n\n"
-    if config.circuit:
-        circuit = ansatz(config)
-        observed = ", ".join(map(code, circuit.described().observables))
-        return (
-            f"{title}Given by {code(config.circuit)} and kept as {code(circuit_file.FILE)}, on {circuit.qubits} qubits: {n} of "
-            f"the {config.rank} numbers of the bottleneck enter it, and {observed} are read out (the last letter is qubit 0). "
-            f"Every adapted layer of the model has {own}.\n\n" + _block("text", _drawing(circuit))
-        )
-    head = f"One layer on {n} qubits: `z` are {n} of the {config.rank} numbers of the bottleneck, `theta` the angles, ■ marks a "
-    head += "gate's control"
-    if n == 1:  # nothing to entangle with
-        head = f"One layer on one qubit: `z` is one of the {config.rank} numbers of the bottleneck, `theta` are the angles"
-    return (
-        f"{title}{head}, and the expectation values of Z are read out. Every adapted layer of the model has {own}."
-        f"{again}\n\n" + _block("text", _drawing(Ansatz(n, 1, config.gate_order)))
-    )
-
-
-@cache
-def _drawing(ansatz: Ansatz) -> str:
-    from ..circuit.draw import text
-
-    return "\n".join(line.rstrip() for line in text(ansatz.circuit(), WIDTH).splitlines())
+    said, drawing = drawn(config)
+    return f"## Circuit{'' if kind == 'adapter' else ' of the QTHA adapter'}\n\n{said}\n\n{_block('text', drawing)}"
 
 
 def _circuits(config: QTHAConfig) -> str | None:

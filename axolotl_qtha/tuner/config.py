@@ -12,16 +12,15 @@ from typing import Any, Literal, get_args
 
 from peft import PeftConfig
 
-from ..circuit import circuit_file
 from ..circuit.ansatz import GATE_ORDERS, MAX_QUBITS, Ansatz
-from ..circuit.own import OwnCircuit, check_name
-from ..circuit.recognised import circuit_of
+from ..circuit.own import check_name
 from ..circuit.simulation import Backend, Gradient, Precision
 from ..errors import refusal
 from ..ibm.options import IBMOptions
 from . import arguments, blocks
 from .adapter_file import check_adapter_file
 from .blocks import LARGEST, ONE_CIRCUIT, SMALLEST, USUAL, usual_qubits
+from .own_circuits import OwnCircuits
 from .peft_type import QTHA
 from .running import Running
 from .share import Share
@@ -40,7 +39,7 @@ def _key(default: Any, text: str) -> Any:
 
 
 @dataclass
-class QTHAConfig(Running, PeftConfig):
+class QTHAConfig(Running, OwnCircuits, PeftConfig):
     """Configuration of a QTHA adapter.
 
     Raises:
@@ -174,7 +173,6 @@ class QTHAConfig(Running, PeftConfig):
         "circuit_layers) that returns a Qiskit circuit, or the name of a registered one. Inputs are its parameters z[i], all "
         "others are trained. Saved with the adapter as circuit.qpy.",
     )
-    own_circuits = None  # of `circuit`, by how many numbers they take, that lay beside the file it was read from
     stored = None  # names of the tensors beside the file it was read from, until a model has compared them
     seed: int | None = _key(None, "Seed of the adapter's initial values. Default: Axolotl's `seed`, else 42.")
 
@@ -342,22 +340,5 @@ class QTHAConfig(Running, PeftConfig):
         stored = check_adapter_file(Path(pretrained_model_name_or_path))
         config = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         config.stored = stored
-        if config.circuit is not None:
-            config.own_circuits = circuit_file.beside(pretrained_model_name_or_path, config.circuit, **kwargs)
+        config.read_circuits(pretrained_model_name_or_path, **kwargs)
         return config
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the configuration, and the circuits of the user's own beside it."""
-        super().save_pretrained(save_directory, **kwargs)
-        if self.circuit is not None:
-            circuit_file.write(Path(save_directory), self.circuits_used())
-
-    def circuits_used(self) -> list[OwnCircuit]:
-        """Return the circuits of the user's own that layers have, one for each rank that they are cut to.
-
-        Raises:
-            ValueError: naming `circuit`, if one cannot be had.
-        """
-        assert self.circuit is not None
-        numbers = sorted({self.qubits_at(rank) for rank in self.ranks})
-        return [circuit_of(self.circuit, each, self.circuit_layers, self.own_circuits) for each in numbers]
