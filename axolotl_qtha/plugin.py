@@ -25,10 +25,10 @@ from .training.ranks import is_first
 from .training.reached import Reached
 from .training.saves import changed_settings, guard_checkpoints
 from .tuner.config import QTHAConfig
+from .tuner.described import describe
 from .tuner.layer import adapted_layers, adapted_sizes
 from .tuner.model import synchronise
 from .tuner.saving import guard
-from .tuner.sizes import describe
 
 if TYPE_CHECKING:
     from axolotl.utils.dict import DictDefault

@@ -14,10 +14,11 @@ from ..circuit.torch_engine import slowness
 from ..settings.public_facts import quantised_as
 from ..settings.training_run import TrainingRun
 from ..tuner.config import QTHAConfig
+from ..tuner.described import branch, gave_way, in_ranks
 from ..tuner.layer import QTHALayer, adapted_sizes
 from ..tuner.running import AER
 from ..tuner.share import in_words
-from ..tuner.sizes import adapter_shape, ansatz, branch, count_lora_parameters, count_parameters, gave_way, in_ranks, resolve
+from ..tuner.sizes import adapter_shape, ansatz, count_lora_parameters, count_parameters, resolve
 from ..tuner.targets import select_targets
 from .flops import gate_counts, step_flops
 from .memory import Memory, footprint, weight_bytes
@@ -209,7 +210,7 @@ def find_settings(run: TrainingRun, budget: float) -> list[Setting]:
         for cores in sorted({config.num_cores, *CORES}):
             factors: dict[str, Any] = {} if cores == config.num_cores else {"in_factors": None, "out_factors": None}
             try:
-                shape = resolve(replace(config, rank=rank, num_cores=cores, **free, **factors), sizes)
+                shape = resolve(config.changed(rank=rank, num_cores=cores, **free, **factors), sizes)
             except ValueError:
                 continue
             total = count_parameters(shape, sizes)
@@ -218,7 +219,7 @@ def find_settings(run: TrainingRun, budget: float) -> list[Setting]:
             share = total / count_lora_parameters(rank, sizes)
             settings.append(Setting(rank, cores, shape.bond_dim, shape.mid_dim, total, share))
     if not settings:
-        resolve(replace(config, **free), sizes)  # raises, with the smallest budget that can be met
+        resolve(config.changed(**free), sizes)  # raises, with the smallest budget that can be met
     return settings
 
 

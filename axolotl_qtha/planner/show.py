@@ -10,7 +10,7 @@ from rich.table import Table
 from ..settings.meta_base import UnknownBase
 from ..settings.training_run import TrainingRun
 from ..terminal import console
-from ..tuner.sizes import compared
+from ..tuner.described import compared
 from .estimate import CONTEXT_BYTES, FRAGMENTATION, Plan, Setting, local_gpus, make_plan
 from .memory import Memory
 from .scaling import Network, Scaling

@@ -21,8 +21,9 @@ from ..settings.public_facts import Facts, choice, code, plain
 from ..trained.clients import Client, Exported, limits, unmergeable, vllm_rank
 from ..tuner.arguments import IDLE
 from ..tuner.config import QTHAConfig
+from ..tuner.described import compared
 from ..tuner.layer import adapted_sizes
-from ..tuner.sizes import Size, adapter_shape, compared, count_lora_parameters, count_parameters
+from ..tuner.sizes import Size, adapter_shape, count_lora_parameters, count_parameters
 from .card_circuit import drawn
 
 if TYPE_CHECKING:

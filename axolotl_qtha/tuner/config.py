@@ -6,7 +6,7 @@ The `qtha:` block of an Axolotl YAML is generated from these fields (see `settin
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -252,9 +252,7 @@ class QTHAConfig(Running, OwnCircuits, PeftConfig):
         if (rank, alpha) == (self.rank, self.alpha):
             return self
         mid_dim = None if self.mid_dim is None else max(self.mid_dim, rank)
-        layer = replace(self, rank=rank, alpha=alpha, mid_dim=mid_dim, rank_pattern=None, alpha_pattern=None)
-        layer.own_circuits = self.own_circuits
-        return layer
+        return self.changed(rank=rank, alpha=alpha, mid_dim=mid_dim, rank_pattern=None, alpha_pattern=None)
 
     @property
     def blocks(self) -> int:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..circuit import circuit_file
 from ..circuit.own import OwnCircuit
 from ..circuit.recognised import circuits_of
+
+Self = TypeVar("Self", bound="OwnCircuits")
 
 
 class OwnCircuits:
@@ -25,6 +28,12 @@ class OwnCircuits:
         """The circuits that layers have, one for each rank that is cut into them; see `recognised.circuits_of`."""
         assert self.circuit is not None
         return circuits_of(self.circuit, map(self.qubits_at, self.ranks), self.circuit_layers, self.own_circuits)
+
+    def changed(self: Self, **settings: Any) -> Self:
+        """Return the configuration with other settings, and the circuits that were kept with it."""
+        result: Self = replace(self, **settings)  # type: ignore[type-var]  # QTHAConfig, a dataclass
+        result.own_circuits = self.own_circuits
+        return result
 
     def read_circuits(self, folder: str, **where: Any) -> None:
         """Take the circuits that lie beside a saved configuration; see `circuit_file.beside`."""

@@ -16,8 +16,9 @@ from axolotl_qtha.circuit.circuit_file import FILE
 from axolotl_qtha.circuit.simulation import Simulation
 from axolotl_qtha.trained.adapter_folder import refuse_other_circuits
 from axolotl_qtha.tuner.config import QTHAConfig
+from axolotl_qtha.tuner.described import describe
 from axolotl_qtha.tuner.layer import adapted_sizes
-from axolotl_qtha.tuner.sizes import ansatz, count_parameters, describe
+from axolotl_qtha.tuner.sizes import ansatz, count_parameters
 
 from ..models import adapted, adapters, config, llama, logits, train, trainable
 

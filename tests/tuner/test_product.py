@@ -19,7 +19,8 @@ from axolotl_qtha.ibm.runner import Runner
 from axolotl_qtha.ibm.service import LocalService
 from axolotl_qtha.tuner.adapter import QTHAAdapter
 from axolotl_qtha.tuner.backends import expectation_values
-from axolotl_qtha.tuner.sizes import adapter_shape, ansatz, branch
+from axolotl_qtha.tuner.described import branch
+from axolotl_qtha.tuner.sizes import adapter_shape, ansatz
 
 from ..circuit.reference import z_expectations
 from ..ibm.boundary import NOISELESS
