@@ -46,9 +46,10 @@ class Execution:
     """A suite being run, and what it leaves on disk.
 
     ```
-    output_dir/results/CELL.json   a result
-    output_dir/logs/CELL.log       what the run printed
-    output_dir/tasks/, prepared/   the tasks' data, and as Axolotl has tokenised them
+    output_dir/results/CELL.json        a result
+    output_dir/predictions/CELL.jsonl   what it answered to the test set, and the scores of each answer
+    output_dir/logs/CELL.log            what the run printed
+    output_dir/tasks/, prepared/        the tasks' data, and as Axolotl has tokenised them
     ```
     """
 
@@ -62,6 +63,10 @@ class Execution:
         """Return where a run's result is."""
         return self.folder / "results" / f"{cell.name}.json"
 
+    def predictions_path(self, cell: Cell) -> Path:
+        """Return where a run's answers are, if it wrote any."""
+        return self.folder / "predictions" / f"{cell.name}.jsonl"
+
     def results(self, cells: Iterable[Cell]) -> dict[Cell, dict[str, Any]]:
         """Return the results that are there."""
         return {cell: results.read(path) for cell in cells if (path := self.result_path(cell)).exists()}
@@ -73,7 +78,8 @@ class Execution:
             ValueError: if there is a result from other settings or from another version, and `overwrite` is not set.
         """
         if overwrite:
-            shutil.rmtree(self.folder / "results", ignore_errors=True)
+            for name in ("results", "predictions"):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
         self._prepare(out)
         gpu = has_gpu()
         threads = None if gpu else max(1, (os.cpu_count() or 1) // self.count)
@@ -212,6 +218,7 @@ class Execution:
             config=config,
             scratch=str(self.folder / "scratch" / cell.name),
             result=str(self.result_path(cell)),
+            predictions=str(self.predictions_path(cell)),
             log=str(self.folder / "logs" / f"{cell.name}.log"),
             threads=threads,
         )

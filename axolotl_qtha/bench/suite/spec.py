@@ -66,6 +66,11 @@ class Suite(BaseModel):
     )
     max_steps: Whole = Field(description="Optimiser steps of each run.")
     evaluations: Whole = Field(default=4, description="Validations of each run, the last at its end.")
+    equivalence_margin: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="Validation losses less than this apart, in nats a token, count as the same: each pair is tested for it. "
+        "Choose it before you see results. Default: no such test.",
+    )
     settings: dict[str, Any] = Field(default_factory=dict, description="Further keys of Axolotl's, for all runs.")
     jobs: Whole = Field(default=1, description="Runs at a time. On a CPU they share its cores.")
 
@@ -101,6 +106,13 @@ class Suite(BaseModel):
             for rank in info.data.get("ranks", ()):  # none where they are at fault themselves
                 _check_variant(name, block, rank)
         return variants
+
+    @field_validator("equivalence_margin", mode="before")
+    @classmethod
+    def _margin_is_a_number(cls, margin: Any) -> Any:
+        if isinstance(margin, bool):  # which pydantic would take for 1
+            raise ValueError(f"{margin!r} is no number of nats a token. What works: `equivalence_margin: 0.02`, or none.")
+        return margin
 
     @field_validator("settings")
     @classmethod
