@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
-from ...settings.args import QTHABlock
 from ...tuner.config import QTHAConfig
 from ...tuner.share import LayerSize
 from ...tuner.sizes import count_lora_parameters, count_parameters, resolve
@@ -27,7 +26,7 @@ from ..tasks import TASKS, Prepared
 from . import results
 from .adapters import EQUAL, QTHA, equal_rank, settings
 from .block import Block, ready
-from .spec import Cell, Method, Suite, eval_steps, fingerprint, repeats, search
+from .spec import Cell, Method, Suite, checked, eval_steps, fingerprint, repeats, search
 from .worker import Job, Processes, end_with_parent, has_gpu, import_all
 
 DEFAULTS = {"val_set_size": 0.0, "save_strategy": "no", "logging_steps": 1, "dataset_num_proc": 1, "use_wandb": False}
@@ -315,7 +314,7 @@ def size(suite: Suite, method: Method, base: nn.Module) -> Size:
 def _ours(suite: Suite, method: Method, block: dict[str, Any], base: nn.Module) -> int:
     """Return the parameters of QTHA."""
     keys = settings(method.adapter, method.rank, method.budget, suite.target_modules, block)["qtha"]
-    config = QTHAConfig(**QTHABlock.model_validate(keys).adapter_settings(), task_type="CAUSAL_LM")
+    config = QTHAConfig(**checked(method.adapter, keys).adapter_settings(), task_type="CAUSAL_LM")
     layers = _layers(config, base)
     return count_parameters(resolve(config, layers), layers)
 

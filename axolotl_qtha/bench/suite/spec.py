@@ -104,7 +104,7 @@ class Suite(BaseModel):
                     f"What works: `{key}s: [{block[key]}]` of the suite, and no `{key}` here."
                 )
             for rank in info.data.get("ranks", ()):  # none where they are at fault themselves
-                _check_variant(name, block, rank)
+                checked(name, {"rank": rank, **block})
         return variants
 
     @field_validator("equivalence_margin", mode="before")
@@ -158,16 +158,20 @@ class Suite(BaseModel):
         return has_budget(block) if block is not None else adapter == EQUAL and len(self.budgets) > 1
 
 
-def _check_variant(name: str, block: dict[str, Any], rank: int) -> None:
-    """Check that a variant works at a rank; what it asks of the circuit may work at one and not at another.
+def checked(name: str, keys: dict[str, Any]) -> Any:
+    """Return the `qtha:` block, a QTHABlock, of an adapter or variant; what works at one rank need not at another.
+
+    Args:
+        name: of the adapter or variant.
+        keys: of its block, `rank` among them.
 
     Raises:
-        ValueError: naming variant and rank.
+        ValueError: naming it and the rank.
     """
     try:
-        QTHABlock.model_validate({"rank": rank, **block})
+        return QTHABlock.model_validate(keys)
     except ValidationError as error:
-        raise ValueError(f"{name}, at rank {rank}: " + "; ".join(map(_line, error.errors()))) from error
+        raise ValueError(f"{name}, at rank {keys['rank']}: " + "; ".join(map(_line, error.errors()))) from error
     except PrivateSettings as error:
         raise PrivateSettings(f"variants: {name}: {error}") from None
 

@@ -111,6 +111,14 @@ def test_a_budget_that_cannot_be_met_is_refused_before_anything_is_run(tmp_path)
         Execution(suite(tmp_path, budgets=[0.01], ranks=[8]))
 
 
+def test_a_rank_that_qtha_cannot_have_is_refused_in_words(tmp_path):
+    with pytest.raises(ValueError, match=r"^qtha, at rank 13: qtha.rank: 13 is neither .*What works: `rank: 12` or") as error:
+        Execution(suite(tmp_path, ranks=[13], adapters=["lora", "qtha"]))
+    assert "pydantic" not in str(error.value)
+    works = Execution(suite(tmp_path, ranks=[13], adapters=["lora", "product"], budgets=[0.4]))
+    assert len(works.sizes) == 2, "circuits of one qubit go with any rank"
+
+
 def test_keys_of_a_run(tmp_path):
     execution = Execution(suite(tmp_path, settings={"micro_batch_size": 3, "warmup_steps": 1}, evaluations=3))
     qtha = next(cell for cell in search(execution.suite) if cell.method.adapter == "qtha")
