@@ -9,7 +9,8 @@ encode   ring                rotate   counter             rotate
 RY(z_i)  CRZ(t0_i) i -> i+1  RY(t1_i) CRZ(t2_i) i -> i-1  RY(t3_i)      read out <Z_i>
 ```
 
-Source: arXiv 2503.12790 and the authors' public code; Sim et al. (arXiv 1905.10876), circuit 13 family.
+Source: arXiv 2503.12790 (numbers of its equations are not known here) and the authors' public code of June 2025; Sim et al.
+(arXiv 1905.10876), circuit 13 family.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from axolotl_qtha.ibm import engine
 from axolotl_qtha.ibm.journal import Journal
 from axolotl_qtha.ibm.runner import Runner
 from axolotl_qtha.ibm.service import LocalService
+from axolotl_qtha.planner.flops import gate_counts
 from axolotl_qtha.tuner.adapter import QTHAAdapter
 from axolotl_qtha.tuner.backends import expectation_values
 from axolotl_qtha.tuner.described import branch
@@ -127,6 +128,7 @@ def test_parameters():
         assert parts["branch"] == 2 * rank * layers
         assert parts["w_q"] == rank**2
     assert branch(settings) == "quantum: product (64 circuits of 1 qubit)"
+    assert gate_counts(settings) == {"ry": 3}
     with_gates = QTHAConfig(rank=8, bond_dim=1, mid_dim=8, circuit_layers=3)
     assert adapter_shape(with_gates, 24, 40).parts["branch"] == 2 * 2 * 8 * 3
 

@@ -66,6 +66,11 @@ class Suite(BaseModel):
     )
     max_steps: Whole = Field(description="Optimiser steps of each run.")
     evaluations: Whole = Field(default=4, description="Validations of each run, the last at its end.")
+    equivalence_margin: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="Validation losses less than this apart, in nats a token, count as the same: each pair is tested for it. "
+        "Choose it before you see results. Default: no such test.",
+    )
     settings: dict[str, Any] = Field(default_factory=dict, description="Further keys of Axolotl's, for all runs.")
     jobs: Whole = Field(default=1, description="Runs at a time. On a CPU they share its cores.")
 
@@ -99,8 +104,15 @@ class Suite(BaseModel):
                     f"What works: `{key}s: [{block[key]}]` of the suite, and no `{key}` here."
                 )
             for rank in info.data.get("ranks", ()):  # none where they are at fault themselves
-                _check_variant(name, block, rank)
+                checked(name, {"rank": rank, **block})
         return variants
+
+    @field_validator("equivalence_margin", mode="before")
+    @classmethod
+    def _margin_is_a_number(cls, margin: Any) -> Any:
+        if isinstance(margin, bool):  # which pydantic would take for 1
+            raise ValueError(f"{margin!r} is no number of nats a token. What works: `equivalence_margin: 0.02`, or none.")
+        return margin
 
     @field_validator("settings")
     @classmethod
@@ -146,16 +158,20 @@ class Suite(BaseModel):
         return has_budget(block) if block is not None else adapter == EQUAL and len(self.budgets) > 1
 
 
-def _check_variant(name: str, block: dict[str, Any], rank: int) -> None:
-    """Check that a variant works at a rank; what it asks of the circuit may work at one and not at another.
+def checked(name: str, keys: dict[str, Any]) -> Any:
+    """Return the `qtha:` block, a QTHABlock, of an adapter or variant; what works at one rank need not at another.
+
+    Args:
+        name: of the adapter or variant.
+        keys: of its block, `rank` among them.
 
     Raises:
-        ValueError: naming variant and rank.
+        ValueError: naming it and the rank.
     """
     try:
-        QTHABlock.model_validate({"rank": rank, **block})
+        return QTHABlock.model_validate(keys)
     except ValidationError as error:
-        raise ValueError(f"{name}, at rank {rank}: " + "; ".join(map(_line, error.errors()))) from error
+        raise ValueError(f"{name}, at rank {keys['rank']}: " + "; ".join(map(_line, error.errors()))) from error
     except PrivateSettings as error:
         raise PrivateSettings(f"variants: {name}: {error}") from None
 

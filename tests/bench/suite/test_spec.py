@@ -74,6 +74,12 @@ def test_the_runs_of_a_suite(tmp_path):
         ({"learning_rates": [float("inf")]}, r"learning_rates.0: inf: Input should be a finite number"),
         ({"budgets": [24]}, r"budgets.0: 24: Input should be less than or equal to 1"),
         ({"ranks": [True]}, r"ranks.0: True: Input should be a valid integer"),
+        ({"equivalence_margin": True}, r"equivalence_margin: True is no number of nats.*`equivalence_margin: 0.02`"),
+        ({"equivalence_margin": 0}, r"equivalence_margin: 0: Input should be greater than 0"),
+        ({"equivalence_margin": -0.02}, r"equivalence_margin: -0.02: Input should be greater than 0"),
+        ({"equivalence_margin": 2}, r"equivalence_margin: 2: Input should be less than or equal to 1"),
+        ({"equivalence_margin": float("nan")}, r"equivalence_margin: nan: Input should be a finite number"),
+        ({"equivalence_margin": "small"}, r"equivalence_margin: 'small': Input should be a valid number"),
         ({"max_steps": None}, r"max_steps: Field required"),
         ({"steps": 3}, r"'steps' is no key of a suite. What works: .*`max_steps`"),
         ({"settings": {"seed": 3}}, r"settings: 'seed' is set by the suite for each run"),
@@ -103,6 +109,14 @@ def test_files_that_are_no_suite(tmp_path, text):
 def test_a_budget_that_cannot_be_met_is_refused_before_anything_is_run(tmp_path):
     with pytest.raises(ValueError, match=r"param_budget: 0.01 cannot be met at rank 8.*What works"):
         Execution(suite(tmp_path, budgets=[0.01], ranks=[8]))
+
+
+def test_a_rank_that_qtha_cannot_have_is_refused_in_words(tmp_path):
+    with pytest.raises(ValueError, match=r"^qtha, at rank 13: qtha.rank: 13 is neither .*What works: `rank: 12` or") as error:
+        Execution(suite(tmp_path, ranks=[13], adapters=["lora", "qtha"]))
+    assert "pydantic" not in str(error.value)
+    works = Execution(suite(tmp_path, ranks=[13], adapters=["lora", "product"], budgets=[0.4]))
+    assert len(works.sizes) == 2, "circuits of one qubit go with any rank"
 
 
 def test_keys_of_a_run(tmp_path):
