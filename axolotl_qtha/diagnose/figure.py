@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..circuit.expressibility import BINS, log_haar
-from .report import SHOWN, Diagnosis, beside, entangling, gradient, local
+from .report import SHOWN, Diagnosis, beside, entangling, gradient, local, short_name
 from .study import Study
 
 if TYPE_CHECKING:
@@ -32,8 +32,12 @@ def draw(found: Diagnosis, paths: Iterable[Path]) -> None:
     panels[0, 1].set_yscale("log")
     _lines(panels[0, 2], found, "entangling capability Q", lambda each: each.entangling.value)
     _haar(panels[0, 2], found, lambda each: each.entangling_haar, "Haar-random states")
+    panels[0, 2].set_ylim(0, 1.05)
     _fourier(panels[1, 0], found)
-    _effective(panels[1, 1], found)
+    title = f"effective dimension / angles ({SHOWN:,} data)"
+    _lines(panels[1, 1], found, title, lambda each: each.effective[SHOWN] / each.angles)
+    panels[1, 1].set_ylim(0, 1)
+    panels[1, 1].legend(fontsize=8)
     _fidelities(panels[1, 2], found)
     if found.trained:
         _trained(panels[2, 0], found, gradient, "squared gradients of <Z>")
@@ -106,17 +110,6 @@ def _fourier(axes: Axes, found: Diagnosis) -> None:
     axes.legend(fontsize=8)
 
 
-def _effective(axes: Axes, found: Diagnosis) -> None:
-    for colour, (layers, studies) in zip(COLOURS * 9, _by_layers(found).items(), strict=False):
-        for style, each in zip(("-", "--", "-.", ":") * 9, studies, strict=False):
-            data = sorted(each.effective)
-            values = [each.effective[n] / each.angles for n in data]
-            name = f"{each.qubits} qubits, {_label(layers)}" if layers == min(_by_layers(found)) else None
-            axes.plot(data, values, style, color=colour, label=name or (_label(layers) if each is studies[0] else None))
-    axes.set(xlabel="number of data n", ylabel="effective dimension / angles", xscale="log")
-    axes.legend(fontsize=7)
-
-
 def _fidelities(axes: Axes, found: Diagnosis) -> None:
     own, edges = found.own(), np.linspace(0, 1, BINS + 1)
     axes.stairs(np.exp(log_haar(own.qubits)) * BINS, edges, color=GREY, fill=True, alpha=0.4, label="Haar")
@@ -125,6 +118,7 @@ def _fidelities(axes: Axes, found: Diagnosis) -> None:
     if same:
         axes.stairs(np.mean(same, axis=0) * BINS, edges, color=COLOURS[1], label="trained, pairs of tokens, mean over layers")
     axes.set(xlabel="fidelity of two states", ylabel="density", yscale="log")
+    axes.set_ylim(BINS / own.expressibility.pairs / 3, 2 * BINS)  # below: less than one of the pairs
     axes.set_title(_own(found), fontsize=9)
     axes.legend(fontsize=8)
 
@@ -140,9 +134,7 @@ def _trained(axes: Axes, found: Diagnosis, value: Any, title: str) -> None:
     middle, off = [row[1] for row in rows], [row[2] for row in rows]
     axes.errorbar(places, middle, off, fmt="s", color=COLOURS[0], ms=4, label="random angles, mean ± std")
     axes.plot(places, [row[0] for row in rows], "o", color=COLOURS[1], label="trained")
-    names = [f"{each.layer}{f', {each.block}' if any(o.block for o in found.trained) else ''}" for each in found.trained]
-    short = [".".join(name.split(".")[-3:]) for name in names]
-    axes.set_xticks(places if len(places) <= 32 else places[:: len(places) // 16])
-    axes.set_xticklabels([short[place] for place in map(int, axes.get_xticks())], rotation=90, fontsize=6)
+    shown = places if len(places) <= 32 else places[:: len(places) // 16]
+    axes.set_xticks(shown, [short_name(found.trained[place], found) for place in shown], rotation=90, fontsize=6)
     axes.set(ylabel=title)
     axes.legend(fontsize=8)

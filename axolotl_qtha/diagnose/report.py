@@ -38,7 +38,7 @@ DEFINITIONS = {
     "fourier": f"|c_w| of <Z_i> as a function of one encoded input (in radians), the others held: root mean square over {SERIES} "
     "draws (at initialisation) or tokens (trained), all inputs and outputs. Accessible: above 1e-9 in any. Schuld et al., arXiv "
     "2008.08605",
-    "effective": "2 log(mean over angles of sqrt det(1 + k F)) / log k, k = n / (2 pi log n), gamma = 1, by the number of data n; "
+    "effective": "2 log(mean over angles of sqrt det(1 + k F)) / log k, k = n / (2 pi log n), gamma 1, by the number of data n; "
     "F: the Fisher information of a model with outputs <Z_i> and Gaussian noise of variance 1, mean J^T J over z, normalised to "
     f"a mean trace of the number of angles; {DRAWS} draws of the angles, at initialisation {INPUTS} of z for each, trained the "
     "tokens' z. Abbas et al., arXiv 2011.00027",
@@ -46,7 +46,8 @@ DEFINITIONS = {
     "arXiv 2112.04807",
     "gradient": "sum_i (d<Z_i>/d theta_k)^2 at given angles, mean over tokens and angles k",
     "trained": f"z of the layers on the data; `random`: {DRAWS} draws of uniform angles on the same z. Pairs of states are of "
-    "two tokens, and pairs share tokens: their fidelities scatter more than independent ones",
+    "two tokens whose z differ by 1e-3 radians or more (in the first layer a word has one z), and pairs share tokens: their "
+    "fidelities scatter more than independent ones",
 }
 
 
@@ -91,7 +92,7 @@ def study_table(found: Diagnosis) -> Table:
     table = Table(
         title=f"at initialisation: {asked['initialisations']:,} initialisations, {asked['pairs']:,} pairs of states",
         caption="Var: of gradients over initialisations, mean over the trained angles: summed over the <Z_i>; of the local cost; "
-        "of the global cost. KL: of fidelities to Haar's, in nats, and what Haar-random states give. Q: Meyer-Wallach, and Haar's "
+        "of the global cost. KL: of fidelities to Haar's, in nats; what Haar-random states give. Q: Meyer-Wallach, and Haar's "
         f"mean. w: the frequencies of <Z> in an input. d_eff / d: effective dimension for {SHOWN:,} data, by the angles. *: the "
         "configuration's own circuit.",
         caption_justify="left",
@@ -135,18 +136,28 @@ def trained_table(found: Diagnosis) -> Table:
     """Return the trained circuits, each beside the same with random angles."""
     table = Table(
         title=f"trained, on z of {found.text}",
-        caption=f"Each: trained (mean ± standard deviation for {DRAWS} draws of random angles on the same z). grad: squared "
-        "gradients, sum over <Z_i>, mean over tokens and angles. KL, Q: of the tokens' states. d_loc / d: local effective dimension "
-        f"for {SHOWN:,} data, by the angles.",
+        caption=f"Trained, and beside it mean ± std for {DRAWS} draws of random angles on the same z. grad: squared "
+        "gradients, sum over <Z_i>, mean over tokens and angles. KL, Q: of the tokens' states. d_loc / d: local effective "
+        f"dimension for {SHOWN:,} data, by the angles.",
         caption_justify="left",
     )
-    for head in ("layer", "tokens", "grad", "KL", "Q", "d_loc / d"):
-        table.add_column(head, justify="left" if head == "layer" else "right", overflow="fold")
+    table.add_column("layer", overflow="fold")
+    for head in ("grad", "KL", "Q", "d_loc / d"):
+        table.add_column(head, justify="right")
+        table.add_column("random", justify="right")
     for each in found.trained:
-        name = f"{each.layer}, {each.block}" if any(other.block for other in found.trained) else each.layer
-        texts = [beside(each, column) for column in (gradient, divergence, entangling, local)]
-        table.add_row(name, str(each.tokens), *(f"{own:.3f} ({middle:.3f} ± {off:.3f})" for own, middle, off in texts))
+        cells: list[str] = []
+        for value, digits in ((gradient, 3), (divergence, 2), (entangling, 3), (local, 3)):
+            own, middle, off = beside(each, value)
+            cells += [f"{own:.{digits}f}", f"{middle:.{digits}f} ± {off:.{digits}f}"]
+        table.add_row(short_name(each, found), *cells)
     return table
+
+
+def short_name(circuit: TrainedCircuit, found: Diagnosis) -> str:
+    """Return the end of a layer's name, and which of its circuits it is if layers have several."""
+    name = ".".join(circuit.layer.split(".")[-3:])
+    return f"{name}, {circuit.block}" if any(other.block for other in found.trained) else name
 
 
 def gradient(circuit: TrainedCircuit, at: AtAngles) -> float:

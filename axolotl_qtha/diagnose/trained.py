@@ -15,6 +15,7 @@ from ..circuit.trainability import effective_dimension, fisher
 from .study import DATA, DRAWS, SERIES, Fourier, fourier, generator, uniform
 
 FEWEST = 8  # tokens that anything is said of
+SAME = 1e-3  # radians: z of one word in the first layer differ by rounding, and their fidelity of 1 would be all that is seen
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,9 @@ def trained_circuit(layer: str, block: int, z: Tensor, angles: Tensor, ansatz: A
     drawn = uniform(ansatz, DRAWS, random)
     first = torch.randint(len(z), (pairs,), generator=random)
     second = (first + torch.randint(1, len(z), (pairs,), generator=random)) % len(z)  # another token
+    apart = (z[first] - z[second]).abs().amax(1) >= SAME
+    if bool(apart.any()):
+        first, second = first[apart], second[apart]
     found = [_at(z, each, ansatz, (first, second), seed) for each in (angles, *drawn)]
     fishers = torch.stack([information for _, information in found[1:]])
     few = z[torch.randperm(len(z), generator=random)[:SERIES]]
