@@ -1,7 +1,8 @@
 """All engines of this machine on one circuit, compared with Qiskit.
 
 Values are compared with Qiskit's `Statevector`, gradients with the parameter shift run exactly on Aer in double precision. Where
-the configuration asks for shots or noise, its values are compared with the exact ones of the same noise, in standard errors.
+the configuration asks for shots or noise, its values are compared with those of Aer run by hand on the same transpiled circuit,
+and of a fake device with the device's own simulation: exact ones to rounding, those of shots in standard errors.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ from torch import Tensor
 from ..circuit import torch_engine
 from ..circuit.aer import Engine
 from ..circuit.ansatz import Ansatz
+from ..circuit.noise import FAKE
 from ..circuit.simulation import Simulation
 from ..tuner.backends import expectation_values
+from .noisy import DEVICE_SHOTS, by_device, by_hand
 
 STANDARD_ERRORS = 5.0
+EXACT, SINGLE = 1e-10, 1e-5  # of two exact density matrices in double and in single precision
 REFERENCE = Simulation("aer")  # of the gradients
 
 
@@ -57,7 +61,7 @@ def compare(ansatz: Ansatz, simulation: Simulation, tokens: int, tolerance: floa
         reference = how == REFERENCE  # its own gradients would be compared with themselves
         yield Row(name, off, None if reference else grads_off, "", max(off, grads_off) <= tolerance)
     if simulation.noise_model != "none" or simulation.shots is not None:
-        yield _sampled(ansatz, simulation, z, angles)
+        yield from _noisy(ansatz, simulation, z, angles, seed)
 
 
 def _engines(ansatz: Ansatz) -> Iterator[tuple[str, torch.dtype, str, Simulation, bool]]:
@@ -77,19 +81,33 @@ def _engines(ansatz: Ansatz) -> Iterator[tuple[str, torch.dtype, str, Simulation
         yield "aer_gpu, double", torch.float64, "cpu", Simulation("aer_gpu"), False
 
 
-def _sampled(ansatz: Ansatz, simulation: Simulation, z: np.ndarray, angles: np.ndarray) -> Row:
-    """Compare shots with exact values of the same noise; without shots, where both are exact, Aer's two ways to get them."""
+def _noisy(ansatz: Ansatz, simulation: Simulation, z: np.ndarray, angles: np.ndarray, seed: int) -> Iterator[Row]:
+    """Compare shots and noise, as the configuration has them, with Aer run by hand, and with a fake device's own simulation."""
     name = f"{simulation.backend}, noise_model {simulation.noise_model}, {simulation.shots or 'no'} shots"
-    on_cpu = dataclasses.replace(simulation, backend="aer", shots=None, precision="double")
-    exact = Engine(ansatz, on_cpu, None)
-    expected = exact.expectations(exact.gates.points(z, angles)).reshape(z.shape)
     asked = expectation_values(torch.tensor(z), torch.tensor(angles), ansatz, simulation).numpy()
+    parts = [slice(first, first + ansatz.qubits) for first in range(0, z.shape[1], ansatz.qubits)]
+    hand = np.concatenate([by_hand(ansatz, simulation, z[:, part], angles[:, part]) for part in parts], axis=1)
     if simulation.shots is None:
-        off = float(np.abs(asked - expected).max())
-        return Row(name, off, None, "", off <= 1e-5)
+        off = float(np.abs(asked - hand).max())
+        # both are exact: rounding alone, in the configured precision
+        yield Row(f"{name}: Aer by hand", off, None, "", off <= (EXACT if simulation.precision == "double" else SINGLE))
+    else:
+        yield _counted(f"{name}: Aer by hand", asked, hand, simulation.shots)
+    if simulation.noise_model.startswith(FAKE):
+        # without shots of our own, and at angles of zero too, where what is read wrongly shows best
+        z, angles = np.vstack([z[:, parts[0]], np.zeros(ansatz.qubits)]), angles[:, parts[0]]
+        exact = Engine(ansatz, dataclasses.replace(simulation, backend="aer", shots=None, precision="double"), None)
+        for what, inputs, trained in (("", z[:-1], angles), (", all angles 0", z[-1:], np.zeros_like(angles))):
+            ours = exact.expectations(exact.gates.points(inputs, trained))
+            theirs = by_device(ansatz, simulation.noise_model, inputs, trained, seed)
+            yield _counted(f"{simulation.noise_model}: the device's own {DEVICE_SHOTS:,} shots{what}", theirs, ours, DEVICE_SHOTS)
+
+
+def _counted(name: str, counted: np.ndarray, exact: np.ndarray, shots: int) -> Row:
+    """Compare values of shots with exact ones, in the standard errors of these shots."""
     # a value of +-1 has no spread; half a shot keeps rounding from counting as an infinity of standard errors
-    error = np.sqrt((1 - expected**2).clip(0) / simulation.shots) + 0.5 / simulation.shots
-    off = float((np.abs(asked - expected) / error).max())
+    error = np.sqrt((1 - exact**2).clip(0) / shots) + 0.5 / shots
+    off = float((np.abs(counted - exact) / error).max())
     return Row(name, off, None, "standard errors", off <= STANDARD_ERRORS)
 
 
@@ -131,4 +149,6 @@ def verdict(rows: list[Row], tolerance: float) -> str:
     words = f"All within {tolerance:g}." if not failed else f"Off by more than {tolerance:g}: {'; '.join(failed)}."
     if any(row.unit for row in rows):
         words += f" With shots up to {STANDARD_ERRORS:g} standard errors pass as chance."
+    if any("by hand" in row.engine and not row.unit for row in rows):
+        words += f" Noise without shots is exact in both ways: {EXACT:g} passes ({SINGLE:g} in single precision)."
     return words

@@ -26,8 +26,9 @@ from ..trained.adapter_folder import check_trained, configuration, refuse_untrai
 from ..trained.calibration_text import IGNORED, Sequence, batches, rows
 from ..trained.passes import Pass, adapters_of
 from ..tuner.config import QTHAConfig
+from ..tuner.saving import WEIGHTS
 from ..tuner.sizes import ansatz
-from .evaluate import circuits_of, evaluate, facts, ways
+from .evaluate import circuits_of, evaluate, evidence, facts, ways
 from .report import JSON, Evaluation, model_table, packing, qubit_table
 
 STARTED = "hardware_eval.started.json"
@@ -67,6 +68,8 @@ def hardware_eval(options: EvaluationOptions, out: Console) -> Evaluation:
     run = Pass(cast(Any, model), adapters, make, sum(1 for _ in make()))
     assert config.ibm is not None
     device = runner(ansatz(config), config.ibm, config.simulation.seed)
+    device.adapter = hashlib.sha256((adapter / WEIGHTS).read_bytes()).hexdigest()
+    device.answered.clear()
     counts = circuits_of(run, options.tokens)
     before = _check_cost(options, device, counts, len(adapters), folder, out)
     try:
@@ -83,6 +86,7 @@ def hardware_eval(options: EvaluationOptions, out: Console) -> Evaluation:
         qpu_seconds=device.used() - before,
         facts=facts(device),
         ways=found,
+        provenance=evidence(device),
     )
     result.write(folder)
     (folder / STARTED).unlink()

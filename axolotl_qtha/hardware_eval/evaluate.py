@@ -270,3 +270,15 @@ def facts(runner: Runner) -> dict[str, Any]:
         "two_qubit_gates": isa.circuit.num_nonlocal_gates(),
         **runner.options.measurement(),
     }
+
+
+def evidence(runner: Runner) -> dict[str, Any]:
+    """Return what the device's results are from: circuit, layout, calibration, versions, seed, adapter, and each job."""
+    jobs = [runner.journal.entries[tag] for tag in runner.answered]
+    kept = ("job_id", "tag", "time", "circuits", "calibration", "seed", "made", "qpu_seconds", "metadata")
+    return {
+        **runner.made,
+        "seed": runner.seed,  # of the simulated shots; a real device has none
+        "adapter_sha256": runner.adapter,
+        "jobs": [{name: getattr(job, name) for name in kept} for job in sorted(jobs, key=lambda job: (job.time, job.tag))],
+    }

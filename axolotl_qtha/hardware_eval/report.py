@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ class Evaluation:
     qpu_seconds: float  # what the device billed for this evaluation
     facts: dict[str, Any]  # the device, the circuit and how it was run
     ways: list[Way]
+    provenance: dict[str, Any] = field(default_factory=dict)  # see `evidence`
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything, for JSON."""

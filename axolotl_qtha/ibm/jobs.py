@@ -12,9 +12,11 @@ from typing import Any
 import click
 import numpy as np
 
-from .journal import Entry, Journal
+from .entries import Entry
+from .journal import Journal
 from .options import IBMOptions
 from .progress import progress
+from .provenance import told
 from .service import FINAL, LocalService, backoff, is_transient, retry, state
 
 LOG = logging.getLogger(__name__)
@@ -107,17 +109,19 @@ class Jobs:
 
     def _finish(self, tag: str, now: str) -> list[str]:
         """Keep what a job that has ended left behind, and return what went wrong."""
-        entry, job = self.journal.entries[tag], self.journal.jobs[tag]
+        entry, job, found = self.journal.entries[tag], self.journal.jobs[tag], None
         if now == "DONE":
             try:
-                self._keep(entry, retry(job.result)[0].data)
+                result = retry(job.result)
+                self._keep(entry, result[0].data)
                 event, reason = "done", None
+                found = told({"job": getattr(result, "metadata", None), "pub": getattr(result[0], "metadata", None)})
             except (ValueError, TypeError) as error:
                 event, reason = "failed", f"its results are of no use: {error}"
         else:
             event, reason = ("failed" if now == "ERROR" else "cancelled"), self._reason(job)
         seconds = retry(self.service.usage, job)
-        self.journal.record(event, tag=tag, qpu_seconds=seconds, reason=reason)
+        self.journal.record(event, tag=tag, qpu_seconds=seconds, reason=reason, metadata=found)
         return [] if event == "done" else [f"job {entry.job_id} {'failed' if event == 'failed' else 'was cancelled'} ({reason})"]
 
     def _keep(self, entry: Entry, data: Any) -> None:

@@ -5,6 +5,7 @@ folder/lock                       held by the one process that uses the journal
 folder/events.jsonl               one event a line, appended and synced: intent -> submitted -> done | failed | cancelled | lost
 folder/circuits/TAG.safetensors   what a job was asked: angles (circuits, gates) in radians, and their hashes
 folder/results/TAG.safetensors    what it answered: <Z> and standard errors, (circuits, n)
+folder/made/NAME.json             how: transpiled circuit, layout, calibration, versions (see `provenance`); intents name it
 
 Circuits that one circuit of the device held side by side (`pack`) are answered one by one.
 ```
@@ -23,66 +24,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from pydantic import ConfigDict, Field, ValidationError
-from pydantic.dataclasses import dataclass
+from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from ..errors import refusal
 from ..files.durable import flush, put_in_place
 from ..files.lock import InUse, Lock
+from .entries import ENDED, OPEN, Entry, Session
 
 LOG = logging.getLogger(__name__)
-OPEN = ("intent", "submitted")
-ENDED = ("done", "failed", "cancelled", "lost")
 EVENTS = "events.jsonl"
-MOST_SECONDS = 1e7  # of one job or session, which a third of a year on a device would be
-
-
-Seconds = Annotated[float, Field(ge=0, le=MOST_SECONDS, allow_inf_nan=False)]  # of a QPU
-Count = Annotated[int, Field(ge=1)]
-Tag = Annotated[str, Field(pattern=r"^[\w-]+$")]  # names files
-STRICT = ConfigDict(strict=True, extra="forbid")
-
-
-@dataclass(config=STRICT)
-class Entry:
-    """One job, as the last of its events left it; whoever wrote them, what cannot be is refused.
-
-    Raises:
-        pydantic.ValidationError: a ValueError, if a value is of another type or out of range.
-    """
-
-    tag: Tag
-    state: str
-    local: bool
-    backend: str
-    calibration: str
-    circuit: str  # digest of the ISA circuit
-    angles: str  # digest of all angles
-    circuits: Count
-    estimate: Seconds
-    reserved: Seconds  # after which IBM stops it
-    options: dict[str, Any]
-    session: str | None = None
-    pack: Count = 1  # of our circuits in each of the device's; `circuits` counts the device's
-    job_id: str | None = None
-    qpu_seconds: Seconds | None = None  # None: not known
-    reason: str | None = None
-    time: float = 0.0  # of the last event, seconds since 1970
-
-
-@dataclass(config=STRICT)
-class Session:
-    """A session, as the last of its events left it."""
-
-    session: str
-    reserved: Seconds
-    qpu_seconds: Seconds | None = None  # None: not billed yet
-    time: float = 0.0
 
 
 class NotKept(OSError):
@@ -180,7 +135,7 @@ class Journal(Ledger):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self._events = folder / EVENTS
-        for part in ("circuits", "results"):
+        for part in ("circuits", "results", "made"):
             (folder / part).mkdir(parents=True, exist_ok=True)
         try:
             self._lock = Lock(folder / "lock", "jobs on IBM Quantum")
@@ -188,7 +143,7 @@ class Journal(Ledger):
             why = f"is {error}; it may be submitting the same circuits"
             raise refusal("ibm.journal", str(folder), why, "wait for it to end, or another folder") from None
         self.jobs: dict[str, Any] = {}  # those of this process, by tag
-        self._results: dict[tuple[str, bytes], tuple[np.ndarray, np.ndarray, int]] = {}  # <Z>, errors, place
+        self._results: dict[tuple[str, bytes], tuple[np.ndarray, np.ndarray, int, str]] = {}  # <Z>, errors, place, tag
         try:
             self._begin(folder)
         except BaseException:
@@ -245,6 +200,13 @@ class Journal(Ledger):
                 "and fetched at the next start; nothing is paid twice. What works: room on that disk, then the same line again."
             ) from error
 
+    def keep(self, name: str, made: dict[str, Any]) -> None:
+        """Keep how circuits are made, once."""
+        path = self.folder / "made" / f"{name}.json"
+        if not path.is_file():
+            with self._writing():
+                _put(path, json.dumps(made, sort_keys=True, indent=1).encode())
+
     def ask(self, tag: str, hashes: np.ndarray, points: np.ndarray) -> None:
         """Keep what a job is asked: hashes (circuits, 16) and angles (circuits, gates)."""
         with self._writing():
@@ -270,6 +232,11 @@ class Journal(Ledger):
         found = self._results.get((calibration, key))
         return 0 if found is None else found[2]
 
+    def source(self, calibration: str, key: bytes) -> str | None:
+        """Return the tag of the job that a circuit's result is from."""
+        found = self._results.get((calibration, key))
+        return None if found is None else found[3]
+
     def adopt(self, tag: str, calibration: str) -> None:
         """Let a job's results answer for another calibration too: the device was calibrated while the job was under way."""
         self._load(self.entries[tag], calibration)
@@ -286,7 +253,7 @@ class Journal(Ledger):
             return False
         where = entry.calibration if calibration is None else calibration
         for i, (key, values, errors) in enumerate(zip(hashes, result["values"], result["errors"], strict=True)):
-            self._results[where, key.tobytes()] = values, errors, i % entry.pack
+            self._results[where, key.tobytes()] = values, errors, i % entry.pack, entry.tag
         return True
 
 
@@ -325,10 +292,14 @@ def _fit(hashes: np.ndarray, result: dict[str, np.ndarray], entry: Entry) -> boo
 
 
 def _write(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    _put(path, save({name: np.ascontiguousarray(value) for name, value in tensors.items()}))
+
+
+def _put(path: Path, content: bytes) -> None:
     """Write a file as a whole or not at all."""
     beside = path.with_suffix(".tmp")
     try:
-        save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, beside)
+        beside.write_bytes(content)
         put_in_place(beside, path)
     except (OSError, SafetensorError):
         beside.unlink(missing_ok=True)

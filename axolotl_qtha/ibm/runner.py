@@ -11,6 +11,8 @@ import hashlib
 import logging
 import math
 import uuid
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +24,7 @@ from .draws import Draws, job_seed
 from .jobs import JobFailed, Jobs
 from .journal import Journal
 from .options import IBMOptions
+from .provenance import name_of, provenance
 from .service import ATTEMPTS, LocalService, is_refused, is_transient, retry
 
 LOG = logging.getLogger(__name__)
@@ -43,6 +46,8 @@ class Runner(Jobs):
         """
         super().__init__(options, service, journal)
         self.ansatz, self.seed = ansatz, seed
+        self.adapter: str | None = None  # SHA-256 of the weights whose circuits these are, where that is known
+        self.answered: set[str] = set()  # tags of the jobs that results were from
         self.isa = ISACircuit(ansatz, service.backend, options)
         self.rate = rate(self.isa, options, service.backend)
         # What makes a result, besides the angles. Not the transpiled circuit: it changes with the calibration.
@@ -87,6 +92,7 @@ class Runner(Jobs):
                     self.close()
         for tag in under_way:
             self.journal.adopt(tag, calibration)
+        self.answered |= {tag for tag in (self.journal.source(calibration, key) for key in keys) if tag}
         results = [self.journal.result(calibration, key) for key in keys]
         values = np.array([result[0] for result in results if result is not None]).reshape(len(points), self.ansatz.width)
         errors = np.array([result[1] for result in results if result is not None]).reshape(values.shape)
@@ -96,6 +102,11 @@ class Runner(Jobs):
         """Return which of `isa.places` each of these circuits was run in, (circuits)."""
         keys = self.draws.keys(points) if keys is None else keys
         return np.array([self.journal.place(self.service.calibration, key) for key in keys], dtype=int)
+
+    @cached_property
+    def made(self) -> dict[str, Any]:
+        """How results come about, see `provenance`."""
+        return provenance(self.isa, self.service, self.options)
 
     def cost(self, blocks: int) -> Cost:
         """Return what this many circuits cost, `pack` of them in one of the device's."""
@@ -161,6 +172,8 @@ class Runner(Jobs):
         service, journal, tag = self.service, self.journal, f"qtha-{uuid.uuid4().hex}"
         journal.ask(tag, np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, 16), points)
         session = getattr(service.session, "session_id", None)
+        made, seed = name_of(self.made), job_seed(self.seed, keys) if service.local else None
+        journal.keep(made, self.made)
         journal.record(
             "intent",
             tag=tag,
@@ -174,11 +187,14 @@ class Runner(Jobs):
             estimate=cost.qpu_seconds,
             reserved=cost.qpu_seconds if share is None else share,
             options=self.options.measurement(),
+            made=made,
+            seed=seed,
+            adapter=self.adapter,
             session=session if session in journal.sessions else None,
         )
         options = estimator_options(self.options, tag, share)
-        if service.local:
-            options["simulator"] = {"seed_simulator": job_seed(self.seed, keys)}
+        if seed is not None:
+            options["simulator"] = {"seed_simulator": seed}
         for attempt in range(ATTEMPTS):
             try:
                 job = service.submit(self.isa.pub(points), options)

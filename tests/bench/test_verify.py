@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from qiskit_aer.noise.device import basic_device_readout_errors
 
-from axolotl_qtha.bench.verify import compare
-from axolotl_qtha.circuit import native, torch_engine
+from axolotl_qtha.bench.verify import compare, table
+from axolotl_qtha.circuit import native, noise, torch_engine
 from axolotl_qtha.circuit.ansatz import Ansatz
-from axolotl_qtha.circuit.simulation import Simulation
+from axolotl_qtha.circuit.simulation import Simulation, Strengths
 from axolotl_qtha.cli.circuit import verify
+from axolotl_qtha.terminal import console
 
 from ..e2e.commands import write_config
 
@@ -38,13 +40,51 @@ def test_circuits_side_by_side(simulation):
         assert row.gradients is None or row.gradients <= 1e-5
 
 
-@pytest.mark.parametrize("noise_model", ["none", "depolarizing", "fake:manila"])
+OWN = "tests.circuit.own_models"
+DEVICES = [f"fake:manila: the device's own 100,000 shots{what}" for what in ("", ", all angles 0")]
+NOISES = ["none", "depolarizing", "readout", "fake:manila", f"{OWN}:by_rx", f"{OWN}:DEVICE"]
+
+
+@pytest.mark.parametrize("noise_model", NOISES)
 def test_shots_and_noise_are_compared_in_standard_errors(noise_model):
-    simulation = Simulation("aer", shots=500, noise_model=noise_model)
-    row = rows(simulation)[f"aer, noise_model {noise_model}, 500 shots"]
-    assert row.unit == "standard errors"
+    simulation = Simulation("aer", shots=500, noise_model=noise_model, strengths=Strengths(readout=(0.01, 0.06)))
+    found = rows(simulation)
+    names = [f"aer, noise_model {noise_model}, 500 shots: Aer by hand", *(DEVICES if noise_model == "fake:manila" else [])]
+    assert list(found)[-len(names) :] == names
+    for row in map(found.get, names):
+        assert row.unit == "standard errors"
+        assert row.passed
+        assert 0 < row.values <= 5
+
+
+@pytest.mark.parametrize("noise_model", NOISES[1:])
+def test_noise_without_shots_is_aers_own_to_rounding(noise_model):
+    simulation = Simulation("aer", noise_model=noise_model, strengths=Strengths(0.02, 0.05, (0.01, 0.06)))
+    row = rows(simulation)[f"aer, noise_model {noise_model}, no shots: Aer by hand"]
     assert row.passed
-    assert 0 < row.values <= 5
+    assert row.values <= 1e-10
+
+
+def test_a_readout_error_that_is_not_the_devices_is_found(monkeypatch):
+    """The mean of the two flips, which is all a device's target knows, in the place of what its properties say."""
+
+    def mean(backend):
+        return {qubit: error for (qubit,), error in basic_device_readout_errors(target=backend.target)}
+
+    monkeypatch.setattr(noise, "readout_errors", mean)
+    found = rows(Simulation("aer", noise_model="fake:manila"))
+    off = {name for name, row in found.items() if not row.passed}
+    assert off >= {"aer, noise_model fake:manila, no shots: Aer by hand", DEVICES[1]}
+    assert found["aer, noise_model fake:manila, no shots: Aer by hand"].values > 1e-3
+    assert found[DEVICES[1]].values > 10
+    assert "OFF" in drawn(list(found.values()))
+
+
+def drawn(rows):
+    out = console(200)
+    with out.capture() as captured:
+        out.print(table(rows, Ansatz(3, 2)))
+    return captured.get()
 
 
 def test_a_wrong_value_is_found(monkeypatch):
@@ -77,7 +117,7 @@ def test_biased_shots_are_found(monkeypatch):
 
     monkeypatch.setattr(Engine, "expectations", biased)
     found = rows(Simulation("aer", shots=1000))
-    assert [name for name, row in found.items() if not row.passed] == ["aer, noise_model none, 1000 shots"]
+    assert [name for name, row in found.items() if not row.passed] == ["aer, noise_model none, 1000 shots: Aer by hand"]
 
 
 def test_command(tmp_path, monkeypatch):

@@ -1,10 +1,13 @@
 """What a hardware evaluation says, against definitions written down here, and circuits whose errors are known."""
 
+import base64
+import io
 import json
 
 import numpy as np
 import pytest
 import torch
+from qiskit import qpy
 
 from axolotl_qtha.circuit.aer import Engine
 from axolotl_qtha.circuit.simulation import Simulation
@@ -16,6 +19,7 @@ from axolotl_qtha.hardware_eval.evaluate import (
     chosen,
     circuits_of,
     evaluate,
+    evidence,
     facts,
     ratio_error,
     ways,
@@ -181,6 +185,35 @@ def test_the_error_of_a_ratio():
 
 def evaluation(found, device, samples=6):
     return Evaluation(samples, 60, 100, 2, "the evaluation data", None, 0.0, facts(device), list(found.values()))
+
+
+def test_equal_tokens_have_shots_of_their_own(model, text, tmp_path):
+    """The same sequence three times: in a batch and from batch to batch no two circuits share a draw; again it costs nothing."""
+    journal = Journal(tmp_path)
+    runner = Runner(ansatz(model.peft_config["default"]), OPTIONS, connect(OPTIONS, QUBITS), journal)
+    same = text_pass(model, [text[0]] * 3)
+    for _ in range(2):
+        evaluate(same, runner, {EXACT: None, DEVICE: runner.expectations}, 2)
+        entries = list(journal.entries.values())
+        assert sum(entry.circuits for entry in entries) == 3 * 2 * 2, "sequences, tokens, layers"
+    asked = np.concatenate([journal.asked(entry.tag)["points"] for entry in entries])
+    assert len(np.unique(asked, axis=0)) < len(asked), "or there would be no equal tokens"
+    assert len(runner.answered) == len(entries)
+    journal.close()
+
+
+def test_what_the_results_are_from(found, device):
+    kept = evidence(device)
+    json.dumps(kept, allow_nan=False)
+    (circuit,) = qpy.load(io.BytesIO(base64.b64decode(kept["circuit_qpy"])))
+    assert circuit == device.isa.circuit
+    assert kept["layout"] == device.isa.qubits
+    assert {job["tag"] for job in kept["jobs"]} == set(device.journal.entries)
+    for job in kept["jobs"]:
+        assert job["job_id"]
+        assert job["seed"] > 0
+        assert (device.journal.folder / "made" / f"{job['made']}.json").is_file()
+        assert job["metadata"]["pub"]["shots"] == pytest.approx(SHOTS_GIVEN, abs=1)  # the runtime rounds
 
 
 def test_the_report(found, device, tmp_path):
