@@ -15,7 +15,7 @@ from .settings import quantization
 from .settings.args import refuse_private
 from .settings.public_facts import facts_of
 from .settings.training_run import AdapterSettings, TrainingRun, why_unread
-from .trained.adapter_folder import FREE_WHEN_LOADED, FREE_WHEN_RESUMED, check_fits, refuse_unsaid_share
+from .trained.adapter_folder import FREE_WHEN_LOADED, FREE_WHEN_RESUMED, check_fits, refuse_other_circuits, refuse_unsaid_share
 from .training import checkpoints, data, guards, learning, owner, resuming
 from .training.diagnostics import Diagnostics
 from .training.ending import guard_ending
@@ -25,10 +25,10 @@ from .training.ranks import is_first
 from .training.reached import Reached
 from .training.saves import changed_settings, guard_checkpoints
 from .tuner.config import QTHAConfig
+from .tuner.described import describe
 from .tuner.layer import adapted_layers, adapted_sizes
 from .tuner.model import synchronise
 from .tuner.saving import guard
-from .tuner.sizes import describe
 
 if TYPE_CHECKING:
     from axolotl.utils.dict import DictDefault
@@ -159,6 +159,7 @@ class QTHAPlugin(BasePlugin):
             active = cast(QTHAConfig, model.active_peft_config)
             checkpoint = Path(cfg.resume_from_checkpoint)
             check_fits("resume_from_checkpoint", checkpoint, active.to_dict(), FREE_WHEN_RESUMED)
+            refuse_other_circuits("resume_from_checkpoint", checkpoint, active)
             if changed := changed_settings(checkpoint, trainer.args):
                 LOG.info(f"goes on from {checkpoint} with other settings: {changed}")
             resuming.load_the_trained(trainer)

@@ -81,7 +81,7 @@ def train(model, steps=3):
 
 BASES = {"llama": llama, "qwen2": qwen2, "gpt2": gpt2}
 FILE = "adapter_model.safetensors"
-QUANTUM = ("qtha", "none", "silu", "frozen", "qwthn")
+QUANTUM = ("qtha", "none", "silu", "frozen", "product", "qwthn")
 VARIANTS = [{"quantum": quantum, **more} for quantum in QUANTUM for more in ({}, {"init": "tt_svd"}, {"mpo": "none"})]
 
 

@@ -22,6 +22,7 @@ STOREYS = (
     "export",
     "training",
     "hardware_eval",
+    "diagnose",
     "planner",
     "trained",
     "settings",
@@ -145,7 +146,7 @@ def test_the_yaml_is_read_in_settings_alone():
     the commands that load a model.
     """
     holding = {name for name, path in FILES.items() if re.search(r"\bcfg\b", path.read_text())}
-    commands = {"plugin", "training.data", "export.command", "hardware_eval.command", "bench.suite.cell"}
+    commands = {"plugin", "training.data", "export.command", "hardware_eval.command", "diagnose.command", "bench.suite.cell"}
     assert {name for name in holding if storey(name) != "settings"} == commands
 
 

@@ -44,14 +44,14 @@ class Row:
 def compare(ansatz: Ansatz, simulation: Simulation, tokens: int, tolerance: float, seed: int, blocks: int = 1) -> Iterator[Row]:
     """Yield a row for every engine present, on random angles within a turn, for so many circuits side by side."""
     random = np.random.default_rng(seed)
-    z = random.uniform(-np.pi, np.pi, (tokens, blocks * ansatz.qubits))
-    angles = random.uniform(-np.pi, np.pi, (ansatz.rows, blocks * ansatz.qubits))
+    z = random.uniform(-np.pi, np.pi, (tokens, blocks * ansatz.width))
+    angles = random.uniform(-np.pi, np.pi, (ansatz.rows, ansatz.columns(z.shape[1])))
     weights = random.normal(size=z.shape)
     exact = Engine(ansatz, REFERENCE, None)
-    columns = [slice(first, first + ansatz.qubits) for first in range(0, z.shape[1], ansatz.qubits)]
-    values = np.concatenate([_statevector(ansatz, z[:, part], angles[:, part]) for part in columns], axis=1)
+    parts = zip(np.split(z, blocks, axis=1), np.split(angles, blocks, axis=1), strict=True)
+    values = np.concatenate([_statevector(ansatz, *part) for part in parts], axis=1)
     gradients = exact.gradients(weights, z, angles)
-    for name, dtype, device, how, plain in _engines(ansatz.qubits):
+    for name, dtype, device, how, plain in _engines(ansatz):
         inputs = [torch.tensor(array, dtype=dtype, device=device, requires_grad=True) for array in (z, angles)]
         with torch_engine.in_pytorch() if plain else nullcontext():
             result = expectation_values(inputs[0], inputs[1], ansatz, how)
@@ -64,7 +64,7 @@ def compare(ansatz: Ansatz, simulation: Simulation, tokens: int, tolerance: floa
         yield from _noisy(ansatz, simulation, z, angles, seed)
 
 
-def _engines(qubits: int) -> Iterator[tuple[str, torch.dtype, str, Simulation, bool]]:
+def _engines(ansatz: Ansatz) -> Iterator[tuple[str, torch.dtype, str, Simulation, bool]]:
     """Yield name, dtype, device, simulation, and whether the exact engine is kept to PyTorch."""
     from qiskit_aer import AerSimulator
 
@@ -72,7 +72,7 @@ def _engines(qubits: int) -> Iterator[tuple[str, torch.dtype, str, Simulation, b
     for device in devices:
         for dtype in (torch.float32, torch.float64):
             kind = f"{device}, {str(dtype).removeprefix('torch.')}"
-            if torch_engine.fused(torch.empty(1, qubits, dtype=dtype, device=device), qubits):
+            if torch_engine.fused(torch.empty(1, ansatz.width, dtype=dtype, device=device), ansatz):
                 yield f"torch, {kind}, {'compiled' if device == 'cpu' else 'Triton'}", dtype, device, Simulation(), False
             yield f"torch, {kind}, PyTorch", dtype, device, Simulation(), True
     yield "aer, double", torch.float64, "cpu", REFERENCE, False
@@ -115,13 +115,13 @@ def _statevector(ansatz: Ansatz, z: np.ndarray, angles: np.ndarray) -> np.ndarra
     """Return <Z_i>, (tokens, n), from Qiskit's `Statevector`."""
     from qiskit.quantum_info import Pauli, Statevector
 
-    circuit = ansatz.circuit()
-    observables = [Pauli("I" * (ansatz.qubits - 1 - i) + "Z" + "I" * i) for i in range(ansatz.qubits)]
-    flat = angles.reshape(-1)
+    described = ansatz.described()
+    observables = [Pauli(label) for label in described.observables]
+    trained = dict(zip(described.trained, angles.reshape(-1), strict=True))
     rows = []
     for token in z:
-        values = {p: (token if p.vector.name == "z" else flat)[p.index] for p in circuit.parameters}
-        state = Statevector(circuit.assign_parameters(values))
+        values = trained | dict(zip(described.inputs, token, strict=True))
+        state = Statevector(described.circuit.assign_parameters(values))
         rows.append([state.expectation_value(observable).real for observable in observables])
     return np.array(rows)
 

@@ -21,11 +21,13 @@ from ..errors import refusal
 from . import torch_engine
 from .ansatz import Ansatz
 from .noise import Compiled, compile_circuit, compile_for
+from .observables import Group, groups
 from .shifts import GateAngles, Slopes
 from .simulation import Simulation
 
 if TYPE_CHECKING:
     from qiskit.providers import BackendV2
+    from qiskit_aer import AerSimulator
 
 CIRCUITS = 4096  # of a job at most; fewer where their results would fill RESULT_BYTES
 RESULT_BYTES = 2**26
@@ -58,29 +60,24 @@ class Engine:
             raise refusal("quantum_backend", "aer_gpu", "finds no GPU it can use", GPU_BUILD)
         self.ansatz, self.simulation = ansatz, simulation
         self.gates = GateAngles(ansatz)
-        if device:
-            compiled = compile_for(self.gates.circuit, device, simulation.transpiler)
-        else:
-            compiled = compile_circuit(self.gates.circuit, simulation.noise_model, simulation.strengths)
-        self.confusion = compiled.confusion
-        method = self._method(compiled)
-        self._check_memory(method, compiled.width, gpu)
-        self.circuit, self.parameters, self.mix, self.offset = _unmixed(compiled.circuit, list(self.gates.angles))
-        if simulation.shots is None:
-            self.circuit.save_probabilities(compiled.qubits)
-        else:
-            self.circuit.add_register(ClassicalRegister(ansatz.qubits, "z"))
-            self.circuit.measure(compiled.qubits, range(ansatz.qubits))
-        states = np.arange(2**ansatz.qubits)
-        self.signs = 1.0 - 2.0 * ((states[:, None] >> np.arange(ansatz.qubits)) & 1)  # (2**n, n): qubit 0 is the lowest bit
         options = {} if gpu is None else {"device": "GPU", "batched_shots_gpu": True, "target_gpus": [gpu]}
-        self.simulator = AerSimulator(
-            method=method,
-            noise_model=compiled.noise,
-            precision=simulation.precision,
-            runtime_parameter_bind_enable=True,
-            **options,
-        )
+        self.measurements = []
+        for group in groups(self.gates.observables):
+            circuit = group.turned(self.gates.circuit)
+            if device:
+                compiled = compile_for(circuit, device, simulation.transpiler)
+            else:
+                compiled = compile_circuit(circuit, simulation.noise_model, simulation.strengths)
+            method = self._method(compiled)
+            self._check_memory(method, compiled.width, gpu)
+            simulator = AerSimulator(
+                method=method,
+                noise_model=compiled.noise,
+                precision=simulation.precision,
+                runtime_parameter_bind_enable=True,
+                **options,
+            )
+            self.measurements.append(_Measurement(group, compiled, list(self.gates.angles), simulation.shots, simulator))
         self.chunk = max(1, min(CIRCUITS, RESULT_BYTES // (8 * 2**ansatz.qubits)))
 
     def _method(self, compiled: Compiled) -> str:
@@ -107,31 +104,17 @@ class Engine:
 
     def expectations(self, gate_angles: np.ndarray) -> np.ndarray:
         """Return <Z_i>, (circuits, n), of circuits with these gate angles (circuits, gates) in radians."""
-        chunks = [gate_angles[i : i + self.chunk] for i in range(0, len(gate_angles), self.chunk)]
-        return np.concatenate([self._job(chunk) for chunk in chunks]) if chunks else np.empty((0, self.ansatz.qubits))
-
-    def _job(self, gate_angles: np.ndarray) -> np.ndarray:
-        shots = self.simulation.shots
-        columns = (gate_angles @ self.mix + self.offset).T
-        binds = {parameter: column.tolist() for parameter, column in zip(self.parameters, columns, strict=True)}
-        # The seed is made of the inputs and the rank: the same call gives the same shots, also when recomputed for
-        # checkpointing, and no two calls of a training share theirs. Aer itself counts on from circuit to circuit.
-        key, rank = self.simulation.seed.to_bytes(8, "big"), dist.get_rank() if dist.is_initialized() else 0
-        digest = hashlib.blake2b(gate_angles.tobytes(), digest_size=4, key=key, salt=rank.to_bytes(8, "big")).digest()
-        seed = int.from_bytes(digest, "big") >> 1
-        job = self.simulator.run([self.circuit], parameter_binds=[binds], shots=shots or 1, seed_simulator=seed)
-        result = job.result()
-        if not result.success:
-            raise RuntimeError(f"Qiskit Aer failed on {len(gate_angles)} circuits: {result.status}")
-        data = [experiment.data for experiment in result.results]
-        if shots is None:
-            values = np.array([entry.probabilities for entry in data]) @ self.signs
-            return values * self.confusion[:, 0] + self.confusion[:, 1]  # shots are read out by Aer
-        values = np.zeros((len(data), self.ansatz.qubits))
-        for row, entry in zip(values, data, strict=True):
-            for state, count in entry.counts.items():
-                row += count * self.signs[int(state, 16)]
-        return values / shots
+        result = np.empty((len(gate_angles), self.ansatz.width))
+        for start in range(0, len(gate_angles), self.chunk):
+            part = slice(start, start + self.chunk)
+            # The seed is made of the inputs and the rank: the same call gives the same shots, also when recomputed for
+            # checkpointing, and no two calls of a training share theirs. Aer itself counts on from circuit to circuit.
+            key, rank = self.simulation.seed.to_bytes(8, "big"), dist.get_rank() if dist.is_initialized() else 0
+            for i, measurement in enumerate(self.measurements):
+                data = gate_angles[part].tobytes() + (bytes([i]) if i else b"")
+                digest = hashlib.blake2b(data, digest_size=4, key=key, salt=rank.to_bytes(8, "big")).digest()
+                result[part, measurement.group.which] = measurement.run(gate_angles[part], int.from_bytes(digest, "big") >> 1)
+        return result
 
     def gradients(
         self, grad: np.ndarray, z: np.ndarray, angles: np.ndarray, wants: tuple[bool, bool] = (True, True)
@@ -141,6 +124,41 @@ class Engine:
         `wants` says which of the two are needed; the other is left zero and costs nothing.
         """
         return Slopes(self.gates, self.expectations, grad, z, angles, wants).by_parameter_shift(self.chunk)
+
+
+class _Measurement:
+    """A compiled circuit with its read-out of some observables."""
+
+    def __init__(
+        self, group: Group, compiled: Compiled, angles: list[Parameter], shots: int | None, simulator: AerSimulator
+    ) -> None:
+        self.group, self.shots, self.simulator = group, shots, simulator
+        self.circuit, self.parameters, self.mix, self.offset = _unmixed(compiled.circuit, angles)
+        if shots is None:
+            self.circuit.save_probabilities(compiled.qubits)
+            self.values = group.values(compiled.confusion[:, 0], compiled.confusion[:, 1])
+        else:  # read out by Aer
+            self.circuit.add_register(ClassicalRegister(len(compiled.qubits), "z"))
+            self.circuit.measure(compiled.qubits, range(len(compiled.qubits)))
+            self.values = group.values()
+
+    def run(self, gate_angles: np.ndarray, seed: int) -> np.ndarray:
+        """Return the expectation values of the group's observables, (circuits, observables)."""
+        columns = (gate_angles @ self.mix + self.offset).T
+        binds = {parameter: column.tolist() for parameter, column in zip(self.parameters, columns, strict=True)}
+        job = self.simulator.run([self.circuit], parameter_binds=[binds], shots=self.shots or 1, seed_simulator=seed)
+        result = job.result()
+        if not result.success:
+            raise RuntimeError(f"Qiskit Aer failed on {len(gate_angles)} circuits: {result.status}")
+        data = [experiment.data for experiment in result.results]
+        if self.shots is None:
+            exact: np.ndarray = np.array([entry.probabilities for entry in data]) @ self.values
+            return exact
+        values = np.zeros((len(data), len(self.group.which)))
+        for row, entry in zip(values, data, strict=True):
+            for state, count in entry.counts.items():
+                row += count * self.values[int(state, 16)]
+        return values / self.shots
 
 
 def _unmixed(circuit: QuantumCircuit, angles: list[Parameter]) -> tuple[QuantumCircuit, list[Parameter], np.ndarray, np.ndarray]:
@@ -233,6 +251,6 @@ def expectation_values(z: Tensor, angles: Tensor, ansatz: Ansatz, simulation: Si
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     flat, angles = z.reshape(-1, z.shape[-1]).to(dtype), angles.to(dtype)
     if z.device.type != "meta":
-        torch_engine.check_finite(flat, angles, ansatz.qubits)
+        torch_engine.check_finite(flat, angles, ansatz)
     result: Tensor = _Circuits.apply(flat, angles, ansatz, simulation)
     return result.reshape(z.shape)

@@ -1,18 +1,21 @@
-"""The circuit as text and picture, and what it costs in the gates of a device."""
+"""The circuit as text, picture and file, and what it costs in the gates of a device."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
-from qiskit import QuantumCircuit, transpile
+from qiskit import QuantumCircuit, qasm3, qpy, transpile
 from rich.table import Table
 
-from .ansatz import Ansatz
-from .noise import BASIS, device, used
+from ..errors import refusal
+from .noise import device, plain_basis, used
 
 SIMULATOR = "simulator"
 CHOICES = "`simulator`, or `fake:` with the name of a device, e.g. `fake:torino`"
+Format = Literal["qasm3", "qpy", "png", "pdf", "svg"]
+ENDINGS: dict[str, Format] = {".qasm": "qasm3", ".qpy": "qpy", ".png": "png", ".pdf": "pdf", ".svg": "svg"}
 
 
 @dataclass(frozen=True)
@@ -39,33 +42,65 @@ def cost(name: str, circuit: QuantumCircuit) -> Cost:
     )
 
 
-def costs(ansatz: Ansatz, backend: str) -> list[Cost]:
-    """Return the cost of the circuit as written, and on a backend: `simulator` (RY, RZ, CX) or `fake:<name>`.
+def costs(circuit: QuantumCircuit, backend: str) -> list[Cost]:
+    """Return the cost of a circuit as written, and on a backend: `simulator` (RY, RZ, CX) or `fake:<name>`.
 
     Raises:
         ValueError: if the backend is unknown or has too few qubits.
     """
-    circuit = ansatz.circuit()
     if backend == SIMULATOR:
-        compiled = transpile(circuit, basis_gates=BASIS, optimization_level=0)
+        compiled = transpile(circuit, basis_gates=plain_basis(circuit), optimization_level=0)
     else:
-        target = device(backend, ansatz.qubits, "--backend", CHOICES)
+        target = device(backend, circuit.num_qubits, "--backend", CHOICES)
         compiled = transpile(circuit, target, optimization_level=3, seed_transpiler=0)
     return [cost("as written", circuit), cost(f"on {backend}", compiled)]
 
 
-def text(ansatz: Ansatz, width: int) -> str:
-    """Return the circuit in characters, folded at `width` columns."""
-    return str(ansatz.circuit().draw("text", fold=width))
+def text(circuit: QuantumCircuit, width: int) -> str:
+    """Return a circuit in characters, folded at `width` columns."""
+    return str(circuit.draw("text", fold=width))
 
 
-def picture(ansatz: Ansatz, path: Path) -> None:
-    """Write the circuit as a picture (PNG, PDF or SVG, by the file's ending)."""
+def format_of(path: Path) -> Format:
+    """Return the format that a file's ending stands for.
+
+    Raises:
+        ValueError: if it stands for none.
+
+    >>> format_of(Path("circuit.qasm"))
+    'qasm3'
+    """
+    if path.suffix not in ENDINGS:
+        raise refusal("--output", str(path), "has an ending of no known format", f"{', '.join(ENDINGS)}, or `--format`")
+    return ENDINGS[path.suffix]
+
+
+def write(circuit: QuantumCircuit, path: Path, format: Format) -> None:
+    """Write a circuit as OpenQASM 3 (free parameters are inputs), as QPY (Qiskit's own, which loses nothing), or as a picture.
+
+    Raises:
+        ValueError: if the file cannot be written.
+    """
+    assert format in get_args(Format)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if format == "qasm3":
+            path.write_text(qasm3.dumps(circuit))
+        elif format == "qpy":
+            with path.open("wb") as file:
+                qpy.dump(circuit, file)
+        else:
+            _picture(circuit, path, format)
+    except OSError as error:
+        raise refusal("--output", str(path), f"cannot be written: {error.strerror}", "another file") from error
+
+
+def _picture(circuit: QuantumCircuit, path: Path, format: Format) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    figure = ansatz.circuit().draw("mpl", fold=24, idle_wires=False)
+    figure = circuit.draw("mpl", fold=24, idle_wires=False)
     FigureCanvasAgg(figure)  # no display needed
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    figure.savefig(path, format=format, dpi=150, bbox_inches="tight")
 
 
 def table(costs: list[Cost]) -> Table:

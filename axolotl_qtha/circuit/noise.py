@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # Without a device: what the circuit needs, a CRZ being two CX and two RZ. Aer (0.18) cannot bind a CRZ's angle: it silently
 # runs one circuit with the angle 0.
 BASIS = ["ry", "rz", "cx"]
+OWN_BASIS = ["rx", *BASIS]  # into which Qiskit translates every gate that a circuit of the user's own may have
 TRANSPILER: dict[str, Any] = {"optimization_level": 3, "seed_transpiler": 0}  # for a device, unless the settings say otherwise
 NAMED = ("none", "depolarizing", "readout")
 FAKE = "fake:"
@@ -110,6 +111,11 @@ def device(noise_model: str, qubits: int, key: str = "noise_model", choices: str
     return backend
 
 
+def plain_basis(circuit: QuantumCircuit) -> list[str]:
+    """Return the gates into which a circuit is compiled without a device."""
+    return BASIS if {"ry", "crz"}.issuperset(circuit.count_ops()) else OWN_BASIS
+
+
 def compile_circuit(circuit: QuantumCircuit, noise_model: str, strengths: Strengths = STRENGTHS) -> Compiled:
     """Return a circuit with free parameters in the gates of a noise model, and its noise.
 
@@ -121,7 +127,7 @@ def compile_circuit(circuit: QuantumCircuit, noise_model: str, strengths: Streng
     from qiskit import transpile
     from qiskit_aer.noise import NoiseModel
 
-    qubits, gates = list(range(circuit.num_qubits)), BASIS
+    qubits, gates = list(range(circuit.num_qubits)), plain_basis(circuit)
     model, confusion = None, np.tile([1.0, 0.0], (circuit.num_qubits, 1))
     if noise_model in NAMED:
         model, (up, down) = _by_name(noise_model, strengths), strengths.readout
@@ -141,9 +147,9 @@ def _by_name(noise_model: str, strengths: Strengths) -> NoiseModel | None:
 
     if noise_model == "none":
         return None
-    noise, (up, down) = NoiseModel(basis_gates=BASIS), strengths.readout
+    noise, (up, down) = NoiseModel(basis_gates=OWN_BASIS), strengths.readout
     if noise_model == "depolarizing":
-        noise.add_all_qubit_quantum_error(depolarizing_error(strengths.one_qubit, 1), "ry")
+        noise.add_all_qubit_quantum_error(depolarizing_error(strengths.one_qubit, 1), ["rx", "ry"])
         noise.add_all_qubit_quantum_error(depolarizing_error(strengths.two_qubits, 2), "cx")
     if up or down:
         noise.add_all_qubit_readout_error(ReadoutError([[1 - up, up], [down, 1 - down]]))

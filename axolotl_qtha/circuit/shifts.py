@@ -1,9 +1,9 @@
 """The circuit with an angle of its own for every gate, and gradients from circuits alone: by shifting angles one by one, or all.
 
 Gradients by parameter shift are exact in expectation, also under noise, since noise does not depend on angles. As a function of
-one angle x, <Z> is a sum of sines with few frequencies w: 1 for an RY, 1/2 and 1 for a CRZ. So with as many shifts s_k as there
-are frequencies f'(x) = sum_k c_k (f(x + s_k) - f(x - s_k)), where c makes the rule hold for each sin(w x) (Anselmetti et al.,
-arXiv 2104.05695).
+one angle x, <Z> is a sum of sines with few frequencies w: 1 for an RY and other rotations about Pauli operators, 1/2 and 1 for a
+CRZ and other controlled ones. So with as many shifts s_k as there are frequencies f'(x) = sum_k c_k (f(x + s_k) - f(x - s_k)),
+where c makes the rule hold for each sin(w x) (Anselmetti et al., arXiv 2104.05695).
 """
 
 from __future__ import annotations
@@ -13,12 +13,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from qiskit.circuit import ParameterVector, QuantumCircuit
+import torch
+from qiskit.circuit import ParameterVector
+from torch import Tensor
 
 from .ansatz import Ansatz
+from .gates import angle_map, angle_of, unrolled
 
 SHIFTS = np.array([np.pi / 2, 3 * np.pi / 2])
-RULES = {"ry": np.array([0.5]), "crz": (np.sqrt(2) + np.array([1, -1])) * np.array([1, -1]) / (4 * np.sqrt(2))}
+_ONE = np.array([0.5])  # differences of the generator's eigenvalues: 1
+_TWO = (np.sqrt(2) + np.array([1, -1])) * np.array([1, -1]) / (4 * np.sqrt(2))  # 1/2 and 1
+RULES = dict.fromkeys(("rx", "ry", "rz", "p", "cp", "rxx", "ryy", "rzz", "rzx"), _ONE) | dict.fromkeys(
+    ("crx", "cry", "crz"), _TWO
+)
 
 SPSA_STEP = 0.1  # radians
 
@@ -27,52 +34,57 @@ Expectations = Callable[[np.ndarray], np.ndarray]
 
 
 class GateAngles:
-    """The circuit of an ansatz, whose gate k takes the parameter `angles[k]`, and where its value comes from."""
+    """The circuit of an ansatz, each of whose gates with an angle takes a parameter of its own, `angles[k]`, and where its value
+    comes from.
+    """
 
     def __init__(self, ansatz: Ansatz) -> None:
-        shared = ansatz.circuit()
-        self.angles = ParameterVector("angle", len(shared.data))
-        self.circuit = QuantumCircuit(ansatz.qubits)
-        self.kinds, from_z, source = [], [], []
-        for gate, angle in zip(shared.data, self.angles, strict=True):
-            parameter = gate.operation.params[0]
-            self.circuit.append(type(gate.operation)(angle), gate.qubits)
-            self.kinds.append(gate.operation.name)
-            from_z.append(parameter.vector.name == "z")
-            source.append(parameter.index)
-        # Which entry of z, or of the flattened table of angles, each gate takes.
-        self.from_z, self.source = np.array(from_z), np.array(source)
+        described = ansatz.described()
+        flat = unrolled(described.circuit)
+        turned = [gate for gate in flat.data if angle_of(gate.operation) is not None]
+        self.kinds = [gate.operation.name for gate in turned]
+        self.angles = ParameterVector("angle", len(turned))
+        own = iter(self.angles)
+        self.circuit = flat.copy_empty_like()
+        for gate in flat.data:
+            turns = angle_of(gate.operation) is not None
+            self.circuit.append(type(gate.operation)(next(own)) if turns else gate.operation, gate.qubits)
+        self.observables, self.width, self.columns = described.observables, ansatz.width, ansatz.columns(ansatz.width)
+        self.map = angle_map([angle_of(gate.operation) for gate in turned], described.inputs, described.trained)
 
     def points(self, z: np.ndarray, angles: np.ndarray) -> np.ndarray:
         """Return the angle of every gate, (tokens * B, gates), from z (tokens, B n) and angles (rows, B n) in radians.
 
-        B circuits side by side are B circuits one after the other, token by token.
+        B circuits side by side are B circuits one after the other, token by token. Of the user's own circuits each has one column
+        of angles, (rows, B).
         """
-        z, own = self.side_by_side(z), self.side_by_side(angles).swapaxes(0, 1)  # (tokens, B, n) and (B, rows, n)
-        result = np.empty((*z.shape[:2], len(self.kinds)))
-        result[:, :, self.from_z] = z[:, :, self.source[self.from_z]]
-        result[:, :, ~self.from_z] = own.reshape(len(own), -1)[:, self.source[~self.from_z]]
-        return result.reshape(-1, len(self.kinds))
+        return self.map.angles(self._inputs(z), self._trained(angles)).reshape(-1, len(self.kinds)).numpy()
 
-    def side_by_side(self, columns: np.ndarray) -> np.ndarray:
-        """Return an array (any, B n) as (any, B, n)."""
-        n = self.circuit.num_qubits
-        return columns.reshape(len(columns), columns.shape[1] // n, n)
+    def circuits(self, z: np.ndarray) -> int:
+        """Return how many circuits side by side z (tokens, B n) is for."""
+        return z.shape[1] // self.width
+
+    def _inputs(self, z: np.ndarray) -> Tensor:
+        return torch.from_numpy(z).unflatten(1, (-1, self.width))  # (tokens, B, n)
+
+    def _trained(self, angles: np.ndarray) -> Tensor:
+        return torch.from_numpy(angles).unflatten(1, (-1, self.columns)).transpose(0, 1).flatten(1)  # (B, rows * columns)
 
     def wanted(self, wants: tuple[bool, bool]) -> np.ndarray:
         """Return for each gate whether its slope is wanted: those of z, those of the angles."""
-        return np.where(self.from_z, wants[0], wants[1])
+        return (self.map.from_z & wants[0]) | (self.map.from_trained & wants[1])
 
-    def collect(self, slopes: np.ndarray, grad_z: np.ndarray, grad_angles: np.ndarray) -> None:
-        """Add the slopes of each gate's angle, (tokens * B, gates), to the gradients (tokens, B n) and (rows, B n)."""
-        n = self.circuit.num_qubits
-        by_z, by_angles = self.side_by_side(grad_z), self.side_by_side(grad_angles)  # views
-        slopes = slopes.reshape(*by_z.shape[:2], -1)
-        for k, source in enumerate(self.source):
-            if self.from_z[k]:
-                by_z[:, :, source] += slopes[:, :, k]
-            else:
-                by_angles[source // n, :, source % n] += slopes[:, :, k].sum(0)
+    def back(
+        self, slopes: np.ndarray, z: np.ndarray, angles: np.ndarray, wants: tuple[bool, bool] = (True, True)
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the gradients for z (tokens, B n) and angles (rows, B n) from the slopes of gates' angles, (tokens * B, gates).
+
+        Those that are not wanted are zero.
+        """
+        inputs, trained = self._inputs(z), self._trained(angles)
+        by_z, by_angles = self.map.back(torch.from_numpy(slopes).reshape(*inputs.shape[:2], -1), inputs, trained)
+        table = by_angles.unflatten(1, (-1, self.columns)).transpose(0, 1).flatten(1)
+        return by_z.reshape(z.shape).numpy() * wants[0], table.numpy() * wants[1]
 
 
 @dataclass(frozen=True)
@@ -99,7 +111,7 @@ class Slopes:
         shifts = np.zeros((2 * len(rows), kinds))
         for i, (k, _, shift) in enumerate(rows):
             shifts[2 * i, k], shifts[2 * i + 1, k] = shift, -shift
-        each = max(1, len(shifts)) * gates.side_by_side(z).shape[1]
+        each = max(1, len(shifts)) * gates.circuits(z)
         tokens = len(z) if circuits is None else max(1, circuits // each)
         for start in range(0, len(z) if rows else 0, tokens):
             part = slice(start, start + tokens)
@@ -110,7 +122,8 @@ class Slopes:
             slopes = np.zeros(points.shape)
             for i, (k, coefficient, _) in enumerate(rows):
                 slopes[:, k] += coefficient * (costs[:, 2 * i] - costs[:, 2 * i + 1])
-            gates.collect(slopes, grad_z[part], grad_angles)
+            grad_z[part], of_angles = gates.back(slopes, z[part], self.angles, self.wants)
+            grad_angles += of_angles
         return grad_z, grad_angles
 
     def by_spsa(self, draws: int, seed: int, step: float = SPSA_STEP) -> tuple[np.ndarray, np.ndarray]:
@@ -126,7 +139,6 @@ class Slopes:
             step: how far the angles move, in radians.
         """
         gates, z, kinds = self.gates, self.z, len(self.gates.kinds)
-        grad_z, grad_angles = np.zeros(z.shape), np.zeros(self.angles.shape)
         points = gates.points(z, self.angles)
         key = hashlib.blake2b(points.tobytes(), digest_size=8, key=seed.to_bytes(8, "big")).digest()
         random = np.random.default_rng(int.from_bytes(key, "big"))
@@ -135,8 +147,7 @@ class Slopes:
         values = self.expectations(moved.reshape(-1, kinds)).reshape(len(points), draws, 2, -1)
         costs = np.einsum("tdsn,tn->tds", values, self.grad.reshape(len(points), -1))
         slopes = np.einsum("td,tdg->tg", (costs[:, :, 0] - costs[:, :, 1]) / (2 * step * draws), signs)
-        gates.collect(slopes, grad_z, grad_angles)
-        return grad_z, grad_angles
+        return gates.back(slopes, z, self.angles, self.wants)
 
 
 def shift_circuits(gates: GateAngles, wants: tuple[bool, bool] = (True, True)) -> int:

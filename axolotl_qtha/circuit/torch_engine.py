@@ -2,7 +2,8 @@
 
 A token may have several circuits side by side, each on its own n of the width of z and with its own n of the angles' columns.
 
-On a CPU it is compiled (`native.py`), on an NVIDIA GPU fused up to 8 qubits (`triton_kernel.py`), and else in PyTorch.
+On a CPU it is compiled (`native.py`), on an NVIDIA GPU fused up to 8 qubits (`triton_kernel.py`), and else in PyTorch. Circuits
+of the user's own run gate by gate (`general.py`), unless they consist of the built-in one's moments.
 
 A circuit is a row of walls (an RY on every qubit) with diagonals (a ring of CRZ) between them, see `program.py`. In PyTorch a
 wall is a real Kronecker product, applied as two half-size matrices, and a diagonal is a product with its phases.
@@ -16,21 +17,25 @@ halves of a wall are plain batched matmuls.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import native, triton_kernel
+from . import general, native, triton_kernel
 from .ansatz import Ansatz
 from .operators import differentiable, operator
 from .program import Wall, program, tables
 from .simulation import EXACT, Simulation
 
 CACHE_AMPLITUDES = 2**17  # amplitudes per chunk of tokens: 1 MiB of float32 state, about a core's L2 cache
+
+LOG = logging.getLogger(__name__)
 
 # A global and no context variable: on a GPU, autograd runs backward in a thread of its own, which would not see that.
 _plain = False
@@ -41,7 +46,27 @@ class NonFiniteAngle(ValueError):
 
 
 def prepare(ansatz: Ansatz, simulation: Simulation = EXACT) -> None:
-    """Do nothing: this engine runs everywhere."""
+    """Say how slow a circuit is that no fast engine runs; this one runs everywhere."""
+    if ansatz.is_own:
+        LOG.warning(slowness(ansatz))
+
+
+@lru_cache(maxsize=16)
+def slowness(ansatz: Ansatz) -> str:
+    """Return in words how long a circuit of the user's own takes here, beside the built-in one of as many qubits."""
+    built_in = Ansatz(ansatz.qubits, 2)
+
+    def run(grad: Tensor, z: Tensor, angles: Tensor) -> None:
+        with exactly("cpu"):
+            values_and_gradients(grad, z, angles, built_in)
+
+    own, tokens = ansatz.described(), 256
+    taken, times = general.slowness(own, run, (built_in.rows, built_in.qubits), tokens)
+    return (
+        f"circuit: {len(own.circuit.data)} gates on {ansatz.qubits} qubits that no fast engine has: they run one by one in "
+        f"PyTorch, {1e3 * taken:.1f} ms for {tokens} tokens forward and backward on this CPU, {times:.0f} times as long as the "
+        "built-in circuit of as many qubits and 2 layers. What is faster: RY and CRZ as in the built-in circuit, in any order."
+    )
 
 
 def expectation_values(z: Tensor, angles: Tensor, ansatz: Ansatz, simulation: Simulation = EXACT) -> Tensor:
@@ -59,13 +84,13 @@ def gradients(grad: Tensor, z: Tensor, angles: Tensor, ansatz: Ansatz) -> tuple[
         return values_and_gradients(grad.contiguous(), z.contiguous(), angles.contiguous(), ansatz)[1:]
 
 
-def fused(z: Tensor, qubits: int) -> Any:
-    """Return the module whose `forward` and `backward` run circuits of n qubits on z's device in one go; None: PyTorch does."""
-    if _plain:
+def fused(z: Tensor, ansatz: Ansatz) -> Any:
+    """Return the module whose `forward` and `backward` run these circuits on z's device in one go; None: PyTorch does."""
+    if _plain or ansatz.is_own:
         return None
     if native.runs(z):
         return native
-    return triton_kernel if triton_kernel.runs(z, qubits) else None
+    return triton_kernel if triton_kernel.runs(z, ansatz.qubits) else None
 
 
 @contextmanager
@@ -99,24 +124,27 @@ def exactly(device_type: str) -> Iterator[None]:
 def check_shapes(z: Tensor, angles: Tensor, ansatz: Ansatz) -> None:
     """Refuse shapes that do not fit one circuit of the ansatz, or several side by side."""
     width = z.shape[-1]
-    if not width or width % ansatz.qubits or tuple(angles.shape) != (ansatz.rows, width):
+    if not width or width % ansatz.width or tuple(angles.shape) != (ansatz.rows, ansatz.columns(width)):
+        columns = "n / " + str(ansatz.width) if ansatz.is_own else "n"
         raise ValueError(
             f"z of shape {tuple(z.shape)} and angles of shape {tuple(angles.shape)} do not fit {ansatz}: "
-            f"expected (..., n) and ({ansatz.rows}, n), n being {ansatz.qubits} or a multiple of it."
+            f"expected (..., n) and ({ansatz.rows}, {columns}), n being {ansatz.width} or a multiple of it."
         )
 
 
-def check_finite(z: Tensor, angles: Tensor, qubits: int) -> None:
+def check_finite(z: Tensor, angles: Tensor, ansatz: Ansatz) -> None:
     """Refuse angles that are NaN or infinite; `z` is (tokens, width)."""
     if math.isfinite((z.sum() + angles.sum()).item()):
         return
     for what, values in (("trained angle", angles), ("encoded input", z)):
         if not bool(torch.isfinite(values).all()):
-            row, qubit = (~torch.isfinite(values)).nonzero()[0].tolist()
+            row, column = (~torch.isfinite(values)).nonzero()[0].tolist()
             where = f"row {row}" if values is angles else f"token {row}"
-            where += f", circuit {qubit // qubits}" if z.shape[1] > qubits else ""
+            width = 1 if ansatz.is_own and values is angles else ansatz.width
+            where += f", circuit {column // width}" if z.shape[1] > ansatz.width else ""
+            of = f" of {'input' if ansatz.is_own else 'qubit'} {column % width}" if width > 1 or not ansatz.is_own else ""
             raise NonFiniteAngle(
-                f"the circuit's {what} of qubit {qubit % qubits} ({where}) is {values[row, qubit].item()}. What works: a smaller "
+                f"the circuit's {what}{of} ({where}) is {values[row, column].item()}. What works: a smaller "
                 "learning_rate or max_grad_norm, from the last good checkpoint; a base in bfloat16 rather than float16."
             )
 
@@ -239,10 +267,12 @@ def _parts(z: Tensor, qubits: int) -> Iterator[tuple[slice, slice]]:
 def values(z: Tensor, angles: Tensor, ansatz: Ansatz) -> Tensor:
     """Return <Z_i>, (tokens, width), of contiguous z (tokens, width) and angles (rows, width); inside `exactly`."""
     if z.device.type == "cpu":  # on a GPU the answer would have to be waited for
-        check_finite(z, angles, ansatz.qubits)
-    if (kernel := fused(z, ansatz.qubits)) is not None:
+        check_finite(z, angles, ansatz)
+    if (kernel := fused(z, ansatz)) is not None:
         result: Tensor = kernel.forward(z, angles, ansatz)
         return result
+    if ansatz.is_own:
+        return general.values(z, angles, ansatz.gate_order)
     result = torch.empty_like(z)
     for tokens, columns in _parts(z, ansatz.qubits):
         run = StateVector(z[tokens, columns], angles[:, columns], ansatz)
@@ -252,9 +282,11 @@ def values(z: Tensor, angles: Tensor, ansatz: Ansatz) -> Tensor:
 
 def values_and_gradients(grad: Tensor, z: Tensor, angles: Tensor, ansatz: Ansatz) -> tuple[Tensor, Tensor, Tensor]:
     """Return <Z_i>, and the gradients of sum(grad * <Z>) for z and the angles; all contiguous, inside `exactly`."""
-    kernel = fused(z, ansatz.qubits)
+    kernel = fused(z, ansatz)
     if kernel is native:
         return native.backward(grad, z, angles, ansatz)
+    if ansatz.is_own:
+        return general.values_and_gradients(grad, z, angles, ansatz.gate_order)
     if kernel is not None:
         return kernel.forward(z, angles, ansatz), *kernel.backward(grad, z, angles, ansatz)
     result, grad_z, grad_angles = torch.empty_like(z), torch.empty_like(z), torch.zeros_like(angles)

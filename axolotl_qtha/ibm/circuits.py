@@ -49,8 +49,8 @@ class ISACircuit:
         self.circuit = self.places[0].circuit if self.pack == 1 else _side_by_side(self.places, self.gates)
         self.qubits = [qubit for place in self.places for qubit in place.qubits]  # place by place
         width = self.circuit.num_qubits
-        z = (SparsePauliOp.from_sparse_list([("Z", [qubit], 1.0)], width) for qubit in self.qubits)
-        self.observables = [list(z)]  # (1, pack n)
+        # (1, pack n)
+        self.observables = [[_at(label, place, width) for place in self.places for label in self.gates.observables]]
         # The device takes the angles in the order of its circuit's parameters, which need not be all.
         self._order = [parameter.index for parameter in self.circuit.parameters]
 
@@ -89,6 +89,13 @@ class ISACircuit:
             return length + max(backend.target["reset"][(qubit,)].duration for qubit in self.qubits)
         except (QiskitError, KeyError, TypeError, AttributeError):
             return None
+
+
+def _at(label: str, place: Place, width: int) -> SparsePauliOp:
+    """Return an observable, a Pauli label of the circuit's own qubits, on a device of `width` qubits."""
+    acting = [(letter, qubit) for letter, qubit in zip(reversed(label), place.qubits, strict=True) if letter != "I"]
+    letters, qubits = zip(*acting, strict=True)
+    return SparsePauliOp.from_sparse_list([("".join(letters), list(qubits), 1.0)], width)
 
 
 def _places(gates: GateAngles, backend: BackendV2, options: IBMOptions | None) -> list[Place]:

@@ -205,7 +205,7 @@ def expectation_values(z: Tensor, angles: Tensor, ansatz: Ansatz, simulation: Si
     torch_engine.check_shapes(z, angles, ansatz)
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     flat, angles = z.reshape(-1, z.shape[-1]).to(dtype), angles.to(dtype)
-    torch_engine.check_finite(flat, angles, ansatz.qubits)
+    torch_engine.check_finite(flat, angles, ansatz)
     chosen = choose(flat, options.tokens_per_step, simulation.seed)
     measured: Tensor = _Circuits.apply(flat[chosen], angles, ansatz, simulation)
     if len(chosen) == len(flat):

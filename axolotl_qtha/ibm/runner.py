@@ -94,7 +94,7 @@ class Runner(Jobs):
             self.journal.adopt(tag, calibration)
         self.answered |= {tag for tag in (self.journal.source(calibration, key) for key in keys) if tag}
         results = [self.journal.result(calibration, key) for key in keys]
-        values = np.array([result[0] for result in results if result is not None]).reshape(len(points), self.ansatz.qubits)
+        values = np.array([result[0] for result in results if result is not None]).reshape(len(points), self.ansatz.width)
         errors = np.array([result[1] for result in results if result is not None]).reshape(values.shape)
         return values, errors
 

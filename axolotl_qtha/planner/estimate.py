@@ -10,13 +10,15 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model
 
+from ..circuit.torch_engine import slowness
 from ..settings.public_facts import quantised_as
 from ..settings.training_run import TrainingRun
 from ..tuner.config import QTHAConfig
+from ..tuner.described import branch, gave_way, in_ranks
 from ..tuner.layer import QTHALayer, adapted_sizes
 from ..tuner.running import AER
 from ..tuner.share import in_words
-from ..tuner.sizes import adapter_shape, ansatz, branch, count_lora_parameters, count_parameters, gave_way, in_ranks, resolve
+from ..tuner.sizes import adapter_shape, ansatz, count_lora_parameters, count_parameters, resolve
 from ..tuner.targets import select_targets
 from .flops import gate_counts, step_flops
 from .memory import Memory, footprint, weight_bytes
@@ -82,6 +84,7 @@ class Plan:
     shift_circuits: int  # further circuits for the gradient of each, by parameter shift
     qubits: int  # of one circuit
     gates: dict[str, int]  # of one circuit
+    slow: str  # what is to be said of a circuit that no fast engine runs
     gpus: list[tuple[str, int]]  # name and bytes
     ranks: int
     sharing: str  # how they share the run, in short
@@ -179,8 +182,9 @@ def make_plan(run: TrainingRun, gpus: list[tuple[str, int]], advise: bool = True
         circuits_per_token=config.blocks if config.has_circuit else 0,
         circuits_share=work.circuit / work.total,
         shift_circuits=_shift_circuits(config),
-        qubits=config.circuit_qubits if config.has_circuit else 0,
+        qubits=ansatz(config).qubits if config.has_circuit else 0,
         gates=gate_counts(config) if config.has_circuit else {},
+        slow=_slow(config),
         gpus=gpus,
         ranks=ranks,
         sharing=shared.sharing.name(ranks),
@@ -206,7 +210,7 @@ def find_settings(run: TrainingRun, budget: float) -> list[Setting]:
         for cores in sorted({config.num_cores, *CORES}):
             factors: dict[str, Any] = {} if cores == config.num_cores else {"in_factors": None, "out_factors": None}
             try:
-                shape = resolve(replace(config, rank=rank, num_cores=cores, **free, **factors), sizes)
+                shape = resolve(config.changed(rank=rank, num_cores=cores, **free, **factors), sizes)
             except ValueError:
                 continue
             total = count_parameters(shape, sizes)
@@ -215,7 +219,7 @@ def find_settings(run: TrainingRun, budget: float) -> list[Setting]:
             share = total / count_lora_parameters(rank, sizes)
             settings.append(Setting(rank, cores, shape.bond_dim, shape.mid_dim, total, share))
     if not settings:
-        resolve(replace(config, **free), sizes)  # raises, with the smallest budget that can be met
+        resolve(config.changed(**free), sizes)  # raises, with the smallest budget that can be met
     return settings
 
 
@@ -254,6 +258,13 @@ def _targets(config: QTHAConfig, layers: dict[str, Any]) -> list[Target]:
             )
         )
     return targets
+
+
+def _slow(config: QTHAConfig) -> str:
+    """Return what is to be said of a circuit that no fast engine runs, "" of others."""
+    if config.circuit is None or config.quantum_backend != "torch" or not ansatz(config).is_own:
+        return ""
+    return slowness(ansatz(config))
 
 
 def _shift_circuits(config: QTHAConfig) -> int:

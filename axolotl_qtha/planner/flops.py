@@ -44,8 +44,11 @@ class Flops:
 
 def gate_counts(config: QTHAConfig) -> dict[str, int]:
     """Return the gates of one circuit, by name."""
-    kinds = Counter("ry" if moment.kind in ("encode", "rotate") else "crz" for moment in ansatz(config).moments())
-    return {gate: moments * config.circuit_qubits for gate, moments in kinds.items()}
+    circuit = ansatz(config)
+    if circuit.is_own:
+        return dict(circuit.circuit().count_ops())
+    kinds = Counter("ry" if moment.kind in ("encode", "rotate") else "crz" for moment in circuit.moments())
+    return {gate: moments * circuit.qubits for gate, moments in kinds.items()}
 
 
 def step_flops(model: PeftModel, length: int, checkpointing: bool) -> Flops:
@@ -65,7 +68,7 @@ def step_flops(model: PeftModel, length: int, checkpointing: bool) -> Flops:
             own = cast(QTHAConfig, module.qtha_adapter[model.active_adapter].config)
             adapter += 2 * own.rank * (module.in_features + module.out_features) * (repeats + 1)
             if own.has_circuit and own.quantum_backend == "torch":
-                gate = 6 * 2**own.circuit_qubits
+                gate = 6 * 2 ** ansatz(own).qubits
                 circuit += own.blocks * sum(gate_counts(own).values()) * gate * (repeats - 1 + ADJOINT)
         else:
             stacks = [p for p in module.parameters(recurse=False) if p.dim() == 3 and not p.requires_grad]

@@ -112,7 +112,7 @@ def estimate(
         backend=str(backend.name),
         calibration=calibration,
         options=options,
-        qubits=config.circuit_qubits,
+        qubits=ansatz(config).qubits,
         blocks=blocks,
         layers=layers,
         micro_batches=micro_batches,
@@ -148,8 +148,8 @@ def estimate_run(run: TrainingRun, steps: int | None, asked: int) -> Estimate:
         raise refusal("quantum_backend", config.quantum_backend, "costs no QPU time", works)
     layers = sum(size.owned.branch for size in select_targets(config, run.base()).values())
     ledger = Ledger.read(Path(options.journal))
-    service = connect(options, config.circuit_qubits, ledger.last_backend())
     circuit = ansatz(config)
+    service = connect(options, circuit.qubits, ledger.last_backend())
     wide = None if options.pack != 1 else ISACircuit(circuit, service.backend, options.model_copy(update={"pack": "auto"}))
     return estimate(
         config,

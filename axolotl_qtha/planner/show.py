@@ -10,7 +10,7 @@ from rich.table import Table
 from ..settings.meta_base import UnknownBase
 from ..settings.training_run import TrainingRun
 from ..terminal import console
-from ..tuner.sizes import compared
+from ..tuner.described import compared
 from .estimate import CONTEXT_BYTES, FRAGMENTATION, Plan, Setting, local_gpus, make_plan
 from .memory import Memory
 from .scaling import Network, Scaling
@@ -31,13 +31,16 @@ def show_plan(plan: Plan, out: Console) -> None:
     if plan.circuits_per_step:
         gates = ", ".join(f"{count} {gate.upper()}" for gate, count in plan.gates.items())
         fewer = ", fewer where layers share one" if plan.shared else ""
+        circuit = f"{plan.qubits} qubit{'s' * (plan.qubits > 1)} and {gates}"
         again = "; each is simulated forward twice (checkpointing) and backward once" if plan.gradient_checkpointing else ""
         out.print(
             f"Circuits per step and {_place(plan)}: {plan.circuits_per_step:,} ({plan.circuits_per_token} per adapted layer and "
-            f"token{fewer}, {plan.tokens_per_step:,} tokens) of {plan.qubits} qubits and {gates}{again}. They are "
+            f"token{fewer}, {plan.tokens_per_step:,} tokens) of {circuit}{again}. They are "
             f"{plan.circuits_share:.1%} of a step's arithmetic.",
             highlight=False,
         )
+    if plan.slow:
+        out.print(plan.slow, highlight=False, markup=False)
     if plan.shift_circuits:
         circuits = plan.circuits_per_step * (1 + plan.shift_circuits)
         out.print(

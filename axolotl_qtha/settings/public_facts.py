@@ -20,7 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..version import __version__
 
-PACKAGES = ("axolotl", "peft", "transformers", "torch")
+PACKAGES = ("axolotl", "peft", "transformers", "torch", "qiskit", "qiskit-aer", "qiskit-ibm-runtime")
 BUILDERS = ("arrow", "csv", "json", "parquet", "text")  # `path:` may name one of these, and `data_files:` the data
 DATA_FILE = re.compile(r"\.(arrow|csv|gz|jsonl?|parquet|txt|zip|zst)$")
 

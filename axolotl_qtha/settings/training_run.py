@@ -206,6 +206,18 @@ def read_run(path: Path) -> TrainingRun:
     return TrainingRun.of(read_config(path))
 
 
+def trained_adapter(path: Path, given: Path | None) -> tuple[Path, str]:
+    """Return the folder of a YAML's trained adapter, the given one, else lora_model_dir, else output_dir; and the base's name.
+
+    Raises:
+        ValueError: if the file is not a configuration with `adapter: qtha`.
+    """
+    from .meta_base import read_yaml
+
+    cfg = read_yaml(path)
+    return Path(given or cfg.lora_model_dir or cfg.output_dir), cfg.base_model
+
+
 def checked(values: dict[str, Any]) -> tuple[DictDefault | None, str]:
     """Return the values of a YAML as Axolotl validates them; None, and why, where it refuses them."""
     from .meta_base import validated

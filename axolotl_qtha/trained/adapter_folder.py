@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..circuit.circuit_file import FILE
 from ..errors import refusal
 from ..tuner.config import QTHAConfig
 from ..tuner.running import SIMULATION_KEYS
@@ -69,6 +70,27 @@ def check_fits(key: str, folder: Path, settings: dict[str, Any], free: Collectio
     wanted = {name: value for name, value in settings.items() if name in QTHAConfig.__annotations__ and name not in free}
     if rows := differences(saved, wanted):
         raise ValueError(f"{key}: {str(folder)!r} does not fit the YAML. " + "; ".join(rows) + ". What works: the same settings.")
+
+
+def refuse_other_circuits(key: str, folder: Path, config: QTHAConfig) -> None:
+    """Refuse to go on with an adapter whose circuits, the user's own, are not those of today's function.
+
+    Args:
+        key: the YAML key that names the folder.
+        folder: the adapter's.
+        config: of the model that its tensors are loaded into.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if config.circuit is None:
+        return
+    saved = QTHAConfig.from_pretrained(str(folder))
+    if [own.digest for own in saved.circuits_used] != [own.digest for own in config.circuits_used]:
+        raise ValueError(
+            f"{key}: {str(folder)!r} was trained with another circuit than `circuit: {config.circuit}` gives now. What works: "
+            f"the function as it was; the circuit itself is in the folder's {FILE}."
+        )
 
 
 def refuse_unsaid_share(folder: str | None, config: QTHAConfig) -> None:

@@ -222,9 +222,11 @@ def _branches(joins: list[Bottleneck], z: Tensor) -> Tensor:
     scales = [circuit.scale for circuit in circuits if circuit.scale is not None]
     angles = torch.cat([circuit.angles for circuit in circuits], 1)
     encoded = dataclasses.replace(circuits[0], scale=torch.cat(scales) if scales else None).encode(z)
-    finite = encoded.isfinite().all(0) & angles.isfinite().all(0)
-    q = expectation_values(encoded.where(finite, 0.0), angles.where(finite, 0.0), circuits[0].ansatz)
-    return q.where(finite, math.nan)
+    whole, columns = encoded.isfinite().all(0), angles.isfinite().all(0)
+    each = encoded.shape[1] // angles.shape[1]  # of z for a column of angles: 1, or all that a circuit of the user's own takes
+    finite = whole & columns.repeat_interleave(each)
+    encoded, angles = encoded.where(whole, 0.0), angles.where(columns, 0.0)
+    return expectation_values(encoded, angles, circuits[0].ansatz).where(finite, math.nan)
 
 
 def _grams(adapter: QTHAAdapter) -> Tensor:

@@ -10,20 +10,21 @@ import dataclasses
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..circuit.ansatz import Ansatz
 from ..circuit.noise import is_own
 from ..settings.public_facts import Facts, choice, code, plain
 from ..trained.clients import Client, Exported, limits, unmergeable, vllm_rank
+from ..tuner.arguments import IDLE
 from ..tuner.config import QTHAConfig
+from ..tuner.described import compared
 from ..tuner.layer import adapted_sizes
-from ..tuner.sizes import Size, adapter_shape, compared, count_lora_parameters, count_parameters
+from ..tuner.sizes import Size, adapter_shape, count_lora_parameters, count_parameters
+from .card_circuit import drawn
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -38,17 +39,17 @@ SETTINGS = (
 )
 CORE_SETTINGS = ("bond_dim", "mid_dim", "num_cores", "in_factors", "out_factors", "init", "core_gain")
 CIRCUIT_SETTINGS = (
-    *("angle_scale", "gate_order", "quantum_backend", "shots", "noise_model"),
+    *("circuit", "angle_scale", "gate_order", "quantum_backend", "shots", "noise_model"),
     *("depolarizing_1q", "depolarizing_2q", "readout_error", "precision", "gradient"),
 )
 FLIPS = "readout_error"  # two numbers in their order
 FOLDER = "PATH/TO/THIS/FOLDER"
-WIDTH = 110  # columns of the circuit's drawing
 
 BRANCHES = {
     "qtha": "and a small simulated quantum circuit",
     "qwthn": "multiplied by a small simulated quantum circuit",
     "frozen": "and a small simulated quantum circuit, random and not trained,",
+    "product": "and a small simulated quantum circuit without entangling gates",
     "silu": "and a small classical network in the place of the quantum circuit",
     "none": "without a quantum circuit",
 }
@@ -243,6 +244,7 @@ def shown(config: QTHAConfig) -> dict[str, Any]:
     keys = [*SETTINGS, "mpo", *(CORE_SETTINGS if config.mpo == "tt" else ()), "quantum"]
     keys += ["qubits", "circuit_layers"] if config.quantum != "none" else []
     keys += CIRCUIT_SETTINGS if config.has_circuit else ()
+    keys = [key for key in keys if config.quantum not in IDLE.get(key, ())]
     saved = config.to_dict()  # which names no device: whoever loads it has another account, or none
     values = {key: saved[key] for key in keys}
     if is_own(config.noise_model):
@@ -274,23 +276,8 @@ def _parameters(config: QTHAConfig, sizes: Sequence[Size], kind: Kind, rank: int
 
 
 def _circuit(config: QTHAConfig, kind: Kind) -> str:
-    again = f" A circuit has {config.circuit_layers} such layers, with angles of their own." if config.circuit_layers > 1 else ""
-    n, own = config.circuit_qubits, "its own circuit" if config.blocks == 1 else f"{config.blocks} of its own side by side"
-    own += " (layers of a rank by rank_pattern have circuits of that rank)" if config.rank_pattern else ""
-    own += "; modules that read the same input have one circuit in common" if config.share and config.share.inputs else ""
-    return (
-        f"## Circuit{'' if kind == 'adapter' else ' of the QTHA adapter'}\n\n"
-        f"One layer on {n} qubits: `z` are {n} of the {config.rank} numbers of the bottleneck, `theta` the angles, ■ marks a "
-        f"gate's control, and the expectation values of Z are read out. Every adapted layer of the model has {own}."
-        f"{again}\n\n" + _block("text", _drawing(Ansatz(n, 1, config.gate_order)))
-    )
-
-
-@cache
-def _drawing(ansatz: Ansatz) -> str:
-    from ..circuit.draw import text
-
-    return "\n".join(line.rstrip() for line in text(ansatz, WIDTH).splitlines())
+    said, drawing = drawn(config)
+    return f"## Circuit{'' if kind == 'adapter' else ' of the QTHA adapter'}\n\n{said}\n\n{_block('text', drawing)}"
 
 
 def _circuits(config: QTHAConfig) -> str | None:

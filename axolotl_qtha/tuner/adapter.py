@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils.generic import maybe_autocast
 
-from ..errors import IncompleteAdapter
+from ..errors import IncompleteAdapter, refusal
 from .bottleneck import Bottleneck, Circuit, alone, prepared
 from .config import QTHAConfig
 from .fold import fold
@@ -23,6 +23,9 @@ from .reading import Shared
 from .side import precise, sides
 from .sizes import AdapterShape, ansatz
 from .table import table, tensor_sizes
+
+if TYPE_CHECKING:
+    from qiskit import QuantumCircuit
 
 
 class QTHAAdapter(nn.Module):
@@ -209,6 +212,20 @@ class QTHAAdapter(nn.Module):
         scale = self.effective("scale") if self.config.angle_scale == "learned" else None
         bounded = self.config.angle_scale == "tanh"
         return Circuit(self.effective("angles"), ansatz(self.config), self.config.simulation, scale, bounded)
+
+    def to_qiskit(self, z: Any) -> list[QuantumCircuit]:
+        """Return the trained circuits of one token as Qiskit has them, all numbers bound: one for each block of the rank.
+
+        Args:
+            z: the token's r numbers as the map A gives them, z = A x (`fold_a() @ x`), an array or tensor; the adapter's own
+                scale or tanh makes them angles in radians here.
+
+        Raises:
+            ValueError: if the adapter runs no circuit, or z has another shape.
+        """
+        if not self.config.has_circuit:
+            raise refusal("quantum", self.config.quantum, "runs no circuit", "`quantum: qtha`, `frozen` or `qwthn`")
+        return cast(Circuit, self._branch()).bound(z)
 
     def _tensors(self) -> dict[str, Tensor | None]:
         """Return the adapter's tensors; unlike `state_names`, within a microsecond."""

@@ -37,6 +37,8 @@ def check(rank: int, qubits: int | None, quantum: str, has_circuit: bool) -> Non
     Raises:
         ValueError: naming `qubits`, or a rank that cannot be cut with its neighbours that can.
     """
+    if quantum == "product":
+        return  # circuits of one qubit, whatever the rank; `qubits` beside it is refused as idle
     if qubits is None:
         if has_circuit and usual_qubits(rank) is None:
             below, above = (next(filter(usual_qubits, around)) for around in (range(rank - 1, 0, -1), range(rank + 1, 4 * rank)))

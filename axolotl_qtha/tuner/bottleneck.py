@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,9 @@ from ..circuit import native, torch_engine
 from ..circuit.ansatz import Ansatz
 from ..circuit.simulation import Simulation
 from .backends import expectation_values
+
+if TYPE_CHECKING:
+    from qiskit import QuantumCircuit
 
 
 @dataclass
@@ -45,6 +48,21 @@ class Circuit:
         """Return the encoding angles in radians, (.., r)."""
         z = z if self.scale is None else z * self.scale
         return bounded(z) if self.bounded else z
+
+    @torch.no_grad()
+    def bound(self, z: Any) -> list[QuantumCircuit]:
+        """Return the Qiskit circuits that one token's z (r) drives, with their numbers bound: one for each block.
+
+        Raises:
+            ValueError: if z has another shape, or is NaN or infinite.
+        """
+        given, n = torch.as_tensor(z, dtype=self.angles.dtype, device=self.angles.device), self.ansatz.qubits
+        if given.shape != self.angles.shape[1:]:
+            works = f"the {self.angles.shape[1]} numbers of one token, z = A x"
+            raise ValueError(f"z has shape {tuple(given.shape)}. What works: {works}.")
+        parts = [slice(first, first + n) for first in range(0, len(given), n)]
+        encoded = self.encode(given)
+        return [self.ansatz.bound(encoded[part], self.angles[:, part]) for part in parts]
 
 
 @dataclass
@@ -80,12 +98,12 @@ def prepared(bottleneck: Bottleneck) -> Callable[[Tensor], Tensor]:
     circuit, dtype = bottleneck.branch, bottleneck.w_c.dtype
     if not isinstance(circuit, Circuit) or circuit.simulation.backend != "torch":
         return bottleneck
-    kernel = torch_engine.fused(circuit.angles, circuit.ansatz.qubits)
+    kernel = torch_engine.fused(circuit.angles, circuit.ansatz)
     if kernel is None:
         return bottleneck
     angles, few = circuit.angles.detach(), None
     if on_cpu := angles.device.type == "cpu":
-        torch_engine.check_finite(torch.zeros_like(angles), angles, circuit.ansatz.qubits)
+        torch_engine.check_finite(torch.zeros_like(angles), angles, circuit.ansatz)
     with torch_engine.exactly(angles.device.type):
         tables = kernel.Tables(angles, circuit.ansatz)
     if kernel is native:
@@ -100,7 +118,7 @@ def prepared(bottleneck: Bottleneck) -> Callable[[Tensor], Tensor]:
             with maybe_autocast(z.device.type, enabled=False):
                 encoded = circuit.encode(precise).reshape(-1, z.shape[-1]).contiguous()
                 if on_cpu:
-                    torch_engine.check_finite(encoded, angles, circuit.ansatz.qubits)
+                    torch_engine.check_finite(encoded, angles, circuit.ansatz)
                 h = bottleneck.fuse(precise, kernel.run(encoded, tables).view(z.shape))
         return h if h.dtype == z.dtype else h.to(z.dtype)
 

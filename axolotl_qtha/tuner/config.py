@@ -6,30 +6,32 @@ The `qtha:` block of an Axolotl YAML is generated from these fields (see `settin
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from peft import PeftConfig
 
-from ..circuit.ansatz import GATE_ORDERS, MAX_QUBITS
+from ..circuit.ansatz import GATE_ORDERS, MAX_QUBITS, Ansatz
+from ..circuit.own import check_name
 from ..circuit.simulation import Backend, Gradient, Precision
 from ..errors import refusal
 from ..ibm.options import IBMOptions
 from . import arguments, blocks
 from .adapter_file import check_adapter_file
 from .blocks import LARGEST, ONE_CIRCUIT, SMALLEST, USUAL, usual_qubits
+from .own_circuits import OwnCircuits
 from .peft_type import QTHA
 from .running import Running
 from .share import Share
 
-Quantum = Literal["qtha", "none", "silu", "frozen", "qwthn"]
+Quantum = Literal["qtha", "none", "silu", "frozen", "product", "qwthn"]
 TensorNetwork = Literal["tt", "none"]
 AngleScale = Literal["raw", "learned", "tanh"]
 GateOrder = Literal["2025-06", "2025-05"]
 CoreGain = Literal["balanced", "none"]
 Init = Literal["kaiming", "tt_svd"]
-CIRCUIT_MODES = ("qtha", "frozen", "qwthn")  # values of `quantum` that run a circuit
+CIRCUIT_MODES = ("qtha", "frozen", "product", "qwthn")  # values of `quantum` that run a circuit
 
 
 def _key(default: Any, text: str) -> Any:
@@ -37,7 +39,7 @@ def _key(default: Any, text: str) -> Any:
 
 
 @dataclass
-class QTHAConfig(Running, PeftConfig):
+class QTHAConfig(Running, OwnCircuits, PeftConfig):
     """Configuration of a QTHA adapter.
 
     Raises:
@@ -102,12 +104,15 @@ class QTHAConfig(Running, PeftConfig):
     )
     quantum: Quantum = _key(
         "qtha",
-        "The branch beside the linear one: `qtha` trained circuit, `frozen` random circuit that is not trained, `silu` "
-        "classical network of the same wiring and size, `none` no branch (exactly a low-rank adapter), `qwthn` the "
-        "paper's first version (product instead of sum).",
+        "The branch beside the linear one: `qtha` trained circuit, `frozen` random circuit that is not trained, `product` the "
+        "circuit without its two-qubit gates (no entanglement: <Z_i> is the cosine of circuit_layers times the angle of z_i plus "
+        "the sum of its trained angles), `silu` classical network of the same wiring and size, `none` no branch (exactly a "
+        "low-rank adapter), `qwthn` the paper's first version (product instead of sum).",
     )
     mpo: TensorNetwork = _key("tt", "`tt`: matrix product operators; `none`: full r-wide matrices, as LoRA.")
-    circuit_layers: int = _key(2, "Layers L of each circuit (4 * rank * L angles in all). The authors use L = rank.")
+    circuit_layers: int = _key(
+        2, "Layers L of each circuit: 4 * rank * L angles in all, `product` 2 * rank * L. The authors use L = rank."
+    )
     angle_scale: AngleScale = _key(
         "tanh",
         "How the bottleneck's z becomes radians: `raw` z itself, as the authors (wraps around), `learned` z times a "
@@ -162,6 +167,12 @@ class QTHAConfig(Running, PeftConfig):
         "`quantum_backend: ibm`: which device, how, and what it may cost, as a block of keys of its own, e.g. "
         "`{backend: least_busy, max_qpu_seconds: 60}`. Never saved with the adapter.",
     )
+    circuit: str | None = _key(
+        None,
+        "A circuit of your own in place of the built-in one: `my_package.my_module:my_circuit`, a function of (qubits, "
+        "circuit_layers) that returns a Qiskit circuit, or the name of a registered one. Inputs are its parameters z[i], all "
+        "others are trained. Saved with the adapter as circuit.qpy.",
+    )
     stored = None  # names of the tensors beside the file it was read from, until a model has compared them
     seed: int | None = _key(None, "Seed of the adapter's initial values. Default: Axolotl's `seed`, else 42.")
 
@@ -202,8 +213,13 @@ class QTHAConfig(Running, PeftConfig):
 
     def _idle(self) -> dict[str, Any]:
         """Return the defaults of the settings that have another value, and do nothing beside `quantum`."""
-        defaults = {each.name: each.default for each in fields(self) if self.quantum in arguments.IDLE.get(each.name, ())}
+        defaults = {each.name: each.default for each in fields(self) if self._is_idle(each.name)}
         return {key: default for key, default in defaults.items() if getattr(self, key) != default}
+
+    def _is_idle(self, key: str) -> bool:
+        """Return whether a setting does nothing beside `quantum`; a circuit of the user's own keeps its qubits as a product."""
+        own_product = key == "qubits" and self.quantum == "product" and self.circuit is not None
+        return self.quantum in arguments.IDLE.get(key, ()) and not own_product
 
     @property
     def scaling(self) -> float:
@@ -222,7 +238,7 @@ class QTHAConfig(Running, PeftConfig):
 
     def qubits_at(self, rank: int) -> int:
         """Return the qubits of each circuit of a layer of this rank."""
-        return self.qubits or usual_qubits(rank) or rank
+        return 1 if self.quantum == "product" and self.circuit is None else self.qubits or usual_qubits(rank) or rank
 
     @property
     def ranks(self) -> list[int]:
@@ -236,7 +252,7 @@ class QTHAConfig(Running, PeftConfig):
         if (rank, alpha) == (self.rank, self.alpha):
             return self
         mid_dim = None if self.mid_dim is None else max(self.mid_dim, rank)
-        return replace(self, rank=rank, alpha=alpha, mid_dim=mid_dim, rank_pattern=None, alpha_pattern=None)
+        return self.changed(rank=rank, alpha=alpha, mid_dim=mid_dim, rank_pattern=None, alpha_pattern=None)
 
     @property
     def blocks(self) -> int:
@@ -253,7 +269,7 @@ class QTHAConfig(Running, PeftConfig):
         self._keep_no_code(result)
         result["share"] = self.share.model_dump() if self.share else None
         if not self.rank_pattern:  # else each rank has its own
-            result["qubits"] = None if self.quantum == "none" else self.circuit_qubits
+            result["qubits"] = None if self._is_idle("qubits") else self.circuit_qubits
         return result
 
     def _check_values(self) -> None:
@@ -269,6 +285,8 @@ class QTHAConfig(Running, PeftConfig):
         assert set(get_args(GateOrder)) == set(GATE_ORDERS)
         for key, kind in choices.items():
             arguments.check_choice(key, getattr(self, key), get_args(kind))
+        if self.circuit is not None:
+            check_name(self.circuit)
         for key in ("rank", "bond_dim", "mid_dim", "num_cores", "circuit_layers"):
             arguments.check_count(key, getattr(self, key), key in ("bond_dim", "mid_dim"))
         self._check_simulation_values()
@@ -286,13 +304,11 @@ class QTHAConfig(Running, PeftConfig):
         for key, default in self._idle().items():
             why, works = f"has no effect with `quantum: {self.quantum}`", f"leave {key} out (its default: {default})"
             raise refusal(key, getattr(self, key), why, f"{works}, or `quantum: qtha`")
+        if self.circuit is not None and self.gate_order != Ansatz.gate_order:
+            raise refusal("gate_order", self.gate_order, "is the built-in circuit's, and `circuit` names another", "leave it out")
         if self.mid_dim is not None and self.mid_dim < self.rank:
-            raise refusal(
-                "mid_dim",
-                self.mid_dim,
-                f"is below rank {self.rank}: the adapter could not reach its rank",
-                f"`mid_dim: {self.rank}`",
-            )
+            why = f"is below rank {self.rank}: the adapter could not reach its rank"
+            raise refusal("mid_dim", self.mid_dim, why, f"`mid_dim: {self.rank}`")
         for key in ("in_factors", "out_factors"):
             arguments.check_factors(key, getattr(self, key), self.num_cores)
         if self.share and self.init == "tt_svd":
@@ -322,4 +338,5 @@ class QTHAConfig(Running, PeftConfig):
         stored = check_adapter_file(Path(pretrained_model_name_or_path))
         config = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         config.stored = stored
+        config.read_circuits(pretrained_model_name_or_path, **kwargs)
         return config

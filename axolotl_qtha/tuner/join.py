@@ -206,7 +206,7 @@ class _Run:
         r = z.shape[-1]
         self.joint, self.given, dtype = joint, (angles, scale), precise(angles).dtype
         self.z = z.reshape(-1, r).to(dtype)
-        self.angles = angles.to(dtype).view(-1, r)
+        self.angles = angles.to(dtype).view(-1, r if joint.ansatz is None else joint.ansatz.columns(r))
         self.scale = None if scale is None else scale.to(dtype)
 
     def values(self) -> Tensor:

@@ -26,7 +26,7 @@ TOTALS = (256, 8)  # programs whose sums are added at one time, and columns of t
 
 def runs(z: Tensor, joint: Joint) -> bool:
     """Return whether the kernel takes z (tokens, r)."""
-    return joint.ansatz is not None and triton_kernel.runs(z, joint.ansatz.qubits)
+    return joint.ansatz is not None and not joint.ansatz.is_own and triton_kernel.runs(z, joint.ansatz.qubits)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,9 @@
 
 Everything outside the circuit is linear and passes through r numbers, so tokens never go through the cores: A = W_A MPO_A
 (r x d) and B = MPO_B W_B (o x r) are contracted once per forward, at a cost that does not depend on the number of tokens.
+
+Source: arXiv 2503.12790, version 2 (QTHA; `quantum: qwthn` is version 1), with sizes and starting values of the authors' public
+code. Numbers of the paper's equations are not known here.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ A matrix of shape (out, in), out = o_1 ... o_K and in = i_1 ... i_K, is held as 
 
     M[o_1 ... o_K, i_1 ... i_K] = sum over bonds of  G_1[., o_1, i_1, .] G_2[., o_2, i_2, .] ... G_K[., o_K, i_K, .]
 
-Source: Oseledets (2011), TT-matrix format; the layout is TensorLy's `TTMatrix`.
+Source: the matrix product operators of arXiv 2503.12790, W[j, i] = Tr(product over k of w_k[j_k, i_k]), here with open ends
+(numbers of its equations are not known here); Oseledets (2011), TT-matrix format; the layout is TensorLy's `TTMatrix`.
 """
 
 from __future__ import annotations

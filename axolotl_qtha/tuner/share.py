@@ -150,6 +150,17 @@ def owners(share: Share, sizes: Mapping[str, tuple[int, int] | LayerSize]) -> di
     return {name: own._replace(a=found[own.together].a) for name, own in found.items()}
 
 
+def read_together(first: str, second: str) -> bool:
+    """Return whether two modules read the same input, as far as their names tell.
+
+    >>> read_together("layers.0.q_proj", "layers.0.v_proj"), read_together("layers.0.q_proj", "layers.1.q_proj")
+    (True, False)
+    """
+    (parent, _, leaf), (other, _, other_leaf) = first.rpartition("."), second.rpartition(".")
+    kind = _kind(parent, leaf)
+    return parent == other and kind is not None and kind == _kind(other, other_leaf)
+
+
 def _same(names: Iterable[str]) -> dict[str, list[str]]:
     """Return the names of the same module in all layers of the transformer, in their order."""
     groups: dict[str, list[str]] = {}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from ..circuit.ansatz import Ansatz
+from ..circuit.recognised import ansatz_of, circuit_of, without_entanglers
 from ..errors import refusal
 from .config import QTHAConfig
 from .mpo import Factors, MPOShape, factorize
@@ -28,7 +29,7 @@ class AdapterShape:
     rank: int
     mpo_a: MPOShape | None  # in_features -> mid_dim; None with `mpo: none`
     mpo_b: MPOShape | None  # mid_dim -> out_features
-    branch_rows: int  # rows of `rank` numbers that drive the branch: angles, or the weights of `silu`
+    branch_table: tuple[int, int]  # of the numbers that drive the branch: angles, or the weights of `silu`
     has_branch: bool
     trains_branch: bool
     learns_scale: bool
@@ -51,7 +52,7 @@ class AdapterShape:
         if self.has_branch:
             parts["w_q"] = r * r
         if self.trains_branch:
-            parts["branch"] = own.branch * r * self.branch_rows
+            parts["branch"] = own.branch * math.prod(self.branch_table)
         if self.learns_scale:
             parts["scale"] = own.branch * r
         return parts
@@ -63,15 +64,29 @@ class AdapterShape:
 
 
 def ansatz(config: QTHAConfig) -> Ansatz:
-    """Return the circuit of a configuration; a token has `config.blocks` of them side by side."""
-    return Ansatz(config.circuit_qubits, config.circuit_layers, config.gate_order)
+    """Return the circuit of a configuration; a token has `config.blocks` of them side by side.
+
+    Raises:
+        ValueError: naming `circuit`, where one of the user's own cannot be had.
+    """
+    return _ansatz(config, config.rank)
 
 
-def _branch_rows(config: QTHAConfig, rank: int) -> int:
-    """Rows of the branch's (rows, rank) table. The classical twin `silu` has as many as the circuit it stands in for."""
+def _ansatz(config: QTHAConfig, rank: int) -> Ansatz:
+    """Return the circuit of a layer of this rank."""
+    qubits = config.qubits_at(rank)
+    if config.circuit is None:
+        return Ansatz(qubits, config.circuit_layers, config.gate_order)
+    own = circuit_of(config.circuit, qubits, config.circuit_layers, config.own_circuits)
+    return ansatz_of(without_entanglers(config.circuit, own) if config.quantum == "product" else own)
+
+
+def _branch_table(config: QTHAConfig, rank: int) -> tuple[int, int]:
+    """Return the shape of the branch's table. The classical twin `silu` has as much as the circuit it stands in for."""
     if config.has_circuit:
-        return Ansatz(config.qubits_at(rank), config.circuit_layers, config.gate_order).rows
-    return 4 * config.circuit_layers if config.quantum == "silu" else 0
+        circuit = _ansatz(config, rank)
+        return circuit.rows, circuit.columns(rank)
+    return (4 * config.circuit_layers, rank) if config.quantum == "silu" else (0, rank)
 
 
 def adapter_shape(
@@ -105,9 +120,9 @@ def _shape(config: QTHAConfig, layer: LayerSize, mid_dim: int | None, bond_dim: 
         rank,
         mpo_a,
         mpo_b,
-        branch_rows=_branch_rows(config, rank),
+        branch_table=_branch_table(config, rank),
         has_branch=config.quantum != "none",
-        trains_branch=config.quantum in ("qtha", "qwthn", "silu"),
+        trains_branch=config.quantum in ("qtha", "product", "qwthn", "silu"),
         learns_scale=config.has_circuit and config.angle_scale == "learned",
         owned=owned,
     )
@@ -168,7 +183,7 @@ def resolve(config: QTHAConfig, sizes: Sequence[Size]) -> QTHAConfig:
         otherwise = "no param_budget"
     else:
         why = f"cannot be met at rank {config.rank} on these {len(sizes)} modules (LoRA: {lora:,} parameters)"
-        least, _ = _settled(replace(config, param_budget=None), sizes)
+        least, _ = _settled(config.changed(param_budget=None), sizes)
         assert least is not None
         otherwise = f"no param_budget, with `bond_dim: {least.bond_dim}, mid_dim: {least.mid_dim}`: {total:,} parameters"
     raise refusal("param_budget", config.param_budget, why, _advice(config, sizes, total, lora, otherwise))
@@ -197,7 +212,7 @@ def _settled(config: QTHAConfig, sizes: Sequence[Size]) -> tuple[QTHAConfig | No
         if config.param_budget is not None:
             return None, total
         best = mid, bond
-    return replace(config, mid_dim=best[0], bond_dim=best[1]), total
+    return config.changed(mid_dim=best[0], bond_dim=best[1]), total
 
 
 def _mid_dims(config: QTHAConfig) -> Iterator[int]:
@@ -263,88 +278,13 @@ def _advice(config: QTHAConfig, sizes: Sequence[Size], total: int, lora: int, ot
 def _meets(config: QTHAConfig, sizes: Sequence[Size], changes: dict[str, Any]) -> bool:
     """Return whether the budget can be met with these changes of the configuration."""
     try:
-        return _settled(replace(config, **changes), sizes)[0] is not None
+        return _settled(config.changed(**changes), sizes)[0] is not None
     except ValueError:  # they do not go with its other settings
         return False
 
 
-def gave_way(config: QTHAConfig, sizes: Sequence[Size]) -> str:
-    """Return what became of a default param_budget that cannot be met on these layers, in words; "" where it is met."""
-    total, lora = count_parameters(config, sizes), count_lora_parameters(config.rank, sizes)
-    if config.mpo == "none" or config.param_budget is not None or total <= DEFAULT_BUDGET * lora:
-        return ""
-    least, _ = _settled(replace(config, bond_dim=None, mid_dim=None), sizes)
-    assert least is not None
-    if (least.bond_dim, least.mid_dim) != (config.bond_dim, config.mid_dim):  # they were asked for
-        return ""
-    return (
-        f"The default param_budget {DEFAULT_BUDGET} cannot be met on layers this small: this is the least that rank "
-        f"{config.rank} takes there, {total / lora:.3g} of LoRA's parameters."
-    )
-
-
-def compared(total: int, lora: int) -> str:
-    """Return how many parameters fewer or more than LoRA's, in per cent.
-
-    >>> compared(24, 100), compared(110, 100)
-    ('76.0% fewer', '10.0% more')
-    """
-    return f"{abs(1 - total / lora):.1%} {'fewer' if total <= lora else 'more'}"
-
-
-def branch(config: QTHAConfig) -> str:
-    """Return the branch in short.
-
-    >>> branch(QTHAConfig(rank=32)), branch(QTHAConfig(rank=8, quantum="silu")), branch(QTHAConfig(quantum="none"))
-    ('quantum: qtha (8 circuits of 4 qubits)', 'quantum: silu (1 ring of 8 units)', 'quantum: none')
-    """
-    if config.quantum == "none":
-        return "quantum: none"
-    what, of = ("circuit", "qubits") if config.has_circuit else ("ring", "units")
-    return f"quantum: {config.quantum} ({config.blocks} {what}{'s' * (config.blocks > 1)} of {config.circuit_qubits} {of})"
-
-
-def in_ranks(config: QTHAConfig, sizes: Sequence[Size]) -> str:
-    """Return which ranks `rank_pattern` gives how many layers, in words; "" without one.
-
-    >>> in_ranks(QTHAConfig(rank=8, rank_pattern={"k_proj": 2}), [LayerSize(64, 64), LayerSize(64, 32, rank=2)])
-    'rank_pattern: rank 2 on 1 layer, rank 8 on 1 layer.'
-    """
-    if not config.rank_pattern:
-        return ""
-    counts = Counter(LayerSize(*size).rank or config.rank for size in sizes)
-    words = [f"rank {rank} on {n} layer{'s' * (n > 1)}" for rank, n in sorted(counts.items())]
-    return f"rank_pattern: {', '.join(words)}."
-
-
-def describe(config: QTHAConfig, sizes: Sequence[Size]) -> list[str]:
-    """Return lines for the log: what was chosen, the parameters against LoRA's, and which sizes were padded."""
-    total, lora = count_parameters(config, sizes), count_lora_parameters(config.rank, sizes)
-    network = "full matrices (mpo: none)" if config.mpo == "none" else f"bond_dim {config.bond_dim}, mid_dim {config.mid_dim}"
-    network += f", share {config.share.model_dump()}" if config.share else ""
-    lines = [
-        f"QTHA on {len(sizes)} modules: rank {config.rank}, {network}, {branch(config)}; {total:,} trainable "
-        f"parameters, {compared(total, lora)} than LoRA of the same rank ({lora:,})."
-    ]
-    if config.rank_pattern:
-        lines.append(f"  {in_ranks(config, sizes)}")
-    if note := gave_way(config, sizes):
-        lines.append(f"  {note}")
-    if config.mpo == "tt":
-        shapes = {size: adapter_shape(config, *size) for size in sorted(set(sizes))}
-        factors = {
-            f for shape in shapes.values() if shape.mpo_a and shape.mpo_b for f in (shape.mpo_a.inputs, shape.mpo_b.outputs)
-        }
-        for factor in sorted(factors, key=lambda f: f.size):
-            split = " x ".join(str(i) for i in factor.sizes)
-            note = f" (padded to {factor.padded}: {factor.size} does not split evenly)" if factor.padded != factor.size else ""
-            lines.append(f"  size {factor.size} -> {split}{note}")
-        share = 1 - sum(shapes[size].parts["mpo_a"] + shapes[size].parts["mpo_b"] for size in sizes) / total
-        if share > 0.5:
-            lines.append(
-                f"  {share:.0%} of the parameters are in rank-sized matrices and angles. On layers this narrow fewer "
-                "target_modules (the MLP's) or fewer circuit_layers leave the tensor networks more."
-            )
-    if config.has_circuit and config.gate_order == "2025-05":
-        lines.append(f"  gate_order 2025-05: the last ring's {config.rank} angles have no effect and get no gradient.")
-    return lines
+def least(config: QTHAConfig, sizes: Sequence[Size]) -> QTHAConfig:
+    """Return the configuration with the smallest bond_dim and mid_dim that these layers can have at its rank."""
+    found, _ = _settled(config.changed(bond_dim=None, mid_dim=None), sizes)
+    assert found is not None
+    return found

@@ -68,9 +68,9 @@ def table(config: QTHAConfig, shape: AdapterShape) -> dict[str, Part]:
     for name in ("w_c", "w_q") if shape.has_branch else ("w_c",):
         add(name, "fusion", (r, r), math.sqrt(2 / r), shape.in_features)
     if config.quantum == "silu":
-        add("units", "units", (shape.branch_rows, r), 3**-0.5)
+        add("units", "units", shape.branch_table, 3**-0.5)
     elif config.has_circuit:
-        add("angles", "angles", (shape.branch_rows, r))
+        add("angles", "angles", shape.branch_table)
     if shape.learns_scale:
         add("scale", "scale", (r,))
     return parts

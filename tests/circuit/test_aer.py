@@ -314,6 +314,6 @@ def test_not_enough_memory(monkeypatch):
 
 def test_a_failed_job_is_an_error():
     engine = aer.Engine(Ansatz(10, 1), Simulation("aer", noise_model="depolarizing"), None)
-    engine.simulator.set_options(max_memory_mb=1)
+    engine.measurements[0].simulator.set_options(max_memory_mb=1)
     with pytest.raises(RuntimeError, match=r"Qiskit Aer failed on 2 circuits: .*[Mm]emory"):
         engine.expectations(np.zeros((2, len(engine.gates.kinds))))

@@ -73,8 +73,8 @@ def test_side_by_side_is_one_by_one(gate_order):
 @pytest.mark.parametrize(("rank", "qubits"), [(16, 4), (8, 2)])
 def test_aer_runs_them_as_one_batch(monkeypatch, rank, qubits):
     ansatz, z, theta, weights = case(rank, qubits, tokens=3, layers=1)
-    jobs, job = [], aer.Engine._job
-    monkeypatch.setattr(aer.Engine, "_job", lambda self, angles: jobs.append(len(angles)) or job(self, angles))
+    jobs, job = [], aer._Measurement.run
+    monkeypatch.setattr(aer._Measurement, "run", lambda self, angles, seed: jobs.append(len(angles)) or job(self, angles, seed))
     mine = value_and_gradients(ansatz, z, theta, weights, Simulation("aer"))
     assert jobs[0] == 3 * rank // qubits
     assert np.abs(mine[0].numpy() - expectations(ansatz, z, theta)).max() <= 1e-10

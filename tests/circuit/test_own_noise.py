@@ -69,7 +69,7 @@ def test_strengths_are_those_of_the_gates():
     ansatz, p = Ansatz(1, 1), 0.07
     z, theta = angles_and_inputs(ansatz, tokens=2)
     engine = aer.Engine(ansatz, Simulation("aer", noise_model="depolarizing", strengths=Strengths(one_qubit=p)), None)
-    turns = engine.circuit.count_ops()["ry"]
+    turns = engine.measurements[0].circuit.count_ops()["ry"]
     expected = (1 - p) ** turns * run(ansatz, z, theta, "none")
     assert np.abs(engine.expectations(engine.gates.points(z, theta)) - expected).max() <= 1e-12
     usual = aer.Engine(ansatz, Simulation("aer", noise_model="depolarizing"), None)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 
@@ -54,6 +55,14 @@ def test_command(clone, command):
     if "evaluate" in command:
         value = float(re.findall(r"'?eval_loss'?: '?([\d.]+)", done.stdout)[-1])
         assert value < 3.8  # the base alone has 4.35
+
+
+def test_python_of_the_pages(clone):
+    """The blocks of Python on the pages of docs/ run beside what their commands wrote, each with names of its own."""
+    blocks = [block for page in PAGES[1:] for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)]
+    assert len(blocks) >= 2
+    done = run([sys.executable, "-c", f"for block in {blocks!r}:\n    exec(block, {{}})"], clone)
+    assert done.returncode == 0, done.stdout[-4000:]
 
 
 def test_quickstart_loss_falls(clone):

@@ -171,9 +171,16 @@ def test_gradients_are_within_the_statistical_error_of_the_exact_ones(journal):
 def angles_of(gates, point):
     """Return z (1, n) and the trainable angles (rows, n) of a circuit's gate angles."""
     z, theta = np.zeros(QUBITS), np.zeros(ANSATZ.rows * QUBITS)
-    z[gates.source[gates.from_z]] = point[gates.from_z]
-    theta[gates.source[~gates.from_z]] = point[~gates.from_z]
+    from_z, source = sources(gates)
+    z[source[from_z]] = point[from_z]
+    theta[source[~from_z]] = point[~from_z]
     return z[None], theta.reshape(ANSATZ.rows, QUBITS)
+
+
+def sources(gates):
+    """Return for each gate whether its angle is an input, and which one; else which of the trained angles it is."""
+    of_z, of_trained = gates.map.of_z.numpy(), gates.map.of_trained.numpy()
+    return gates.map.from_z, np.where(gates.map.from_z, of_z.argmax(axis=0), of_trained.argmax(axis=0))
 
 
 def gradient(gates, run, z, theta):
@@ -185,10 +192,11 @@ def gradient(gates, run, z, theta):
 def spread(gates, run, point):
     """Return the standard errors of the same slopes: each angle belongs to one gate."""
     variances = np.zeros((QUBITS, QUBITS + ANSATZ.rows * QUBITS))
-    for k, (kind, source) in enumerate(zip(gates.kinds, gates.source, strict=True)):
+    from_z, found = sources(gates)
+    for k, (kind, source) in enumerate(zip(gates.kinds, found, strict=True)):
         for weight, shift in zip(RULES[kind], SHIFTS, strict=False):
             both = run(point + np.outer([shift, -shift], np.eye(len(point))[k]))
-            variances[:, source + (0 if gates.from_z[k] else QUBITS)] += weight**2 * ((1 - both**2) / IBM["shots"]).sum(axis=0)
+            variances[:, source + (0 if from_z[k] else QUBITS)] += weight**2 * ((1 - both**2) / IBM["shots"]).sum(axis=0)
     return np.sqrt(variances)
 
 

@@ -1,5 +1,8 @@
 """What is told of a run: its figures, and neither paths, addresses, tokens nor keys."""
 
+import importlib.util
+from importlib import metadata
+
 import pytest
 import torch
 from axolotl.utils.dict import DictDefault
@@ -10,6 +13,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, TrainerState
 
 from axolotl_qtha.settings.public_facts import facts_of
 from axolotl_qtha.training.model_card import make_card
+from axolotl_qtha.version import __version__
 
 from ..models import config
 
@@ -144,3 +148,13 @@ def test_quantisation(cfg, settings, words):
     if settings is not None:
         model_config.quantization_config = settings
     assert facts_of(DictDefault(cfg), model_config=model_config).quantisation == words
+
+
+def test_the_versions_that_a_card_tells_have_the_quantum_packages():
+    """What ran the circuits is a part of what a result can be repeated with."""
+    told = facts_of(DictDefault({"base_model": "org/base"})).versions
+    for name in ("axolotl", "peft", "transformers", "torch", "qiskit", "qiskit-aer"):
+        assert told[name] == metadata.version(name)
+    ibm = "qiskit-ibm-runtime"  # an extra
+    assert (ibm in told) == bool(importlib.util.find_spec("qiskit_ibm_runtime"))
+    assert told["axolotl_qtha"] == __version__

@@ -17,7 +17,9 @@ from ..circuit.reference import expectations
 
 INPUTS, OUTPUTS = 35, 46  # 7 * 5 and 23 * 2
 ALL_MODES = [
-    {"quantum": quantum, **mpo} for quantum in ("qtha", "none", "silu", "frozen", "qwthn") for mpo in ({}, {"mpo": "none"})
+    {"quantum": quantum, **mpo}
+    for quantum in ("qtha", "none", "silu", "frozen", "product", "qwthn")
+    for mpo in ({}, {"mpo": "none"})
 ]
 
 

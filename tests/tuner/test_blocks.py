@@ -12,7 +12,8 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from axolotl_qtha import QTHAConfig
 from axolotl_qtha.tuner.adapter import QTHAAdapter
 from axolotl_qtha.tuner.blocks import usual_qubits
-from axolotl_qtha.tuner.sizes import adapter_shape, ansatz, branch, count_parameters
+from axolotl_qtha.tuner.described import branch
+from axolotl_qtha.tuner.sizes import adapter_shape, ansatz, count_parameters
 
 from ..circuit.reference import expectations
 from ..models import adapted, config, llama, logits

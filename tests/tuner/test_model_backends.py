@@ -12,7 +12,7 @@ SMALL = {"rank": 2, "circuit_layers": 1, "mpo": "none", "target_modules": ["q_pr
 LAYERS = ["0.self_attn.q_proj", "0.mlp.down_proj", "1.self_attn.q_proj", "1.mlp.down_proj"]
 
 
-@pytest.mark.parametrize("quantum", ["qtha", "frozen", "qwthn"])
+@pytest.mark.parametrize("quantum", ["qtha", "frozen", "product", "qwthn"])
 def test_aer_is_the_same_adapter(quantum):
     exact = train(adapted(llama(), **SMALL, quantum=quantum))
     aer = adapted(llama(), **SMALL, quantum=quantum, quantum_backend="aer")

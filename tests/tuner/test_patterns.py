@@ -8,9 +8,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from axolotl_qtha import QTHAConfig
+from axolotl_qtha.tuner.described import describe
 from axolotl_qtha.tuner.layer import adapted_sizes
 from axolotl_qtha.tuner.share import LayerSize
-from axolotl_qtha.tuner.sizes import count_lora_parameters, count_parameters, describe, resolve
+from axolotl_qtha.tuner.sizes import count_lora_parameters, count_parameters, resolve
 
 from ..models import VARIANTS, adapted, adapters, config, llama, logits, train, trainable
 

@@ -42,7 +42,7 @@ def base_logits(folder, kind, training):
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("init", ["kaiming", "tt_svd"])
-@pytest.mark.parametrize("quantum", QUANTUM)
+@pytest.mark.parametrize("quantum", [quantum for quantum in QUANTUM if quantum != "product"])  # which starts as `qtha` does
 @pytest.mark.parametrize("kind", KINDS)
 def test_starts_bitwise_as_the_quantised_base(folder, kind, quantum, init, training):
     if init == "tt_svd" and kind not in READABLE:

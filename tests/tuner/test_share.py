@@ -19,7 +19,7 @@ from ..models import adapted, adapters, config, llama, logits, tokens, train, tr
 
 FILE = "adapter_model.safetensors"
 SHARES = [{"layers": 2}, {"inputs": True}, {"layers": 2, "inputs": True}, {"layers": 8}]
-BRANCHES = ["qtha", "none", "silu", "frozen", "qwthn"]
+BRANCHES = ["qtha", "none", "silu", "frozen", "product", "qwthn"]
 
 
 def shared(share, layers=3, **settings):

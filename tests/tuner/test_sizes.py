@@ -10,13 +10,14 @@ from peft import get_peft_model
 from torch import nn
 
 from axolotl_qtha import QTHAConfig
+from axolotl_qtha.tuner.described import describe
 from axolotl_qtha.tuner.mpo import factorize
-from axolotl_qtha.tuner.sizes import DEFAULT_BUDGET, adapter_shape, count_lora_parameters, count_parameters, describe, resolve
+from axolotl_qtha.tuner.sizes import DEFAULT_BUDGET, adapter_shape, count_lora_parameters, count_parameters, resolve
 
 # Qwen2-7B: 28 layers, hidden 3584, 4 key/value heads of 128, intermediate 18944
 Q, K, V, OUT = (3584, 3584), (3584, 512), (3584, 512), (3584, 3584)
 GATE, UP, DOWN = (3584, 18944), (3584, 18944), (18944, 3584)
-QUANTUM = ("qtha", "none", "silu", "frozen", "qwthn")
+QUANTUM = ("qtha", "none", "silu", "frozen", "product", "qwthn")
 
 
 def printed_budgets(message):

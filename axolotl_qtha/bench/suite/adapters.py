@@ -15,6 +15,7 @@ QTHA: dict[str, dict[str, Any]] = {
     "mpo-only": {"quantum": "none"},
     "silu": {"quantum": "silu"},
     "frozen": {"quantum": "frozen"},
+    "product": {"quantum": "product"},
     "qwthn": {"quantum": "qwthn"},
     "lora-circuit": {"mpo": "none", "quantum": "qtha"},
 }
@@ -26,10 +27,11 @@ ADAPTERS = {
     "mpo-only": "QTHA without a circuit",
     "silu": "QTHA with a classical network of the same wiring and size in the circuit's place",
     "frozen": "QTHA with a random circuit that is not trained",
+    "product": "QTHA with a trained circuit without entangling gates",
     "lora-circuit": "QTHA without tensor networks: LoRA's matrices around a circuit",
     "qwthn": "the paper's first version: product in place of the sum",
 }
-CONTROLS = ("mpo-only", "silu", "frozen")  # what says whether a trained circuit adds anything
+CONTROLS = ("mpo-only", "silu", "frozen", "product")  # what says whether a trained circuit adds anything
 
 
 def has_budget(block: dict[str, Any]) -> bool:

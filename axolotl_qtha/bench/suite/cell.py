@@ -21,7 +21,7 @@ WORSE = 1.0  # nats a token above its start: then a run has diverged
 
 
 def run_cell(keys: dict[str, Any], task: Prepared, folder: Path, threads: int | None) -> dict[str, Any]:
-    """Train once, and return the `train_info` of its result; what goes wrong in it is in there, too.
+    """Train once, and return the `train_info` of its result, with `answers` beside it; what goes wrong is in there, too.
 
     Args:
         keys: all keys of Axolotl's YAML but output_dir.
@@ -94,7 +94,8 @@ def _train(trainer: Any, path: Path, task: Prepared, info: dict[str, Any]) -> No
         info["test loss"] = float(trainer.evaluate(eval_dataset=data, metric_key_prefix="test")["test_loss"])
         if task.scoring is not None:
             trainer.model.eval()
-            info["test"] = task.scoring.score(trainer.model, trainer.qtha_tokenizer, task.rows or list(data))
+            scored = task.scoring.score(trainer.model, trainer.qtha_tokenizer, task.rows or list(data))
+            info["test"], info["answers"] = scored.figures, scored.answers
     save_trained_model(cfg, trainer, trainer.model)
     info["file_size"] = sum(file.stat().st_size for file in Path(cfg.output_dir).glob("adapter_model.*"))
 

@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
-from ...settings.args import QTHABlock
 from ...tuner.config import QTHAConfig
 from ...tuner.share import LayerSize
 from ...tuner.sizes import count_lora_parameters, count_parameters, resolve
@@ -27,7 +26,7 @@ from ..tasks import TASKS, Prepared
 from . import results
 from .adapters import EQUAL, QTHA, equal_rank, settings
 from .block import Block, ready
-from .spec import Cell, Method, Suite, eval_steps, fingerprint, repeats, search
+from .spec import Cell, Method, Suite, checked, eval_steps, fingerprint, repeats, search
 from .worker import Job, Processes, end_with_parent, has_gpu, import_all
 
 DEFAULTS = {"val_set_size": 0.0, "save_strategy": "no", "logging_steps": 1, "dataset_num_proc": 1, "use_wandb": False}
@@ -46,9 +45,10 @@ class Execution:
     """A suite being run, and what it leaves on disk.
 
     ```
-    output_dir/results/CELL.json   a result
-    output_dir/logs/CELL.log       what the run printed
-    output_dir/tasks/, prepared/   the tasks' data, and as Axolotl has tokenised them
+    output_dir/results/CELL.json        a result
+    output_dir/predictions/CELL.jsonl   what it answered to the test set, and the scores of each answer
+    output_dir/logs/CELL.log            what the run printed
+    output_dir/tasks/, prepared/        the tasks' data, and as Axolotl has tokenised them
     ```
     """
 
@@ -62,6 +62,10 @@ class Execution:
         """Return where a run's result is."""
         return self.folder / "results" / f"{cell.name}.json"
 
+    def predictions_path(self, cell: Cell) -> Path:
+        """Return where a run's answers are, if it wrote any."""
+        return self.folder / "predictions" / f"{cell.name}.jsonl"
+
     def results(self, cells: Iterable[Cell]) -> dict[Cell, dict[str, Any]]:
         """Return the results that are there."""
         return {cell: results.read(path) for cell in cells if (path := self.result_path(cell)).exists()}
@@ -73,7 +77,8 @@ class Execution:
             ValueError: if there is a result from other settings or from another version, and `overwrite` is not set.
         """
         if overwrite:
-            shutil.rmtree(self.folder / "results", ignore_errors=True)
+            for name in ("results", "predictions"):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
         self._prepare(out)
         gpu = has_gpu()
         threads = None if gpu else max(1, (os.cpu_count() or 1) // self.count)
@@ -212,6 +217,7 @@ class Execution:
             config=config,
             scratch=str(self.folder / "scratch" / cell.name),
             result=str(self.result_path(cell)),
+            predictions=str(self.predictions_path(cell)),
             log=str(self.folder / "logs" / f"{cell.name}.log"),
             threads=threads,
         )
@@ -308,7 +314,7 @@ def size(suite: Suite, method: Method, base: nn.Module) -> Size:
 def _ours(suite: Suite, method: Method, block: dict[str, Any], base: nn.Module) -> int:
     """Return the parameters of QTHA."""
     keys = settings(method.adapter, method.rank, method.budget, suite.target_modules, block)["qtha"]
-    config = QTHAConfig(**QTHABlock.model_validate(keys).adapter_settings(), task_type="CAUSAL_LM")
+    config = QTHAConfig(**checked(method.adapter, keys).adapter_settings(), task_type="CAUSAL_LM")
     layers = _layers(config, base)
     return count_parameters(resolve(config, layers), layers)
 

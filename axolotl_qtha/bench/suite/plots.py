@@ -1,9 +1,10 @@
-"""The pictures of a suite: quality against size, loss curves, time and memory."""
+"""The pictures of a suite: quality against size, loss curves, time and memory; single runs are dots, as PNG, PDF and SVG."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from .adapters import ADAPTERS
@@ -11,22 +12,35 @@ from .execution import Execution
 from .statistics import interval
 from .table import Entry
 
-PICTURES = ("pareto.png", "costs.png")
+PICTURES = ("pareto", "costs")
+FORMATS = ("png", "pdf", "svg")
 # Okabe and Ito's colours, which the colour-blind can tell apart.
-COLOURS = ("#000000", "#777777", "#E69F00", "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#B8A800")
-LOOKS = dict(zip(ADAPTERS, zip(COLOURS, "soDX^v<>P", strict=True), strict=True))
-MARKERS_OF_VARIANTS = "*hd8p"
+COLOURS = ("#000000", "#777777", "#E69F00", "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#882255", "#CC79A7", "#B8A800")
+LOOKS = dict(zip(ADAPTERS, zip(COLOURS, "soDX^v<d>P", strict=True), strict=True))
+BESIDE = 1.025  # where a seed's dot is, of its adapter's place
+MARKERS_OF_VARIANTS = "*h8pH"
 Looks = dict[str, tuple[Any, str]]  # colour and marker, by adapter
 
 
 def draw(found: list[Entry], execution: Execution) -> None:
     """Write the pictures into the suite's folder."""
     tasks, looks = execution.suite.task_names, _looks(execution.suite.variants)
-    _pareto(found, tasks, looks).savefig(execution.folder / PICTURES[0], dpi=150)
-    _costs(found, looks).savefig(execution.folder / PICTURES[1], dpi=150)
+    made = dict(zip(PICTURES, (_pareto(found, tasks, looks), _costs(found, looks)), strict=True))
     for task in tasks:
         of_task = [entry for entry in found if entry.task == task]
-        _curves(of_task, execution.prepared(task).floor, looks).savefig(execution.folder / f"curves-{task}.png", dpi=150)
+        made[f"curves-{task}"] = _curves(of_task, execution.prepared(task).floor, looks)
+    for name, figure in made.items():
+        _save(figure, execution.folder / name)
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Write a picture in all formats; the same figures give the same bytes, and texts stay texts in the PDF."""
+    from matplotlib import rc_context
+
+    undated: dict[str, dict[str, Any]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
+    with rc_context({"svg.hashsalt": path.name, "pdf.fonttype": 42}):
+        for kind in FORMATS:
+            figure.savefig(path.with_name(f"{path.name}.{kind}"), dpi=150, metadata=undated.get(kind))
 
 
 def _looks(variants: Iterable[str]) -> Looks:
@@ -52,22 +66,27 @@ def _pareto(found: list[Entry], tasks: list[str], looks: Looks) -> Any:
             value = entry.mean("valid loss")
             if entry.task == task and value is not None:
                 colour, marker = looks[entry.method.adapter]
-                style = {"fmt": marker, "color": colour, "capsize": 3, "ms": 7}
+                seeds = list(entry.values("valid loss").values())
+                axes.plot([entry.parameters * BESIDE] * len(seeds), seeds, ".", color=colour, ms=5, zorder=3)
+                style = {"fmt": marker, "color": colour, "capsize": 3, "ms": 7, "mfc": "none"}
                 axes.errorbar(entry.parameters, value.mean, yerr=value.half or 0, label=_name(entry), **style)
         axes.set(xscale="log", xlabel="trainable parameters", ylabel="validation loss (nats a token)", title=task)
-        _plain_ticks(axes, sorted({entry.parameters for entry in found}))
+        _plain_ticks(axes)
         axes.grid(alpha=0.3)
     _legend(figure, panels)
     return figure
 
 
-def _plain_ticks(axes: Any, values: list[int]) -> None:
-    """Write the sizes out, a few of them."""
-    shown: list[int] = []
-    for value in values:
-        if not shown or math.log(value / shown[-1]) > 0.35:
-            shown.append(value)
-    axes.set_xticks(shown, [f"{value:,}" for value in shown])
+def _plain_ticks(axes: Any) -> None:
+    """Write round sizes out: 20,000; on a logarithmic axis that spans little, where there are few of them, at equal distances."""
+    from matplotlib.ticker import MaxNLocator
+
+    low, high = axes.get_xlim()
+    digits = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    shown = [step * 10**power for power in digits for step in (1, 2, 5) if low <= step * 10**power <= high]
+    if len(shown) < 3:
+        shown = [value for value in MaxNLocator(4).tick_values(low, high) if low <= value <= high]
+    axes.set_xticks(shown, [f"{value:,.0f}" for value in shown])
     axes.minorticks_off()
 
 
@@ -86,6 +105,10 @@ def _curves(found: list[Entry], floor: dict[str, float], looks: Looks) -> Any:
             colour, marker = looks[entry.method.adapter]
             style = {"marker": marker, "ms": 5, "markevery": max(1, len(steps) // 10), "lw": 1.3}
             axes.plot(steps, means, color=colour, label=_name(entry), **style)
+            if key == "valid loss":  # the training's are too many
+                single = [(step, value) for step, values in sorted(curve.items()) for value in values]
+                aside = 0.012 * steps[-1]
+                axes.plot([step + aside for step, _ in single], [value for _, value in single], ".", color=colour, ms=4)
             low, high = ([m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1))
             axes.fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
             late += [end for step, *ends in zip(steps, low, high, strict=True) if step >= steps[-1] / 4 for end in ends]
@@ -115,13 +138,21 @@ def _costs(found: list[Entry], looks: Looks) -> Any:
     figure = _figure(11, 1.2 + 0.32 * len(names))
     time, memory = figure.subplots(1, 2, sharey=True)
     for axes, keys, scale, label in (
-        (time, ("train_time",), 1.0, "seconds of training, median"),
-        (memory, ("accelerator_memory_max", "cpu_memory_max"), 2**20, "peak memory of the process, MiB, median"),
+        (time, ("train_time",), 1.0, "seconds of training: median; dots: runs"),
+        (
+            memory,
+            ("accelerator_memory_max", "cpu_memory_max"),
+            2**20,
+            "peak memory of the process, MiB: median; dots: runs",
+        ),
     ):
         for place, name in enumerate(names):
-            values = sorted(value for entry in found if _name(entry) == name if (value := _cost(entry, keys)))
+            of_name = [entry for entry in found if _name(entry) == name]
+            values = sorted(value for entry in of_name if (value := _cost(entry, keys)))
             if values:
-                axes.barh(place, values[len(values) // 2] / scale, color=looks[name.split(",")[0]][0])
+                axes.barh(place, values[len(values) // 2] / scale, color=looks[name.split(",")[0]][0], alpha=0.7)
+                single = [value / scale for entry in of_name for value in entry.each(keys)]
+                axes.plot(single, [place] * len(single), ".", color="black", ms=3, alpha=0.6)
         axes.set_xlabel(label)
         axes.grid(alpha=0.3, axis="x")
     time.set_yticks(range(len(names)), names)
@@ -141,4 +172,5 @@ def _legend(figure: Any, panels: Any) -> None:
     handles: dict[str, Any] = {}
     for axes in panels:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
+    title = "dots: single seeds"
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False, title=title)

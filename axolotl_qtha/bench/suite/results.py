@@ -1,4 +1,4 @@
-"""Results on disk: a JSON file for each run, in the layout of PEFT's `method_comparison`."""
+"""Results on disk: a JSON file for each run, in the layout of PEFT's `method_comparison`, and a file of its answers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import math
 import os
 import platform
 import re
+import subprocess
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,11 @@ from ...settings.public_facts import versions
 
 SCHEMA = 1
 STATUS = ("success", "diverged", "failed")
-PACKAGES = ("axolotl-qtha", "axolotl", "torch", "peft", "transformers", "datasets", "bitsandbytes", "qiskit")
+PACKAGES = (
+    *("axolotl-qtha", "axolotl", "torch", "peft", "transformers", "accelerate", "datasets", "bitsandbytes", "tensorly"),
+    *("qiskit", "qiskit-aer", "qiskit-ibm-runtime", "numpy", "scipy", "rouge-score", "sacrebleu"),
+)
+ROOT = Path(__file__).parents[3]  # of the project's clone, where it is one
 PATHS = re.compile(r"(?<![\w:/.])(?:/[\w.@+~-]+)+/?")
 
 
@@ -46,15 +52,29 @@ def make(cell: dict[str, Any], settings: str, config: dict[str, Any], info: dict
             "error_msg": info.pop("error_msg", ""),
         },
         "train_info": info,
-        "meta_info": {"package_info": versions(PACKAGES), "system_info": _system()},
+        "meta_info": {
+            "package_info": {"python": platform.python_version(), **versions(PACKAGES)},
+            "source_info": source(ROOT),
+            "system_info": _system(),
+        },
     }
 
 
 def write(result: dict[str, Any], path: Path) -> None:
     """Write a result, whole or not at all; numbers that are not finite become null."""
+    write_text(json.dumps(_finite(result), indent=2, allow_nan=False) + "\n", path)
+
+
+def write_lines(rows: list[dict[str, Any]], path: Path) -> None:
+    """Write a .jsonl file, a row a line, whole or not at all; numbers that are not finite become null."""
+    write_text("".join(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows), path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}-{os.getpid()}")
-    scratch.write_text(json.dumps(_finite(result), indent=2, allow_nan=False) + "\n")
+    scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, path)
 
 
@@ -92,6 +112,22 @@ def final(result: dict[str, Any], key: str) -> float | None:
 def at_steps(result: dict[str, Any], key: str) -> dict[int, float]:
     """Return a loss over steps."""
     return {row["step"]: row[key] for row in result["train_info"]["metrics"] if row.get(key) is not None}
+
+
+@lru_cache
+def source(root: Path) -> dict[str, Any]:
+    """Return the git commit of a clone, and whether files that it has in git were changed since; nothing of what is no clone."""
+    if not (root / ".git").exists():  # installed as a package: the repository around it, if any, is another
+        return {}
+    env = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}  # a hook's are of another repository
+    try:
+        commit, changes = (
+            subprocess.run(["git", "-C", str(root), *line], env=env, capture_output=True, text=True, check=True).stdout.strip()
+            for line in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.CalledProcessError):  # no git here, or no commit yet
+        return {}
+    return {"commit": commit, "dirty": bool(changes)}
 
 
 def _finite(value: Any) -> Any:

@@ -6,8 +6,8 @@ import re
 from typing import Any
 
 from ...trained.calibration_text import IGNORED
-from ..tasks import Metric
-from ..tasks.answers import generate, overlap
+from ..tasks import Metric, Scored
+from ..tasks.answers import generate, overlap, overlaps, together
 
 # A Chinese or Japanese character is a word of its own: these languages put no spaces between words.
 WORD = re.compile(r"[\u3400-\u9fff\u3040-\u30ff]|[^\W\u3400-\u9fff\u3040-\u30ff]+")
@@ -26,8 +26,8 @@ METRICS: dict[str, dict[str, Metric]] = {
 }
 
 
-def score(kind: str, count: int, tokens: int, model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the figures of METRICS[kind].
+def score(kind: str, count: int, tokens: int, model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> Scored:
+    """Return the figures of METRICS[kind], and each answer.
 
     Args:
         kind: `text` or `arithmetic`.
@@ -42,8 +42,14 @@ def score(kind: str, count: int, tokens: int, model: Any, tokenizer: Any, rows: 
     """
     pairs = [question_and_answer(row) for row in rows[:count]]
     true = [tokenizer.decode(answer, skip_special_tokens=True) for _, answer in pairs]
+    asked = [tokenizer.decode(question, skip_special_tokens=True) for question, _ in pairs]
     written = generate(model, tokenizer, [question for question, _ in pairs], tokens)
-    return overlap([text for text, _ in written], true, words) if kind == "text" else grade(written, true)
+    texts = [text for text, _ in written]
+    if kind == "text":
+        each = overlaps(texts, true, words)
+        return Scored(overlap(texts, true, words, each), together(asked, texts, true, each))
+    marked = marks(written, true)
+    return Scored(means(marked), together(asked, texts, true, marked))
 
 
 def question_and_answer(row: dict[str, Any]) -> tuple[list[int], list[int]]:
@@ -65,11 +71,18 @@ def words(text: str) -> list[str]:
     return WORD.findall(text.lower())
 
 
-def grade(written: list[tuple[str, bool]], true: list[str]) -> dict[str, float]:
-    """Return the shares of answers (text, whether it ended) that are right, and complete."""
-    right = [number(text) is not None and number(text) == number(answer) for (text, _), answer in zip(written, true, strict=True)]
-    complete = [ended and number(text) is not None for text, ended in written]
-    return {"accuracy": sum(right) / len(right), "answer_completeness": sum(complete) / len(complete)}
+def marks(written: list[tuple[str, bool]], true: list[str]) -> list[dict[str, bool]]:
+    """Return of each answer (text, whether it ended) whether it is right, and complete."""
+    numbers = [(number(text), ended, number(known)) for (text, ended), known in zip(written, true, strict=True)]
+    return [
+        {"accuracy": found is not None and found == known, "answer_completeness": ended and found is not None}
+        for found, ended, known in numbers
+    ]
+
+
+def means(marked: list[dict[str, bool]]) -> dict[str, float]:
+    """Return the shares of answers that have each mark."""
+    return {name: sum(mark[name] for mark in marked) / len(marked) for name in marked[0]}
 
 
 def number(text: str) -> float | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from ...errors import PrivateSettings, alternatives
 from ...settings.args import QTHABlock
@@ -49,10 +49,10 @@ class Suite(BaseModel):
     base_model: str = Field(description="Folder or name of the base.")
     tasks: list[str | Block] = Field(min_length=1, description=f"Of {sorted(TASKS)}, or blocks with data of one's own.")
     adapters: list[str] = Field(min_length=1, description=f"Of {sorted(ADAPTERS)}.")
+    ranks: list[Whole] = Field(default=[8], min_length=1, description="Ranks of all adapters.")
     variants: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+(-[A-Za-z0-9_.]+)*$")], dict[str, Any]] = Field(
         default_factory=dict, description="Further adapters: QTHA with other keys of the `qtha:` block, by names of one's own."
     )
-    ranks: list[Whole] = Field(default=[8], min_length=1, description="Ranks of all adapters.")
     budgets: list[Annotated[float, Field(gt=0, le=1)]] = Field(
         default=[0.24], min_length=1, description="QTHA: `param_budget`, trainable parameters as a share of LoRA's."
     )
@@ -66,6 +66,11 @@ class Suite(BaseModel):
     )
     max_steps: Whole = Field(description="Optimiser steps of each run.")
     evaluations: Whole = Field(default=4, description="Validations of each run, the last at its end.")
+    equivalence_margin: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="Validation losses less than this apart, in nats a token, count as the same: each pair is tested for it. "
+        "Choose it before you see results. Default: no such test.",
+    )
     settings: dict[str, Any] = Field(default_factory=dict, description="Further keys of Axolotl's, for all runs.")
     jobs: Whole = Field(default=1, description="Runs at a time. On a CPU they share its cores.")
 
@@ -87,21 +92,27 @@ class Suite(BaseModel):
 
     @field_validator("variants")
     @classmethod
-    def _variants_work(cls, variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    def _variants_work(cls, variants: dict[str, dict[str, Any]], info: ValidationInfo) -> dict[str, dict[str, Any]]:
+        """Check each variant at every rank of the suite; `ranks` stands above, so that pydantic has read it before."""
         for name, block in variants.items():
             if name in ADAPTERS:
                 raise ValueError(f"{name!r} is an adapter's name. What works: a name of its own.")
             if taken := sorted(set(block) & {"rank", "seed"}):
+                key = taken[0]
                 raise ValueError(
-                    f"{name}: {taken[0]!r} is set by the suite for each run. What works: `{taken[0]}s` of the suite."
+                    f"{name}: {key!r} is set by the suite for each run: its `{key}s` decide, for all adapters and variants. "
+                    f"What works: `{key}s: [{block[key]}]` of the suite, and no `{key}` here."
                 )
-            try:
-                QTHABlock.model_validate(block)
-            except ValidationError as error:
-                raise ValueError(f"{name}: " + "; ".join(map(_line, error.errors()))) from error
-            except PrivateSettings as error:
-                raise PrivateSettings(f"variants: {name}: {error}") from None
+            for rank in info.data.get("ranks", ()):  # none where they are at fault themselves
+                checked(name, {"rank": rank, **block})
         return variants
+
+    @field_validator("equivalence_margin", mode="before")
+    @classmethod
+    def _margin_is_a_number(cls, margin: Any) -> Any:
+        if isinstance(margin, bool):  # which pydantic would take for 1
+            raise ValueError(f"{margin!r} is no number of nats a token. What works: `equivalence_margin: 0.02`, or none.")
+        return margin
 
     @field_validator("settings")
     @classmethod
@@ -145,6 +156,24 @@ class Suite(BaseModel):
         """Return whether an adapter's size depends on the budget; that of `lora-equal` is only named if there are several."""
         block = self.block(adapter)
         return has_budget(block) if block is not None else adapter == EQUAL and len(self.budgets) > 1
+
+
+def checked(name: str, keys: dict[str, Any]) -> Any:
+    """Return the `qtha:` block, a QTHABlock, of an adapter or variant; what works at one rank need not at another.
+
+    Args:
+        name: of the adapter or variant.
+        keys: of its block, `rank` among them.
+
+    Raises:
+        ValueError: naming it and the rank.
+    """
+    try:
+        return QTHABlock.model_validate(keys)
+    except ValidationError as error:
+        raise ValueError(f"{name}, at rank {keys['rank']}: " + "; ".join(map(_line, error.errors()))) from error
+    except PrivateSettings as error:
+        raise PrivateSettings(f"variants: {name}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -234,7 +263,8 @@ def _line(fault: Any) -> str:
         return f"{'.'.join(where[:-1])}: {_unknown(where[-1], 'key of a task', Block.model_fields)}"
     # Pydantic's messages say what works, but not always what was found.
     value = "" if fault["type"] in ("value_error", "missing") else f"{fault['input']!r}: "
-    return f"{'.'.join(where)}: {value}{fault['msg'].removeprefix('Value error, ')}"
+    text = f"{value}{fault['msg'].removeprefix('Value error, ')}"
+    return ": ".join([*filter(None, [".".join(where)]), text])  # what a whole block is at fault for is nowhere in it
 
 
 def _unknown(name: str, what: str, known: Any) -> str:

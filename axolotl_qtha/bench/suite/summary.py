@@ -1,16 +1,19 @@
-"""summary.md: what was run, and what it shows, in tables and sentences."""
+"""summary.md: what was run, and what it shows, in tables and sentences; and the files beside it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+from . import tidy
 from .adapters import ADAPTERS, CONTROLS, EQUAL, LORA
+from .comparisons import Comparison, comparisons
 from .execution import Execution
 from .plots import PICTURES, draw
 from .statistics import LEVEL
-from .table import Difference, Entry, differences, entries
+from .table import Entry, differences, entries
 
 FILE = "summary.md"
 SHARE = 0.24  # of LoRA's parameters: the paper's claim
@@ -18,7 +21,7 @@ MIB = 2**20
 
 
 def write_summary(execution: Execution, command: str) -> Path:
-    """Write summary.md and the pictures, and return its path.
+    """Write summary.md, the pictures and what `tidy` writes, and return the summary's path.
 
     Args:
         execution: the suite.
@@ -32,12 +35,14 @@ def write_summary(execution: Execution, command: str) -> Path:
         raise ValueError(f"output_dir: {execution.folder} holds no results. What works: the command without --summary-only.")
     path = execution.folder / FILE
     path.write_text(summary(execution, found, command))
+    tidy.write(execution, comparisons(found, execution.suite.equivalence_margin), command)
     draw(found, execution)
     return path
 
 
 def summary(execution: Execution, found: list[Entry], command: str) -> str:
     """Return the text of summary.md."""
+    made = comparisons(found, execution.suite.equivalence_margin)
     parts = [f"# {Path(command.split()[-1]).stem}", _made(execution, found, command), _goal(found)]
     for task in execution.suite.task_names:
         of_task = [entry for entry in found if entry.task == task]
@@ -46,24 +51,37 @@ def summary(execution: Execution, found: list[Entry], command: str) -> str:
             _table(execution, task, of_task),
             _notes(execution, task, of_task),
         ]
-        parts += [_differences(of_task), _by_step(of_task), f"![{task}](curves-{task}.png)"]
-    parts += [_adds(found), "## Sizes, time and memory", *(f"![{name}]({name})" for name in PICTURES), _adapters(execution)]
+        parts += [_differences([each for each in made if each.difference.ours.task == task])]
+        parts += [_by_step(of_task), f"![{task}](curves-{task}.png)"]
+    parts += [_adds(made), _tests(made), "## Sizes, time and memory", *(f"![{name}.png]({name}.png)" for name in PICTURES)]
+    parts += [_adapters(execution), _files(execution)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _made(execution: Execution, found: list[Entry], command: str) -> str:
     suite = execution.suite
-    meta = next(run["meta_info"] for entry in found for run in entry.runs.values())
-    versions = ", ".join(f"{name} {version}" for name, version in meta["package_info"].items())
-    system = meta["system_info"]
+    by = tidy.versions(tidy.runs_of(execution))
+    system = by[0]["system_info"]
     rates = ", ".join(f"{rate:g}" for rate in suite.learning_rates)
     at = f"at seed {suite.seeds[0]}" if suite.select == "first_seed" else "over all seeds"
+    several = f"\n\n**The runs were not all made alike**; {tidy.ALL} has how many by what:\n\n" if len(by) > 1 else ""
+    others = "\n".join(f"- {each['runs']} runs: {_versions(each)}" for each in by) if several else ""
     return (
-        f"Made by `{command}` on {system['accelerator']} ({system['cores']} cores, {system['machine']}), {versions}.\n\n"
+        f"Made by `{command}` on {system['accelerator']} ({system['cores']} cores, {system['machine']}), {_versions(by[0])}."
+        f"{several}{others}\n\n"
         f"{suite.max_steps} steps each. Every adapter had the same learning rates ({rates}); the one with the least validation "
         f"loss {at} was run at {len(suite.seeds)} seeds. Test sets chose nothing. Figures are means over "
         "seeds ± half the 95 % interval (Student's t); losses in nats a token, lower is better."
     )
+
+
+def _versions(made_by: dict[str, Any]) -> str:
+    """Return packages and commit in words."""
+    words = [f"{name} {version}" for name, version in made_by["package_info"].items()]
+    if source := made_by["source_info"]:
+        changed = ", with changes that are not in it" if source["dirty"] else ""
+        words.append(f"this project's commit {source['commit']}{changed}")
+    return ", ".join(words)
 
 
 def _goal(found: list[Entry]) -> str:
@@ -86,7 +104,7 @@ def _goal(found: list[Entry]) -> str:
             verdict = f"**{'met' if met else 'not met'}**: {difference.value.text(sign=True)}"
             verdict += "" if fits else f", with more than {SHARE:.0%} of the parameters"
             sure = difference.value.below_zero or difference.value.above_zero
-            verdict += "" if sure or difference.value.half is None else " (the interval includes zero)"
+            verdict += "" if sure or difference.value.half is None else " (not told apart: the interval includes zero)"
         rows.append(
             f"- {ours.task}, {ours.method.label}: {share:.1%} of LoRA's parameters; validation loss less LoRA's {verdict}"
         )
@@ -137,21 +155,45 @@ def _notes(execution: Execution, task: str, found: list[Entry]) -> str:
     return "\n".join(f"- {note}" for note in notes)
 
 
-def _differences(found: list[Entry]) -> str:
+def _differences(made: list[Comparison]) -> str:
+    equivalent = any(each.margin is not None for each in made)
     rows = []
-    tests = {(d.ours.method, d.other.method): d for d in differences(found, "test loss")}
-    for difference in differences(found):
-        test = tests[difference.ours.method, difference.other.method].value
-        rows.append(
-            [
-                f"{difference.ours.method.label} - {difference.other.method.label}",
-                "" if difference.value is None else difference.value.text(sign=True),
-                "" if test is None else test.text(sign=True),
-                difference.verdict,
-            ]
-        )
-    head = ["paired by seed", "validation loss", "test loss", "validation loss is"]
+    for each in made:
+        ours, other = each.difference.ours.method.label, each.difference.other.method.label
+        losses = [each.difference.value, each.test]
+        texts = ["" if value is None else value.text(sign=True) for value in losses]
+        tests = [_p(each.p), _p(each.p_holm), *([_p(each.p_equivalent), each.equivalent] if equivalent else [])]
+        rows.append([f"{ours} - {other}", *texts, *tests, each.verdict])
+    same = ["p equivalent", "equivalent"] if equivalent else []
+    head = ["paired by seed", "validation loss", "test loss", "p", "p Holm", *same, "validation loss is"]
     return markdown(head, rows) if rows else ""
+
+
+def _p(value: float | None) -> str:
+    """Return a p-value as people write it."""
+    return "" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _tests(made: list[Comparison]) -> str:
+    """Say what the p-values of the tables are, and over how many Holm's correction is."""
+    known = [each for each in made if each.p is not None]
+    if not known:
+        return ""
+    margin = known[0].margin
+    text = (
+        f"## The tests\n\np: of no difference in validation loss (paired by seed, Student's t, two-sided). p Holm: corrected by "
+        f"Holm's method for the {len(known)} paired differences of this suite, over all tasks. A difference whose interval "
+        "excludes zero and whose corrected p does not go below 0.05 may be one of those that chance makes among so many. "
+        "*Not told apart* means that: it does not say that two are the same."
+    )
+    if margin is None:
+        return f"{text} For that, `equivalence_margin` in the suite's YAML asks for a test."
+    return (
+        f"{text}\n\np equivalent: of a difference of {margin:g} nats a token or more, the suite's `equivalence_margin` (two "
+        "one-sided t-tests at 5 %: equivalent where the 90 % interval lies within it), corrected in the same way. "
+        f"{sum(each.equivalent.startswith('yes') for each in known)} of {len(known)} pairs are equivalent, "
+        f"{sum(each.equivalent == 'yes' for each in known)} of them after Holm's correction."
+    )
 
 
 def _by_step(found: list[Entry]) -> str:
@@ -168,36 +210,48 @@ def _by_step(found: list[Entry]) -> str:
     return markdown(["validation loss after steps", *map(str, steps)], rows) if rows else ""
 
 
-def _adds(found: list[Entry]) -> str:
+def _adds(made: list[Comparison]) -> str:
     """Say what the circuit adds."""
-    ours = [d for d in differences(found) if d.ours.method.adapter == "qtha" and d.other.method.adapter in CONTROLS]
+    both = [(each, each.difference.ours.method.adapter, each.difference.other.method.adapter) for each in made]
+    ours = [each for each, mine, its in both if mine == "qtha" and its in CONTROLS]
     if not ours:
         return ""
-    text = "## What the circuit adds\n\n" + "\n".join(f"- {_sentence(difference)}" for difference in ours)
-    known = sum(difference.value is not None and difference.value.half is not None for difference in ours)
+    text = "## What the circuit adds\n\n" + "\n".join(f"- {_sentence(each)}" for each in ours)
+    known = sum(each.p is not None for each in ours)
     chance = f"\n\nOf {known} such intervals {known * (1 - LEVEL):.1f} would exclude zero by chance if nothing differed."
     return text + (chance if known > 1 else "")
 
 
-def _sentence(difference: Difference) -> str:
-    control, value = difference.other.method.adapter, difference.value
-    head = f"{difference.ours.task}, {difference.ours.method.label} against {control} ({ADAPTERS[control]}): "
+def _sentence(made: Comparison) -> str:
+    difference, value = made.difference, made.difference.value
+    control = difference.other.method.adapter
+    ours, its = (f"{entry.parameters:,}" for entry in (difference.ours, difference.other))
+    head = f"{difference.ours.task}, {difference.ours.method.label} ({ours} parameters) against {control} ({ADAPTERS[control]}; "
+    head += f"{its} parameters): "
     if value is None or value.half is None:
         return head + difference.verdict + "."
-    text = f"validation loss {value.text(sign=True)}; "
-    if value.below_zero:
-        return head + text + "the trained circuit **lowers** it."
-    return (
-        head
-        + text
-        + ("the trained circuit **raises** it." if value.above_zero else "the trained circuit **adds nothing** that shows.")
-    )
+    corrected = f" (p {_p(made.p)}, after Holm's correction {_p(made.p_holm)})"
+    verdict = "the two are **not told apart**"
+    if value.below_zero or value.above_zero:
+        verdict = f"the trained circuit **{'lowers' if value.below_zero else 'raises'}** it"
+        verdict += "" if made.sure else ", not after the correction"
+    same = f", and **equivalent** within {made.margin:g}" if made.equivalent == "yes" else ""
+    return f"{head}validation loss {value.text(sign=True)}{corrected}; {verdict}{same}."
 
 
 def _adapters(execution: Execution) -> str:
     meanings = {name: ADAPTERS[name] for name in execution.suite.adapters}
     meanings |= {name: f"QTHA with {json.dumps(block)}" for name, block in execution.suite.variants.items()}
     return "Adapters: " + "; ".join(f"`{name}` {meaning}" for name, meaning in meanings.items()) + "."
+
+
+def _files(execution: Execution) -> str:
+    answers = any((execution.folder / "predictions").glob("*.jsonl"))
+    kept = "; `predictions/`: what each run answered to the test set, with the scores of each answer" if answers else ""
+    return (
+        f"Beside this: `{tidy.RUNS}` (a row for each run and figure), `{tidy.PAIRS}` (the paired differences and their tests), "
+        f"`{tidy.ALL}` (both, with settings and versions){kept}; every picture as PNG, PDF and SVG."
+    )
 
 
 def markdown(head: list[str], rows: Iterable[list[str]]) -> str:

@@ -55,6 +55,11 @@ class Entry:
                     found.setdefault(step, []).append(value)
         return found
 
+    def each(self, keys: Iterable[str]) -> list[float]:
+        """Return seconds or bytes of every run, under the first of the names that it has."""
+        infos = [run["train_info"] for run in self.runs.values()]
+        return [value for info in infos if (value := next((info[key] for key in keys if info.get(key)), None))]
+
     def largest(self, key: str) -> float | None:
         """Return the median over runs of seconds or bytes."""
         values = sorted(value for run in self.runs.values() if (value := run["train_info"].get(key)))
@@ -126,7 +131,7 @@ class Difference:
             return "one seed: no interval"
         if self.value.below_zero:
             return "lower"
-        return "higher" if self.value.above_zero else "no difference (the interval includes zero)"
+        return "higher" if self.value.above_zero else "not told apart (the interval includes zero)"
 
 
 def _at(curves: dict[int, dict[int, float]], step: int) -> dict[int, float]:

@@ -45,6 +45,7 @@ class Job:
     config: dict[str, Any]  # `keys` and those of the task, without paths
     scratch: str
     result: str
+    predictions: str  # file of the answers
     log: str
     threads: int | None
 
@@ -62,6 +63,8 @@ def run(job: Job) -> None:
     info = run_cell({**job.keys, **task.keys()}, task, Path(job.scratch), job.threads)
     if info["error_msg"]:
         print(info["error_msg"])
+    if answers := info.pop("answers", None):  # first: where there is a result, they are there
+        results.write_lines(answers, Path(job.predictions))
     results.write(results.make(job.cell, job.settings, job.config, info, created), Path(job.result))
 
 
@@ -138,7 +141,8 @@ class Processes:
 
     def _start(self, job: Job) -> Running:
         Path(job.log).parent.mkdir(parents=True, exist_ok=True)
-        Path(job.result).unlink(missing_ok=True)
+        for file in (job.result, job.predictions):
+            Path(file).unlink(missing_ok=True)
         if not self.fork:
             command = [sys.executable, "-m", "axolotl_qtha.bench.suite.worker", json.dumps(asdict(job))]
             with open(job.log, "w") as log:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from .task import Row, Scores
 
 BATCH = 24  # prompts answered at a time
+ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
 def prompts(rows: list[Row]) -> list[str]:
@@ -49,21 +50,46 @@ def generate(model: Any, tokenizer: Any, questions: list[list[int]], tokens: int
     return answers
 
 
-def overlap(written: list[str], true: list[str], words: Callable[[str], list[str]] | None = None) -> Scores:
+def overlaps(written: list[str], true: list[str], words: Callable[[str], list[str]] | None = None) -> list[Scores]:
+    """Return ROUGE-1, 2 and L (F1, times 100) of each answer; for the arguments see `overlap`."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(list(ROUGE), tokenizer=None if words is None else SimpleNamespace(tokenize=words))
+    pairs = zip(written, true, strict=True)
+    return [{kind: 100 * each.fmeasure for kind, each in scorer.score(known, answer).items()} for answer, known in pairs]
+
+
+def overlap(
+    written: list[str],
+    true: list[str],
+    words: Callable[[str], list[str]] | None = None,
+    each: list[Scores] | None = None,
+) -> Scores:
     """Return ROUGE-1, 2 and L (F1, mean over answers) and BLEU-4 (of all together), times 100.
 
     Args:
         written: answers.
         true: those of the data.
         words: cuts a text into words. Default: as rouge-score and sacrebleu do, for languages with spaces between words.
+        each: what `overlaps` said of each answer, where it was asked.
     """
-    from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu import corpus_bleu
 
-    kinds = ("rouge1", "rouge2", "rougeL")
-    scorer = RougeScorer(list(kinds), tokenizer=None if words is None else SimpleNamespace(tokenize=words))
-    found = [scorer.score(reference, answer) for answer, reference in zip(written, true, strict=True)]
-    result = {kind: 100 * sum(each[kind].fmeasure for each in found) / len(found) for kind in kinds}
+    found = each or overlaps(written, true, words)
+    result = {kind: sum(scores[kind] for scores in found) / len(found) for kind in ROUGE}
     if words is not None:
         written, true = ([" ".join(words(text)) for text in texts] for texts in (written, true))
     return result | {"bleu4": corpus_bleu(written, [true], tokenize="13a" if words is None else "none").score}
+
+
+def together(questions: list[str], written: list[str], true: list[str], scores: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """Return a row for each answer: `question`, `answer`, `true`, and its scores.
+
+    Args:
+        questions: as the model has read them.
+        written: answers.
+        true: those of the data.
+        scores: of each answer by itself.
+    """
+    columns = zip(questions, written, true, scores, strict=True)
+    return [{"question": question, "answer": answer, "true": known, **own} for question, answer, known, own in columns]

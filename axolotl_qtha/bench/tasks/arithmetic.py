@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .answers import write_answers
-from .task import Metric, Row, Scores, Scoring, Task, write_rows
+from .answers import prompts, together, write_answers
+from .task import Metric, Row, Scored, Scores, Scoring, Task, write_rows
 
 SEED = 42
 COUNTS = {"train": 2000, "validation": 80, "test": 80}
@@ -84,9 +84,11 @@ def write(base: Path, folder: Path) -> None:
     write_rows(folder, **{name: [row(problem, generator) for problem in each] for name, each in chosen.items()})
 
 
-def score(model: Any, tokenizer: Any, rows: list[Row]) -> Scores:
+def score(model: Any, tokenizer: Any, rows: list[Row]) -> Scored:
     """Return the shares of answers that are right, and complete."""
-    return grade(write_answers(model, tokenizer, rows, NEW_TOKENS), [row["output"] for row in rows])
+    written, true = write_answers(model, tokenizer, rows, NEW_TOKENS), [row["output"] for row in rows]
+    marked = [marks(answer, solution) for answer, solution in zip(written, true, strict=True)]
+    return Scored(grade(written, true), together(prompts(rows), written, true, marked))
 
 
 def grade(written: list[str], true: list[str]) -> Scores:

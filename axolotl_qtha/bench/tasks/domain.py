@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .answers import overlap, write_answers
-from .task import Metric, Row, Scores, Scoring, Task, read, write_rows
+from .answers import overlap, overlaps, prompts, together, write_answers
+from .task import Metric, Row, Scored, Scoring, Task, read, write_rows
 
 TEST_ROWS = 72  # the last of the training file
 SCORED_ROWS, NEW_TOKENS = 48, 64
@@ -30,10 +30,12 @@ def write(base: Path, folder: Path) -> None:
     write_rows(folder, train=rows[:-TEST_ROWS], validation=held_out, test=rows[-TEST_ROWS:])
 
 
-def score(model: Any, tokenizer: Any, rows: list[Row]) -> Scores:
+def score(model: Any, tokenizer: Any, rows: list[Row]) -> Scored:
     """Return how much of the words of the true answers is in those written."""
     rows = rows[:SCORED_ROWS]
-    return overlap(write_answers(model, tokenizer, rows, NEW_TOKENS), [row["output"] for row in rows])
+    written, true = write_answers(model, tokenizer, rows, NEW_TOKENS), [row["output"] for row in rows]
+    each = overlaps(written, true)
+    return Scored(overlap(written, true, each=each), together(prompts(rows), written, true, each))
 
 
 METRICS = {

@@ -30,11 +30,19 @@ class Metric:
 
 
 @dataclass(frozen=True)
+class Scored:
+    """What a model wrote, and what it is worth."""
+
+    figures: Scores  # of all answers together
+    answers: list[Row]  # one a question: `question`, `answer`, `true`, and the figures that an answer has by itself
+
+
+@dataclass(frozen=True)
 class Scoring:
     """Answers a model writes to rows of the test set, and figures about them."""
 
     metrics: dict[str, Metric]
-    score: Callable[[Any, Any, list[Row]], Scores]  # (model, tokenizer, rows)
+    score: Callable[[Any, Any, list[Row]], Scored]  # (model, tokenizer, rows)
 
 
 @dataclass(frozen=True)

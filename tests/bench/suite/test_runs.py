@@ -76,6 +76,26 @@ def test_a_result_has_what_pefts_have(done):
     assert str(done[0]) not in json.dumps(found)
     assert found["run_info"]["train_config"]["seed"] == 2
     assert found["meta_info"]["package_info"]["torch"]
+    head = subprocess.run(["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"], capture_output=True, text=True)
+    if head.returncode == 0:  # the tests run from a clone
+        assert found["meta_info"]["source_info"]["commit"] == head.stdout.strip()
+    assert "answers" not in info
+
+
+def test_the_answers_of_a_run_are_kept_with_their_scores(done):
+    name = "domain--qtha--r4-b0.24--lr0.01--s2"
+    info = results_of(done[0])[name]["train_info"]
+    answers = [json.loads(line) for line in (done[0] / "out" / "predictions" / f"{name}.jsonl").read_text().splitlines()]
+    assert len(answers) == 48
+    assert all({"question", "answer", "true", "rouge1", "rouge2", "rougeL"} == set(row) for row in answers)
+    assert all(row["question"].endswith("### Response:\n") and row["true"] for row in answers)
+    for kind in ("rouge1", "rouge2", "rougeL"):
+        assert sum(row[kind] for row in answers) / 48 == pytest.approx(info["test"][kind])
+    kept = {path.stem for path in (done[0] / "out" / "predictions").iterdir()}
+    assert kept == {stem for stem, result in results_of(done[0]).items() if result["train_info"]["status"] == "success"}
+    table = (done[0] / "out" / "results.csv").read_text().splitlines()
+    assert len(table) == 1 + 6 * (2 + 4 + 4)  # a head; losses, scores and costs of six runs
+    assert sum(f"predictions/{name}.jsonl" in line for line in table) == 10
 
 
 def test_the_same_line_again_runs_nothing(done):
@@ -218,7 +238,7 @@ def _runs(pid):
 def job(folder, name, task="domain"):
     """Return a job none of whose settings are of use."""
     cell = {"task": task, "adapter": "lora", "rank": 4, "budget": None, "learning_rate": 0.1, "seed": 1}
-    files = {key: str(folder / f"{key}-{name}") for key in ("data", "scratch", "result", "log")}
+    files = {key: str(folder / f"{key}-{name}") for key in ("data", "scratch", "result", "predictions", "log")}
     return Job(cell=cell, task=task, base="b", keys={}, settings="s", config={}, threads=1, **files)
 
 

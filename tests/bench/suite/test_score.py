@@ -67,12 +67,36 @@ def test_arithmetic(tokenizer):
     texts = ["It is 7", "1000", "It is two"]
     model = Copies([tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts], tokenizer.eos_token_id)
     found = score.score("arithmetic", 2, 64, model, tokenizer, rows)
-    assert found == {"accuracy": 1.0, "answer_completeness": 1.0}
+    assert found.figures == {"accuracy": 1.0, "answer_completeness": 1.0}
+    assert found.answers == [
+        {"question": question, "answer": answer, "true": true, "accuracy": True, "answer_completeness": True}
+        for question, answer, true in (
+            ("3 + 4?", "It is 7", "#### 7"),
+            ("a longer question: 999 + 1?", "1000", "#### 1,000"),
+        )
+    ]
     assert model.asked == [score.question_and_answer(row)[0] for row in rows[:2]], "padding is masked, later rows are not asked"
-    assert score.grade([("It is two", True), ("2", False)], ["#### 2", "#### 2"]) == {
-        "accuracy": 0.5,
-        "answer_completeness": 0.0,
-    }
+    marked = score.marks([("It is two", True), ("2", False)], ["#### 2", "#### 2"])
+    assert marked == [
+        {"accuracy": False, "answer_completeness": False},
+        {"accuracy": True, "answer_completeness": False},
+    ]
+    assert score.means(marked) == {"accuracy": 0.5, "answer_completeness": 0.0}
+
+
+def test_text_keeps_each_answer_with_its_own_scores(tokenizer):
+    rows = rows_of(tokenizer, [("Who?", "the cat sat"), ("What?", "a b c")])
+    texts = ["the cat sat", "a x y"]
+    model = Copies([tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts], tokenizer.eos_token_id)
+    found = score.score("text", 5, 64, model, tokenizer, rows)
+    assert [(row["question"], row["answer"], row["true"]) for row in found.answers] == [
+        ("Who?", "the cat sat", "the cat sat"),
+        ("What?", "a x y", "a b c"),
+    ]
+    assert [row["rouge1"] for row in found.answers] == pytest.approx([100, 100 / 3])  # one word of three
+    for kind in ("rouge1", "rouge2", "rougeL"):
+        assert found.figures[kind] == pytest.approx(sum(row[kind] for row in found.answers) / 2)
+    assert "bleu4" in found.figures
 
 
 def test_an_answer_that_is_cut_off_is_not_complete(tokenizer):

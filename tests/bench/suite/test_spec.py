@@ -74,12 +74,20 @@ def test_the_runs_of_a_suite(tmp_path):
         ({"learning_rates": [float("inf")]}, r"learning_rates.0: inf: Input should be a finite number"),
         ({"budgets": [24]}, r"budgets.0: 24: Input should be less than or equal to 1"),
         ({"ranks": [True]}, r"ranks.0: True: Input should be a valid integer"),
+        ({"equivalence_margin": True}, r"equivalence_margin: True is no number of nats.*`equivalence_margin: 0.02`"),
+        ({"equivalence_margin": 0}, r"equivalence_margin: 0: Input should be greater than 0"),
+        ({"equivalence_margin": -0.02}, r"equivalence_margin: -0.02: Input should be greater than 0"),
+        ({"equivalence_margin": 2}, r"equivalence_margin: 2: Input should be less than or equal to 1"),
+        ({"equivalence_margin": float("nan")}, r"equivalence_margin: nan: Input should be a finite number"),
+        ({"equivalence_margin": "small"}, r"equivalence_margin: 'small': Input should be a valid number"),
         ({"max_steps": None}, r"max_steps: Field required"),
         ({"steps": 3}, r"'steps' is no key of a suite. What works: .*`max_steps`"),
         ({"settings": {"seed": 3}}, r"settings: 'seed' is set by the suite for each run"),
         ({"variants": {"slow": {"circiut_lr": 1e-3}}}, r"variants: slow: .*circiut_lr.*What works: `circuit_lr`"),
-        ({"variants": {"slow": {"num_cores": 0}}}, r"variants: slow: .*num_cores: 0"),
-        ({"variants": {"slow": {"rank": 2}}}, r"variants: slow: 'rank' is set by the suite for each run.*`ranks`"),
+        ({"variants": {"slow": {"num_cores": 0}}}, r"variants: slow, at rank 4: .*num_cores: 0"),
+        ({"variants": {"slow": {"rank": 2}}}, r"variants: slow: 'rank' is set by the .*`ranks` decide.*`ranks: \[2\]` of the"),
+        ({"variants": {"a": {"quantum_backend": "aer", "noise_model": "fake:manila"}}}, r"variants: a, at rank 8: qtha.noise_"),
+        ({"variants": {"a": {"qubits": 8}}}, r"variants: a, at rank 4: qtha.qubits: 8 does not divide rank 4.*`qubits: 4`"),
         ({"variants": {"qtha": {"alpha": 2}}}, r"variants: 'qtha' is an adapter's name"),
         ({"variants": {"a--b": {"alpha": 2}}}, r"variants.*a--b"),
         ({"tasks": [{"name": "mine", "train": {}, "test": {}}]}, r"tasks.0.validation: Field required"),
@@ -101,6 +109,14 @@ def test_files_that_are_no_suite(tmp_path, text):
 def test_a_budget_that_cannot_be_met_is_refused_before_anything_is_run(tmp_path):
     with pytest.raises(ValueError, match=r"param_budget: 0.01 cannot be met at rank 8.*What works"):
         Execution(suite(tmp_path, budgets=[0.01], ranks=[8]))
+
+
+def test_a_rank_that_qtha_cannot_have_is_refused_in_words(tmp_path):
+    with pytest.raises(ValueError, match=r"^qtha, at rank 13: qtha.rank: 13 is neither .*What works: `rank: 12` or") as error:
+        Execution(suite(tmp_path, ranks=[13], adapters=["lora", "qtha"]))
+    assert "pydantic" not in str(error.value)
+    works = Execution(suite(tmp_path, ranks=[13], adapters=["lora", "product"], budgets=[0.4]))
+    assert len(works.sizes) == 2, "circuits of one qubit go with any rank"
 
 
 def test_keys_of_a_run(tmp_path):
@@ -140,6 +156,17 @@ def test_variants_are_qtha_with_other_keys(tmp_path):
     assert keys["slow--r8-b0.4"]["qtha"] | {"quantum": "qtha"} == keys["qtha--r8-b0.4"]["qtha"] | variants["slow"]
     assert keys["attention--r8"]["qtha"] == {"rank": 8, "alpha": 16, **variants["attention"]}
     assert keys["attention--r8"]["adapter"] == "qtha"
+
+
+def test_a_variant_is_checked_at_the_ranks_of_the_suite(tmp_path):
+    """A device of five qubits has room for the circuits of rank 4, not of rank 8, the default of the block."""
+    noisy = {"quantum_backend": "aer", "noise_model": "fake:manila", "shots": 256}
+    execution = Execution(suite(tmp_path, ranks=[4], variants={"noisy": noisy}))
+    cell = next(cell for cell in search(execution.suite) if cell.method.adapter == "noisy")
+    assert execution.keys(cell)["qtha"].items() >= {"rank": 4, **noisy}.items()
+    with pytest.raises(ValueError, match=r"at rank 8: .*'fake:manila' has 5 qubits, the circuit 8") as error:
+        suite(tmp_path, ranks=[4, 8], variants={"noisy": noisy})
+    assert ": :" not in str(error.value)
 
 
 def test_settings_are_recorded_without_local_paths(tmp_path):

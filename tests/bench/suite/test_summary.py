@@ -8,14 +8,14 @@ from axolotl_qtha.bench.suite import results
 from axolotl_qtha.bench.suite.cell import curve, diverged
 from axolotl_qtha.bench.suite.execution import Execution
 from axolotl_qtha.bench.suite.spec import Cell, search
-from axolotl_qtha.bench.suite.summary import write_summary
+from axolotl_qtha.bench.suite.summary import summary, write_summary
 from axolotl_qtha.bench.suite.table import differences, entries
 
 from .test_spec import suite
 
-ADAPTERS = ["lora", "lora-equal", "qtha", "mpo-only", "silu", "frozen"]
+ADAPTERS = ["lora", "lora-equal", "qtha", "mpo-only", "silu", "frozen", "product"]
 # Validation loss of each adapter at its best rate, seed 3; the others are 0.01 and 0.02 higher.
-LOSSES = {"lora": 3.0, "lora-equal": 3.3, "qtha": 3.1, "mpo-only": 3.1, "silu": 3.0, "frozen": 3.4}
+LOSSES = {"lora": 3.0, "lora-equal": 3.3, "qtha": 3.1, "mpo-only": 3.1, "silu": 3.0, "frozen": 3.4, "product": 3.1}
 
 
 def info(loss, status="success", error=""):
@@ -52,7 +52,7 @@ def put(execution, cell, loss, **changes):
 
 
 def text_of(execution):
-    return write_summary(execution, "axolotl qtha-bench suite.yml").read_text()
+    return summary(execution, entries(execution), "axolotl qtha-bench suite.yml")
 
 
 def row(text, start):
@@ -69,16 +69,32 @@ def test_figures_and_verdicts(execution):
     )
     assert "Lower than LoRA of the same size with an interval that excludes zero: domain." in text
     assert (
-        "against mpo-only (QTHA without a circuit): validation loss +0.000 ± 0.000; the trained circuit **adds nothing**" in text
+        "qtha, r 8, 0.24 (16,000 parameters) against mpo-only (QTHA without a circuit; 17,664 parameters): validation loss "
+        "+0.000 ± 0.000 (p 1.000, after Holm's correction 1.000); the two are **not told apart**." in text
     )
     assert "against silu (QTHA with a classical" in text
-    assert "validation loss +0.100 ± 0.000; the trained circuit **raises** it." in text
-    assert "validation loss -0.300 ± 0.000; the trained circuit **lowers** it." in text
-    assert "Of 3 such intervals 0.2 would exclude zero by chance" in text
+    assert (
+        "validation loss +0.100 ± 0.000 (p < 0.001, after Holm's correction < 0.001); the trained circuit **raises** it." in text
+    )
+    assert (
+        "validation loss -0.300 ± 0.000 (p < 0.001, after Holm's correction < 0.001); the trained circuit **lowers** it." in text
+    )
+    assert "against product (QTHA with a trained circuit without entangling gates; 17,200 parameters)" in text
+    assert row(text, "qtha, r 8, 0.24 - product").endswith("| 1.000 | 1.000 | not told apart (the interval includes zero) |")
+    assert "no difference (" not in text
+    assert "Of 4 such intervals 0.2 would exclude zero by chance" in text
     assert "rouge1: F1 of words" in text
-    for picture in ("pareto.png", "costs.png", "curves-domain.png"):
-        assert (execution.folder / picture).read_bytes().startswith(b"\x89PNG")
-        assert f"]({picture})" in text
+
+
+def test_the_files_beside_it(execution):
+    text = write_summary(execution, "axolotl qtha-bench suite.yml").read_text()
+    for picture in ("pareto", "costs", "curves-domain"):
+        assert f"]({picture}.png)" in text
+        for kind, start in {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}.items():
+            assert (execution.folder / f"{picture}.{kind}").read_bytes().startswith(start)
+    for file in ("results.csv", "comparisons.csv", "results.json"):
+        assert f"`{file}`" in text
+        assert (execution.folder / file).stat().st_size > 0
 
 
 def test_a_diverged_seed_is_told_and_no_mean_is_claimed(execution):
@@ -88,7 +104,7 @@ def test_a_diverged_seed_is_told_and_no_mean_is_claimed(execution):
     assert "| 1 of 3 diverged |" in row(text, "qtha, r 8, 0.24 |")
     assert "3.11" not in row(text, "qtha, r 8, 0.24 |")
     assert "**not known**, runs are missing or diverged" in text
-    assert "against mpo-only (QTHA without a circuit): not known: runs are missing or diverged." in text
+    assert "against mpo-only (QTHA without a circuit; 17,664 parameters): not known: runs are missing or diverged." in text
     assert "3.010 ± 0.025" in row(text, "lora, r 8 |"), "the others keep theirs"
 
 
@@ -121,7 +137,7 @@ def test_test_sets_choose_nothing(execution):
 def test_pairs_are_by_task_rank_and_budget(execution):
     pairs = {(d.ours.method.adapter, d.other.method.adapter) for d in differences(entries(execution))}
     assert pairs == {(name, "lora") for name in ADAPTERS if name != "lora"} | {
-        ("qtha", name) for name in ("lora-equal", "mpo-only", "silu", "frozen")
+        ("qtha", name) for name in ("lora-equal", "mpo-only", "silu", "frozen", "product")
     }
 
 

@@ -1,0 +1,1 @@
+"""`axolotl qtha-diagnose`: what papers print of a circuit, at initialisation and trained."""

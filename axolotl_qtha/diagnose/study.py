@@ -1,0 +1,156 @@
+"""A circuit at initialisation, over numbers of qubits and layers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.stats import linregress
+from torch import Tensor
+
+from ..circuit.ansatz import Ansatz
+from ..circuit.expressibility import Expressibility, expressibility, fidelities, haar_meyer_wallach, meyer_wallach
+from ..circuit.readout import jacobians
+from ..circuit.spectrum import accessible, spectrum
+from ..circuit.statevector import statevectors
+from ..circuit.trainability import GradientVariance, Spread, effective_dimension, fisher, gradient_variance
+
+DATA = (1_000, 10_000, 100_000, 1_000_000)  # numbers of data points that effective dimensions are for
+DRAWS, INPUTS = 20, 25  # of the angles, and of z for each, that the Fisher information is taken at
+SERIES = 20  # draws that spectra are taken of
+AMPLITUDES = 2**21  # of states at one time: 32 MiB
+
+Encode = Callable[[Tensor], Tensor]  # from z to the encoding angles in radians
+
+
+@dataclass(frozen=True)
+class Fourier:
+    """What is read out as a Fourier series in one input: |c_w| as root mean square over draws, inputs and outputs."""
+
+    frequencies: list[float]
+    amplitudes: list[float]
+    accessible: list[float]  # those that any draw, input and output has
+
+
+@dataclass(frozen=True)
+class Study:
+    """A circuit at initialisation."""
+
+    qubits: int
+    layers: int
+    angles: int
+    variance: GradientVariance
+    expressibility: Expressibility
+    entangling: Spread  # Meyer and Wallach's Q: mean over states, and its standard error
+    entangling_haar: float
+    fourier: Fourier
+    effective: dict[int, float]  # effective dimension, by the number of data points
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Slope:
+    """log2 of a variance of gradients as a straight line in the qubits."""
+
+    cost: str
+    layers: int
+    qubits: list[int]
+    slope: float  # bits a qubit
+    error: float  # standard error of the fit
+
+
+def draws(ansatz: Ansatz, count: int, encode: Encode, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return encoded inputs (count, n) of a standard normal z, and angles (count, rows, n) as an adapter's start: uniform."""
+    here = {"dtype": torch.float64, "device": "cpu"}
+    z = torch.randn(count, ansatz.width, generator=generator, **here)  # type: ignore[call-overload]
+    return encode(z), uniform(ansatz, count, generator)
+
+
+def uniform(ansatz: Ansatz, count: int, generator: torch.Generator) -> Tensor:
+    """Return angles (count, rows, n), uniform over a turn."""
+    shape = (count, *ansatz.angle_shape)
+    return (2 * torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu") - 1) * math.pi
+
+
+def generator(seed: int, *what: int) -> torch.Generator:
+    """Return random numbers of their own for each `what`, so that no study depends on which others are made."""
+    state = int(np.random.SeedSequence([seed, *what]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return torch.Generator("cpu").manual_seed(state)
+
+
+def study(ansatz: Ansatz, encode: Encode, initialisations: int, pairs: int, seed: int) -> Study:
+    """Return what is to be said of a circuit at initialisation.
+
+    Args:
+        ansatz: the circuit.
+        encode: from z to the encoding angles.
+        initialisations: draws that the variance of gradients is taken over.
+        pairs: of states whose fidelities are taken; entanglement is taken of the same states.
+        seed: of the random numbers.
+    """
+    start, random = time.perf_counter(), generator(seed, ansatz.qubits, ansatz.layers)
+    variance = gradient_variance(*draws(ansatz, initialisations, encode, random), ansatz)
+    overlaps, entangled = _states(ansatz, encode, pairs, random)
+    z, angles = draws(ansatz, SERIES, encode, random)
+    series = fourier(z, angles, ansatz)
+    many = uniform(ansatz, DRAWS, random)
+    each = [draws(ansatz, INPUTS, encode, random)[0] for _ in range(DRAWS)]
+    fishers = torch.stack([fisher(jacobians(z, own.expand(INPUTS, -1, -1), ansatz)) for z, own in zip(each, many, strict=True)])
+    return Study(
+        qubits=ansatz.qubits,
+        layers=ansatz.layers,
+        angles=math.prod(ansatz.angle_shape),
+        variance=variance,
+        expressibility=expressibility(overlaps, ansatz.qubits, seed),
+        entangling=Spread(float(entangled.mean()), float(entangled.std()) / math.sqrt(len(entangled))),
+        entangling_haar=haar_meyer_wallach(ansatz.qubits),
+        fourier=series,
+        effective={data: effective_dimension(fishers, data) for data in DATA},
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _states(ansatz: Ansatz, encode: Encode, pairs: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return the fidelities of pairs of random states (pairs), and Q of each state (2 pairs)."""
+    overlaps, entangled, left = [], [], pairs
+    while left:
+        many = min(left, max(1, AMPLITUDES >> (ansatz.qubits + 1)))
+        with torch.no_grad():
+            states = statevectors(*draws(ansatz, 2 * many, encode, random), ansatz)
+        overlaps.append(fidelities(states[::2], states[1::2]))
+        entangled.append(meyer_wallach(states))
+        left -= many
+    return torch.cat(overlaps), torch.cat(entangled)
+
+
+def fourier(z: Tensor, angles: Tensor, ansatz: Ansatz) -> Fourier:
+    """Return the series of what is read out, of draws z (draws, n) and angles (draws, rows, n)."""
+    frequencies, amplitudes = spectrum(z, angles, ansatz)
+    there = accessible(frequencies, amplitudes)
+    kept = frequencies <= max(there)
+    means = amplitudes.square().flatten(0, -2).mean(0).sqrt()
+    return Fourier(frequencies[kept].tolist(), means[kept].tolist(), there)
+
+
+def sized(ansatz: Ansatz, qubits: int, layers: int) -> Ansatz:
+    """Return the same circuit on other qubits, with other repetitions."""
+    return dataclasses.replace(ansatz, qubits=qubits, layers=layers)
+
+
+def slopes(studies: list[Study], qubits: list[int]) -> list[Slope]:
+    """Return how the variances fall with these qubits, for each number of layers; of fewer than three sizes there is no line."""
+    found = []
+    for layers in sorted({each.layers for each in studies}):
+        line = [each for each in studies if each.layers == layers and each.qubits in qubits]
+        for cost in ("readouts", "local", "global_"):
+            points = [(each.qubits, getattr(each.variance, cost).value) for each in line]
+            points = [(n, math.log2(value)) for n, value in points if value > 0]
+            if len(points) > 2:
+                fit = linregress([n for n, _ in points], [value for _, value in points])
+                found.append(Slope(cost.rstrip("_"), layers, [n for n, _ in points], float(fit.slope), float(fit.stderr)))
+    return found
