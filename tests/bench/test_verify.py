@@ -66,10 +66,10 @@ def test_noise_without_shots_is_aers_own_to_rounding(noise_model):
     assert row.values <= 1e-10
 
 
-@pytest.mark.parametrize(
-    ("example", "noise_model"),
-    [("cz_ladder", "depolarizing"), ("cz_ladder", "fake:manila"), ("zz_observables", f"{OWN}:by_rx"), ("xy", "fake:manila")],
-)
+OWN_CIRCUITS = [("cz_ladder", "depolarizing"), ("cz_ladder", "fake:manila"), ("xy", "fake:manila")]
+
+
+@pytest.mark.parametrize(("example", "noise_model"), [*OWN_CIRCUITS, ("zz_observables", f"{OWN}:by_rx")])
 def test_noise_of_own_circuits_and_observables(example, noise_model):
     module = OWN if example == "xy" else "axolotl_qtha.circuit.examples"
     ansatz = ansatz_of(circuit_of(f"{module}:{example}", 3, 2))
