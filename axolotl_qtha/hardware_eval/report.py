@@ -172,7 +172,7 @@ def _draw_deviations(axes: Axes, ways: list[Way], found: Evaluation) -> None:
         axes.errorbar(places, way.deviation.bias, yerr=way.deviation.std, fmt="o", capsize=4, label=_label(way, found))
     axes.axhline(0, color="grey", linewidth=1)
     labels = found.facts["observables"]
-    axes.set_xticks(range(len(labels)), range(len(labels)) if _read_out(found) == "qubit" else labels)
+    axes.set_xticks(range(len(labels)), [*map(str, range(len(labels)))] if _read_out(found) == "qubit" else labels)
     axes.set(xlabel=_read_out(found), ylabel="<Z> less the exact <Z>: mean, ± std")
     axes.grid(alpha=0.3, axis="y")
     axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(ways))
