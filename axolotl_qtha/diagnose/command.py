@@ -18,7 +18,7 @@ from rich.progress import track
 from torch import Tensor
 
 from ..circuit.ansatz import MAX_QUBITS, Ansatz
-from ..circuit.readout import angle_shape
+from ..circuit.readout import angle_shape, inputs
 from ..errors import refusal
 from ..files.writable import why_unwritable
 from ..settings.meta_base import read_yaml
@@ -28,7 +28,7 @@ from ..trained.calibration_text import Sequence, batches, rows, tokens
 from ..trained.passes import Pass, Tokens, adapters_of
 from ..tuner.adapter import QTHAAdapter
 from ..tuner.bottleneck import Circuit, bounded
-from ..tuner.config import QTHAConfig
+from ..tuner.config import SIMULATION_KEYS, QTHAConfig
 from ..tuner.sizes import ansatz
 from .figure import draw
 from .report import JSON, PICTURES, Diagnosis, slope_lines, study_table, trained_table
@@ -149,6 +149,8 @@ def _trained(options: DiagnosisOptions, out: Console) -> tuple[list[TrainedCircu
     """Return the trained circuits on the data's z, and where the data is from."""
     assert options.lora_model_dir is not None
     cfg = configuration(options.config, options.lora_model_dir)
+    # z is read with exact circuits, whatever the YAML says: nothing is submitted to a device
+    cfg.qtha = {key: value for key, value in cfg.qtha.items() if key not in SIMULATION_KEYS}
     model, tokenizer, _ = load_model_and_tokenizer(cfg=cfg, inference=True)
     model = cast(PeftModel, model).eval()
     adapters = adapters_of(model)
@@ -191,10 +193,10 @@ def _spread_out(names: list[str], most: int) -> list[str]:
 def _circuits(name: str, adapter: QTHAAdapter, z: Tensor, options: DiagnosisOptions) -> list[TrainedCircuit]:
     """Return an adapter's circuits on z (tokens, r), as it encodes it."""
     branch = cast(Circuit, adapter.bottleneck().branch)
-    encoded, n = branch.encode(z.to(branch.angles)), branch.ansatz.qubits
-    parts = enumerate(slice(first, first + n) for first in range(0, z.shape[1], n))
-    fixed = branch.ansatz, options.pairs, options.seed
-    return [trained_circuit(name, block, encoded[:, part], branch.angles[:, part], *fixed) for block, part in parts]
+    encoded = branch.encode(z.to(branch.angles))
+    circuit, angles = branch.ansatz, branch.angles.split(angle_shape(branch.ansatz)[1], 1)
+    parts = enumerate(zip(encoded.split(inputs(circuit), 1), angles, strict=True))
+    return [trained_circuit(name, block, z, own, circuit, options.pairs, options.seed) for block, (z, own) in parts]
 
 
 def _text(options: DiagnosisOptions, cfg: DictDefault) -> tuple[list[Sequence], str]:

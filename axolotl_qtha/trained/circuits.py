@@ -40,8 +40,7 @@ def trained_circuit(folder: Path, layer: str | None, block: int = 0) -> tuple[Qu
     if not 0 <= block < blocks:
         works = "`--block 0`" if blocks == 1 else f"0 to {blocks - 1}"
         raise refusal("--block", block, f"is none of the {blocks} circuits of {name}", works)
-    n = circuit.qubits
-    bound = circuit.bound(None, angles[:, block * n : (block + 1) * n])
+    bound = circuit.bound(None, angles.chunk(blocks, 1)[block])
     bound.name = name if blocks == 1 else f"{name}-{block}"
     bound.metadata = {"layer": name, "block": block}
     return bound, blocks
@@ -62,7 +61,7 @@ def trained_angles(folder: Path, layer: str | None) -> tuple[QTHAConfig, str, Te
             raise ValueError(f"{folder / WEIGHTS} holds no angles of {name}. What works: an adapter folder copied whole.")
         angles = file.get_tensor(f"{PREFIX}{owner}{INSIDE}angles").to(torch.float64)
     own = config.of_layer(name)
-    return own, name, angles.view(-1, own.rank)
+    return own, name, angles.view(ansatz(own).rows, -1)
 
 
 def _chosen(layer: str | None, names: list[str]) -> str:

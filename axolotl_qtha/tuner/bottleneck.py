@@ -60,9 +60,8 @@ class Circuit:
         if given.shape != self.angles.shape[1:]:
             works = f"the {self.angles.shape[1]} numbers of one token, z = A x"
             raise ValueError(f"z has shape {tuple(given.shape)}. What works: {works}.")
-        parts = [slice(first, first + n) for first in range(0, len(given), n)]
-        encoded = self.encode(given)
-        return [self.ansatz.bound(encoded[part], self.angles[:, part]) for part in parts]
+        parts = zip(self.encode(given).split(n), self.angles.split(n, 1), strict=True)
+        return [self.ansatz.bound(*part) for part in parts]
 
 
 @dataclass
