@@ -28,7 +28,7 @@ from ..trained.calibration_text import Sequence, batches, rows, tokens
 from ..trained.passes import Pass, Tokens, adapters_of
 from ..tuner.adapter import QTHAAdapter
 from ..tuner.bottleneck import Circuit, bounded
-from ..tuner.config import QTHAConfig
+from ..tuner.config import SIMULATION_KEYS, QTHAConfig
 from ..tuner.sizes import ansatz
 from .figure import draw
 from .report import JSON, PICTURES, Diagnosis, slope_lines, study_table, trained_table
@@ -150,6 +150,8 @@ def _trained(options: DiagnosisOptions, out: Console) -> tuple[list[TrainedCircu
     """Return the trained circuits on the data's z, and where the data is from."""
     assert options.lora_model_dir is not None
     cfg = configuration(options.config, options.lora_model_dir)
+    # z is read with exact circuits, whatever the YAML says: nothing is submitted to a device
+    cfg.qtha = {key: value for key, value in cfg.qtha.items() if key not in SIMULATION_KEYS}
     model, tokenizer, _ = load_model_and_tokenizer(cfg=cfg, inference=True)
     model = cast(PeftModel, model).eval()
     adapters = adapters_of(model)

@@ -130,6 +130,9 @@ def test_files(circuit, tmp_path):
     assert {"axolotl_qtha", "torch", "qiskit"} <= set(read["versions"])
     assert read["studies"][1]["variance"]["global"]["value"] == studies[1].variance.global_.value
     assert read["trained"][0]["trained"]["local_effective"].keys() == {"1000", "10000", "100000", "1000000"}
+    assert len(read["trained"][0]["trained"]["expressibility"]["histogram"]) == 75
+    assert read["trained"][0]["random"][1]["expressibility"]["kl"] == circuit[2].random[1].expressibility.kl
+    assert "histogram" not in read["trained"][0]["random"][1]["expressibility"]
     draw(found, [tmp_path / "a.png", tmp_path / "a.pdf"])
     assert (tmp_path / "a.png").stat().st_size > 20_000
     assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
