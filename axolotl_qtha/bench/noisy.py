@@ -12,7 +12,8 @@ import numpy as np
 from qiskit import ClassicalRegister, QuantumCircuit, transpile
 
 from ..circuit.ansatz import Ansatz
-from ..circuit.noise import BASIS, FAKE, device, is_own
+from ..circuit.noise import FAKE, device, is_own, plain_basis
+from ..circuit.observables import groups
 from ..circuit.own_noise import basis, flips, own
 from ..circuit.shifts import GateAngles
 from ..circuit.simulation import Simulation
@@ -23,41 +24,46 @@ Flips = list[tuple[float, float]]  # of each qubit, P(read 1 | prepared 0) and P
 
 
 def by_hand(ansatz: Ansatz, simulation: Simulation, z: np.ndarray, angles: np.ndarray) -> np.ndarray:
-    """Return the exact <Z_i>, (tokens, n), of Aer's density matrix under the noise model, read out with its errors.
+    """Return the exact values of the observables, (tokens, n), of Aer's density matrix under the noise model, read out.
 
     Args:
         ansatz: the circuit.
         simulation: its noise model.
         z: inputs, (tokens, n), radians.
-        angles: trained angles, (rows, n), radians.
+        angles: trained angles, (rows, columns), radians.
     """
     from qiskit_aer import AerSimulator
 
-    gates = GateAngles(ansatz)
-    circuit, qubits, model, errors = _noisy(gates.circuit, simulation)
-    simulator = AerSimulator(method="density_matrix", noise_model=model)
-    values = []
-    for bound in _bound(circuit, gates, z, angles):
-        bound.save_density_matrix(qubits)
-        state = simulator.run(bound).result().data()["density_matrix"]
-        values.append(_read(np.real(np.diag(np.asarray(state))), errors))
-    return np.array(values)
+    gates, values = GateAngles(ansatz), np.empty(z.shape)
+    for group in groups(gates.observables):
+        circuit, qubits, model, errors = _noisy(group.turned(gates.circuit), simulation)
+        simulator = AerSimulator(method="density_matrix", noise_model=model)
+        for row, bound in zip(values, _bound(circuit, gates, z, angles), strict=True):
+            bound.save_density_matrix(qubits)
+            state = np.asarray(simulator.run(bound).result().data()["density_matrix"])
+            table = _read_out(np.real(np.diag(state)), errors)
+            for i in group.which:
+                row[i] = _parity(table, gates.observables[i])
+    return values
 
 
 def by_device(ansatz: Ansatz, noise_model: str, z: np.ndarray, angles: np.ndarray, seed: int) -> np.ndarray:
-    """Return <Z_i>, (tokens, n), of `DEVICE_SHOTS` shots by a fake device's own `run`; arguments as of `by_hand`."""
-    gates, backend = GateAngles(ansatz), device(noise_model, ansatz.qubits)
-    circuit, qubits = _placed(gates.circuit, backend)
-    circuits = _bound(circuit, gates, z, angles)
-    for bound in circuits:
-        bound.add_register(register := ClassicalRegister(ansatz.qubits, "read"))
-        bound.measure(qubits, register)
-    result = backend.run(circuits, shots=DEVICE_SHOTS, seed_simulator=1 + seed).result()
-    values = np.zeros((len(circuits), ansatz.qubits))
-    for row, bound in zip(values, circuits, strict=True):
-        for bits, count in result.get_counts(bound).items():
-            row += count * (1 - 2 * np.array([int(bit) for bit in reversed(bits)]))
-    return values / DEVICE_SHOTS
+    """Return the same of `DEVICE_SHOTS` shots by a fake device's own `run`; arguments as of `by_hand`."""
+    gates, backend, values = GateAngles(ansatz), device(noise_model, ansatz.qubits), np.empty(z.shape)
+    for group in groups(gates.observables):
+        circuit, qubits = _placed(group.turned(gates.circuit), backend)
+        circuits = _bound(circuit, gates, z, angles)
+        for bound in circuits:
+            bound.add_register(register := ClassicalRegister(ansatz.qubits, "read"))
+            bound.measure(qubits, register)
+        result = backend.run(circuits, shots=DEVICE_SHOTS, seed_simulator=1 + seed).result()
+        for number, row in enumerate(values):
+            table = np.zeros([2] * ansatz.qubits)
+            for bits, count in result.get_counts(number).items():
+                table[tuple(map(int, bits))] += count / DEVICE_SHOTS
+            for i in group.which:
+                row[i] = _parity(table, gates.observables[i])
+    return values
 
 
 def _placed(circuit: QuantumCircuit, backend: Any) -> tuple[QuantumCircuit, list[int]]:
@@ -87,11 +93,12 @@ def _noisy(circuit: QuantumCircuit, simulation: Simulation) -> tuple[QuantumCirc
         errors = flips(name, found)
         compiled = transpile(circuit, basis_gates=basis(name, found), optimization_level=0)
         return compiled, list(range(count)), found, [errors.get(i, errors.get(None, (0.0, 0.0))) for i in range(count)]
-    model = NoiseModel(basis_gates=BASIS)
+    gates = plain_basis(circuit)
+    model = NoiseModel(basis_gates=gates)
     if name == "depolarizing":
-        model.add_all_qubit_quantum_error(depolarizing_error(strengths.one_qubit, 1), ["ry"])
+        model.add_all_qubit_quantum_error(depolarizing_error(strengths.one_qubit, 1), ["rx", "ry"])
         model.add_all_qubit_quantum_error(depolarizing_error(strengths.two_qubits, 2), ["cx"])
-    compiled = transpile(circuit, basis_gates=BASIS, optimization_level=0)
+    compiled = transpile(circuit, basis_gates=gates, optimization_level=0)
     return compiled, list(range(count)), model, [(0.0, 0.0) if name == "none" else strengths.readout] * count
 
 
@@ -109,15 +116,20 @@ def _measured(backend: Any, qubit: int) -> tuple[float, float]:
     return up, down
 
 
-def _read(probabilities: np.ndarray, errors: Flips) -> np.ndarray:
-    """Return <Z_i> as read out, of the distribution of outcomes (2**n), in which qubit 0 is the lowest bit."""
+def _read_out(probabilities: np.ndarray, errors: Flips) -> np.ndarray:
+    """Return the distribution of what is read, (2, ..., 2), of that of the outcomes, (2**n); the last axis is qubit 0."""
     count = len(errors)
-    table = probabilities.reshape([2] * count)  # the last axis is qubit 0
+    table = probabilities.reshape([2] * count)
     for qubit, (up, down) in enumerate(errors):
         axis = count - 1 - qubit
         table = np.moveaxis(np.tensordot(np.array([[1 - up, down], [up, 1 - down]]), table, axes=(1, axis)), 0, axis)
-    values = []
-    for qubit in range(count):
-        zero, one = np.moveaxis(table, count - 1 - qubit, 0).reshape(2, -1).sum(axis=1)
-        values.append(zero - one)
-    return np.array(values)
+    return table
+
+
+def _parity(table: np.ndarray, label: str) -> float:
+    """Return the mean of the product of the signs of the qubits that a Pauli label acts on; its last letter is qubit 0's."""
+    signed = table
+    for axis, letter in enumerate(label):
+        shape = [2 if i == axis else 1 for i in range(table.ndim)]
+        signed = signed * (np.array([1.0, 1.0 if letter == "I" else -1.0]).reshape(shape))
+    return float(signed.sum())

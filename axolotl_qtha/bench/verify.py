@@ -61,7 +61,7 @@ def compare(ansatz: Ansatz, simulation: Simulation, tokens: int, tolerance: floa
         reference = how == REFERENCE  # its own gradients would be compared with themselves
         yield Row(name, off, None if reference else grads_off, "", max(off, grads_off) <= tolerance)
     if simulation.noise_model != "none" or simulation.shots is not None:
-        yield from _noisy(ansatz, simulation, z, angles, seed)
+        yield from _noisy(ansatz, simulation, np.split(z, blocks, axis=1), np.split(angles, blocks, axis=1), seed)
 
 
 def _engines(ansatz: Ansatz) -> Iterator[tuple[str, torch.dtype, str, Simulation, bool]]:
@@ -81,12 +81,12 @@ def _engines(ansatz: Ansatz) -> Iterator[tuple[str, torch.dtype, str, Simulation
         yield "aer_gpu, double", torch.float64, "cpu", Simulation("aer_gpu"), False
 
 
-def _noisy(ansatz: Ansatz, simulation: Simulation, z: np.ndarray, angles: np.ndarray, seed: int) -> Iterator[Row]:
+def _noisy(ansatz: Ansatz, simulation: Simulation, z: list[np.ndarray], angles: list[np.ndarray], seed: int) -> Iterator[Row]:
     """Compare shots and noise, as the configuration has them, with Aer run by hand, and with a fake device's own simulation."""
     name = f"{simulation.backend}, noise_model {simulation.noise_model}, {simulation.shots or 'no'} shots"
-    asked = expectation_values(torch.tensor(z), torch.tensor(angles), ansatz, simulation).numpy()
-    parts = [slice(first, first + ansatz.qubits) for first in range(0, z.shape[1], ansatz.qubits)]
-    hand = np.concatenate([by_hand(ansatz, simulation, z[:, part], angles[:, part]) for part in parts], axis=1)
+    inputs, trained = (torch.tensor(np.concatenate(parts, axis=1)) for parts in (z, angles))
+    asked = expectation_values(inputs, trained, ansatz, simulation).numpy()
+    hand = np.concatenate([by_hand(ansatz, simulation, *part) for part in zip(z, angles, strict=True)], axis=1)
     if simulation.shots is None:
         off = float(np.abs(asked - hand).max())
         # both are exact: rounding alone, in the configured precision
@@ -95,11 +95,11 @@ def _noisy(ansatz: Ansatz, simulation: Simulation, z: np.ndarray, angles: np.nda
         yield _counted(f"{name}: Aer by hand", asked, hand, simulation.shots)
     if simulation.noise_model.startswith(FAKE):
         # without shots of our own, and at angles of zero too, where what is read wrongly shows best
-        z, angles = np.vstack([z[:, parts[0]], np.zeros(ansatz.qubits)]), angles[:, parts[0]]
         exact = Engine(ansatz, dataclasses.replace(simulation, backend="aer", shots=None, precision="double"), None)
-        for what, inputs, trained in (("", z[:-1], angles), (", all angles 0", z[-1:], np.zeros_like(angles))):
-            ours = exact.expectations(exact.gates.points(inputs, trained))
-            theirs = by_device(ansatz, simulation.noise_model, inputs, trained, seed)
+        zero = np.zeros_like(z[0][:1]), np.zeros_like(angles[0])
+        for what, point in (("", (z[0], angles[0])), (", all angles 0", zero)):
+            ours = exact.expectations(exact.gates.points(*point))
+            theirs = by_device(ansatz, simulation.noise_model, *point, seed)
             yield _counted(f"{simulation.noise_model}: the device's own {DEVICE_SHOTS:,} shots{what}", theirs, ours, DEVICE_SHOTS)
 
 

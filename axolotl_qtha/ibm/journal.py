@@ -21,7 +21,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load_file, save_file
 
 from ..errors import refusal
 from ..files.durable import flush, put_in_place
@@ -204,8 +204,9 @@ class Journal(Ledger):
         """Keep how circuits are made, once."""
         path = self.folder / "made" / f"{name}.json"
         if not path.is_file():
+            text = json.dumps(made, sort_keys=True, indent=1)
             with self._writing():
-                _put(path, json.dumps(made, sort_keys=True, indent=1).encode())
+                _put(path, lambda beside: beside.write_text(text))
 
     def ask(self, tag: str, hashes: np.ndarray, points: np.ndarray) -> None:
         """Keep what a job is asked: hashes (circuits, 16) and angles (circuits, gates)."""
@@ -292,14 +293,15 @@ def _fit(hashes: np.ndarray, result: dict[str, np.ndarray], entry: Entry) -> boo
 
 
 def _write(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    _put(path, save({name: np.ascontiguousarray(value) for name, value in tensors.items()}))
+    arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    _put(path, lambda beside: save_file(arrays, beside))
 
 
-def _put(path: Path, content: bytes) -> None:
-    """Write a file as a whole or not at all."""
+def _put(path: Path, write: Callable[[Path], Any]) -> None:
+    """Have a file be written as a whole or not at all."""
     beside = path.with_suffix(".tmp")
     try:
-        beside.write_bytes(content)
+        write(beside)
         put_in_place(beside, path)
     except (OSError, SafetensorError):
         beside.unlink(missing_ok=True)

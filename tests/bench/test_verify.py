@@ -9,6 +9,7 @@ from qiskit_aer.noise.device import basic_device_readout_errors
 from axolotl_qtha.bench.verify import compare, table
 from axolotl_qtha.circuit import native, noise, torch_engine
 from axolotl_qtha.circuit.ansatz import Ansatz
+from axolotl_qtha.circuit.recognised import ansatz_of, circuit_of
 from axolotl_qtha.circuit.simulation import Simulation, Strengths
 from axolotl_qtha.cli.circuit import verify
 from axolotl_qtha.terminal import console
@@ -63,6 +64,19 @@ def test_noise_without_shots_is_aers_own_to_rounding(noise_model):
     row = rows(simulation)[f"aer, noise_model {noise_model}, no shots: Aer by hand"]
     assert row.passed
     assert row.values <= 1e-10
+
+
+OWN_CIRCUITS = [("cz_ladder", "depolarizing"), ("cz_ladder", "fake:manila"), ("xy", "fake:manila")]
+
+
+@pytest.mark.parametrize(("example", "noise_model"), [*OWN_CIRCUITS, ("zz_observables", f"{OWN}:by_rx")])
+def test_noise_of_own_circuits_and_observables(example, noise_model):
+    module = OWN if example == "xy" else "axolotl_qtha.circuit.examples"
+    ansatz = ansatz_of(circuit_of(f"{module}:{example}", 3, 2))
+    simulation = Simulation("aer", noise_model=noise_model, strengths=Strengths(0.02, 0.05))
+    found = [row for row in compare(ansatz, simulation, tokens=2, tolerance=1e-5, seed=0) if noise_model in row.engine]
+    assert len(found) == (3 if noise_model.startswith("fake:") else 1)
+    assert all(row.passed for row in found)
 
 
 def test_a_readout_error_that_is_not_the_devices_is_found(monkeypatch):

@@ -5,6 +5,8 @@ from qiskit_aer import AerSimulator
 from qiskit_aer.noise import NoiseModel, ReadoutError, depolarizing_error
 from qiskit_ibm_runtime.fake_provider import FakeManilaV2
 
+from axolotl_qtha.circuit.examples import cz_ladder
+
 FLIPS = {0: (0.01, 0.05), 1: (0.04, 0.02)}  # by qubit: P(read 1 | prepared 0) and P(read 0 | prepared 1)
 
 
@@ -20,6 +22,11 @@ MODEL = _noisy(["ry", "rz", "cx"], "ry", 0.02)
 DEVICE = FakeManilaV2()
 SIMULATOR = AerSimulator()
 NUMBER = 7
+
+
+def xy(qubits, layers):
+    """A circuit whose observables take two measurements."""
+    return {"circuit": cz_ladder(qubits, layers), "observables": [("XX", [0, 1]), ("Y", [1]), ("ZX", [2, 0])]}
 
 
 def by_rx():

@@ -131,7 +131,7 @@ def test_the_journal_is_complete_and_the_estimate_holds(trained, journal):
 def by_kind(journal):
     """Return the jobs of forward passes and those of gradients.
 
-    Tokens may be alike (all rows begin with the same prompt): their circuit runs once. A gradient takes more for a single token.
+    A gradient takes more for a single token than a forward pass for all.
     """
     entries = list(journal.entries.values())
     return [e for e in entries if e.circuits <= TOKENS], [e for e in entries if e.circuits > TOKENS]

@@ -162,6 +162,19 @@ def test_the_noise_model_of_a_device_is_qiskits(device):
     assert np.abs((values - exact.expectations(points)) / np.maximum(errors, 1e-3)).max() < 5
 
 
+def test_the_noise_model_reads_out_as_the_device_does(model, tmp_path):
+    """All angles zero, 400 circuits of 512 shots: <Z> of both within 5 standard errors; the mean of the flips would be 12 off."""
+    journal = Journal(tmp_path)
+    runner = Runner(ansatz(model.peft_config["default"]), OPTIONS, connect(OPTIONS, QUBITS), journal)
+    zeros = np.zeros((400, len(runner.isa.gates.kinds)))
+    measured = {
+        name: way(zeros)[0].mean(axis=0) for name, way in ways(runner, Simulation(seed=3)).items() if name in (NOISE, DEVICE)
+    }
+    error = np.sqrt(2 * (1 - measured[DEVICE] ** 2) / (400 * SHOTS_GIVEN))  # of their difference
+    assert (np.abs(measured[NOISE] - measured[DEVICE]) <= 5 * error).all()
+    journal.close()
+
+
 def test_last_tokens_of_each_sequence():
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]]).bool()
     assert chosen(mask, None).equal(mask)
