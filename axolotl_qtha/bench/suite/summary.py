@@ -10,7 +10,7 @@ from typing import Any
 from . import tidy
 from .adapters import ADAPTERS, CONTROLS, EQUAL, LORA
 from .comparisons import Comparison, comparisons
-from .execution import Execution
+from .execution import Execution, without_paths
 from .plots import PICTURES, draw
 from .statistics import LEVEL
 from .table import Entry, differences, entries
@@ -241,7 +241,7 @@ def _sentence(made: Comparison) -> str:
 
 def _adapters(execution: Execution) -> str:
     meanings = {name: ADAPTERS[name] for name in execution.suite.adapters}
-    meanings |= {name: f"QTHA with {json.dumps(block)}" for name, block in execution.suite.variants.items()}
+    meanings |= {name: f"QTHA with {json.dumps(without_paths(block))}" for name, block in execution.suite.variants.items()}
     return "Adapters: " + "; ".join(f"`{name}` {meaning}" for name, meaning in meanings.items()) + "."
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from axolotl_qtha.bench.suite import results, tidy
 from axolotl_qtha.bench.suite.comparisons import comparisons
-from axolotl_qtha.bench.suite.spec import Cell
+from axolotl_qtha.bench.suite.spec import Cell, search
 from axolotl_qtha.bench.suite.summary import summary
 from axolotl_qtha.bench.suite.table import entries
 
@@ -121,6 +121,20 @@ def test_runs_of_several_versions_are_told(execution):
     assert "**The runs were not all made alike**" in text
     assert "- 1 runs: " in text
     assert sorted(each["runs"] for each in tidy.versions(tidy.runs_of(execution))) == [1, 7]
+
+
+def test_who_pays_is_in_no_file(tmp_path):
+    ibm = {"backend": "fake:manila", "instance": "Zq83-planted"}
+    variant = {"quantum_backend": "ibm", "ibm": ibm}
+    made = make(tmp_path, adapters=["lora"], ranks=[4], variants={"device": variant}, learning_rates=[0.01])
+    for cell in search(made.suite):
+        put(made, cell, 4.0, 3.0)
+        assert made.keys(cell).get("qtha", {}).get("ibm", ibm) == ibm, "the run itself has it"
+    write(made)
+    (made.folder / "summary.md").write_text(text_of(made))
+    files = [path for path in made.folder.rglob("*") if path.is_file()]
+    assert {path.name for path in files} > {tidy.ALL, tidy.RUNS, tidy.PAIRS, "summary.md"}
+    assert not [path.name for path in files if "planted" in path.read_text()]
 
 
 def git(folder, *line):
