@@ -74,6 +74,14 @@ def test_a_row_for_each_run_and_figure(execution, written):
     assert json.loads((written / max(kept)).read_text()) == {"answer": "größer", "rouge1": None}
 
 
+def test_lora_of_equal_size_has_a_rank_of_its_own(tmp_path):
+    made = make(tmp_path)
+    equal = Cell("domain", method_of(made, "lora-equal"), 0.01, 3)
+    put(made, equal, 4.0, 3.0)
+    (ranks,) = {(row.suite_rank, row.rank, row.parameters) for row in tidy.rows(made, tidy.runs_of(made))}
+    assert ranks == (8, 2, 18688)
+
+
 def test_the_json_has_the_same_and_says_where_it_comes_from(execution, written):
     whole = json.loads((written / tidy.ALL).read_text())
     rows, pairs = read(written / tidy.RUNS), read(written / tidy.PAIRS)
