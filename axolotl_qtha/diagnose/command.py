@@ -28,7 +28,8 @@ from ..trained.calibration_text import Sequence, batches, rows, tokens
 from ..trained.passes import Pass, Tokens, adapters_of
 from ..tuner.adapter import QTHAAdapter
 from ..tuner.bottleneck import Circuit, bounded
-from ..tuner.config import SIMULATION_KEYS, QTHAConfig
+from ..tuner.config import QTHAConfig
+from ..tuner.running import SIMULATION_KEYS
 from ..tuner.sizes import ansatz
 from .figure import draw
 from .report import JSON, PICTURES, Diagnosis, slope_lines, study_table, trained_table
