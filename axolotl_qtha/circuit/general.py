@@ -4,6 +4,9 @@ Slower than the engines of the built-in circuit, see `slowness`. Backward un-com
 differentiation, Jones and Gacon, arXiv 2009.02823), so what it keeps does not depend on the number of gates: of a gate U = exp(-i
 angle G) the slope is 2 Im <adjoint| G |state>.
 
+Conjugates are computed at once (`conj_physical`): the first call of a compiled function runs operators below the dispatch key
+that would resolve those that are only marked.
+
 States are (tokens, circuits, 2**n), complex, in Qiskit's order: qubit 0 is the lowest bit.
 """
 
@@ -94,7 +97,9 @@ def _gate(step: Step, angles: Tensor, uses_z: tuple[bool, ...]) -> Entries:
 
 
 def _adjoint(matrix: Entries) -> Entries:
-    return {(j, i): entry.conj() if isinstance(entry, Tensor) else entry.conjugate() for (i, j), entry in matrix.items()}
+    return {
+        (j, i): torch.conj_physical(entry) if isinstance(entry, Tensor) else entry.conjugate() for (i, j), entry in matrix.items()
+    }
 
 
 def _applied(state: Tensor, qubits: tuple[int, ...], matrix: Entries) -> Tensor:
@@ -151,8 +156,8 @@ def _observed(state: Tensor, observable: tuple[Tensor | None, Tensor]) -> Tensor
 
 
 def _expectations(state: Tensor, own: OwnCircuit) -> Tensor:
-    found = _observables(own.observables, state.device, state.dtype)
-    return torch.stack([(state.conj() * _observed(state, each)).sum(-1).real for each in found], dim=-1)
+    found, conjugate = _observables(own.observables, state.device, state.dtype), torch.conj_physical(state)
+    return torch.stack([(conjugate * _observed(state, each)).sum(-1).real for each in found], dim=-1)
 
 
 def _chunks(z: Tensor, angles: Tensor, own: OwnCircuit) -> Iterator[slice]:
@@ -195,7 +200,7 @@ def _slopes(how: Plan, angles: Tensor, both: Tensor) -> Tensor:
     for step in reversed(how.steps):
         if step.angle is not None:
             turned = _applied(both[0], step.qubits, step.matrix)
-            slopes[..., step.angle] = 2 * (both[1].conj() * turned).sum(-1).imag
+            slopes[..., step.angle] = 2 * (torch.conj_physical(both[1]) * turned).sum(-1).imag
         both = _applied(both, step.qubits, _adjoint(_gate(step, angles, how.uses_z)))
     return slopes
 

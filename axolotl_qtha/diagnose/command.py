@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from ..trained.passes import Pass, Tokens, adapters_of
 from ..tuner.adapter import QTHAAdapter
 from ..tuner.bottleneck import Circuit, bounded
 from ..tuner.config import QTHAConfig
+from ..tuner.running import SIMULATION_KEYS
 from ..tuner.sizes import ansatz
 from .figure import draw
 from .report import JSON, PICTURES, Diagnosis, slope_lines, study_table, trained_table
@@ -62,15 +64,15 @@ def diagnose(options: DiagnosisOptions, out: Console) -> Diagnosis:
     """
     config, folder, qubits, layers = _inputs(options)
     circuit = ansatz(config)
-    sizes = {(n, m): None for m in layers for n in qubits} | {(circuit.qubits, circuit.layers): None}
+    sizes = {(n, m): None for m in layers for n in qubits} | {(config.circuit_qubits, config.circuit_layers): None}
     make = partial(
         study, encode=_encoding(config), initialisations=options.initialisations, pairs=options.pairs, seed=options.seed
     )
-    steps = track([sized(circuit, *size) for size in sizes], "at initialisation", transient=True, console=out)
-    studies: list[Study] = [make(each) for each in steps]
+    steps = track([(sized(config, *size), size[1]) for size in sizes], "at initialisation", transient=True, console=out)
+    studies: list[Study] = [make(each, layers=m) for each, m in steps]
     trained, text = _trained(options, out) if options.lora_model_dir else ([], None)
     found = Diagnosis(
-        circuit={**_facts(circuit), "angle_scale": config.angle_scale, "blocks": config.blocks},
+        circuit={**_facts(config, circuit), "angle_scale": config.angle_scale, "blocks": config.blocks},
         options={
             **{each.name: getattr(options, each.name) for each in dataclasses.fields(options) if each.type == "int"},
             **{"qubits": qubits, "circuit_layers": layers},
@@ -92,9 +94,10 @@ def diagnose(options: DiagnosisOptions, out: Console) -> Diagnosis:
     return found
 
 
-def _facts(circuit: Ansatz) -> dict[str, Any]:
-    rows, columns = circuit.angle_shape
-    return {**dataclasses.asdict(circuit), "angles": rows * columns}
+def _facts(config: QTHAConfig, circuit: Ansatz) -> dict[str, Any]:
+    own = {"circuit": config.circuit, "observables": circuit.described().observables} if config.circuit else {}
+    order = {} if config.circuit else {"gate_order": config.gate_order}
+    return {"qubits": circuit.qubits, "layers": config.circuit_layers, **order, **own, "angles": math.prod(circuit.angle_shape)}
 
 
 def _encoding(config: QTHAConfig) -> Encode:
@@ -148,6 +151,8 @@ def _trained(options: DiagnosisOptions, out: Console) -> tuple[list[TrainedCircu
     """Return the trained circuits on the data's z, and where the data is from."""
     assert options.lora_model_dir is not None
     cfg = configuration(options.config, options.lora_model_dir)
+    # z is read with exact circuits, whatever the YAML says: nothing is submitted to a device
+    cfg.qtha = {key: value for key, value in cfg.qtha.items() if key not in SIMULATION_KEYS}
     model, tokenizer, _ = load_model_and_tokenizer(cfg=cfg, inference=True)
     model = cast(PeftModel, model).eval()
     adapters = adapters_of(model)
@@ -190,10 +195,10 @@ def _spread_out(names: list[str], most: int) -> list[str]:
 def _circuits(name: str, adapter: QTHAAdapter, z: Tensor, options: DiagnosisOptions) -> list[TrainedCircuit]:
     """Return an adapter's circuits on z (tokens, r), as it encodes it."""
     branch = cast(Circuit, adapter.bottleneck().branch)
-    encoded, n = branch.encode(z.to(branch.angles)), branch.ansatz.qubits
-    parts = enumerate(slice(first, first + n) for first in range(0, z.shape[1], n))
+    encoded, blocks = branch.encode(z.to(branch.angles)), z.shape[1] // branch.ansatz.width
+    parts = enumerate(zip(encoded.chunk(blocks, dim=1), branch.angles.chunk(blocks, dim=1), strict=True))
     fixed = branch.ansatz, options.pairs, options.seed
-    return [trained_circuit(name, block, encoded[:, part], branch.angles[:, part], *fixed) for block, part in parts]
+    return [trained_circuit(name, block, own, angles, *fixed) for block, (own, angles) in parts]
 
 
 def _text(options: DiagnosisOptions, cfg: DictDefault) -> tuple[list[Sequence], str]:

@@ -70,6 +70,8 @@ class Diagnosis:
     def as_dict(self) -> dict[str, Any]:
         """Return everything, for JSON."""
         found = _renamed(dataclasses.asdict(self))
+        for at in (at for each in found["trained"] for at in each["random"]):
+            del at["expressibility"]["histogram"]  # most of the file would be these
         package = {"axolotl_qtha": __version__, **versions(PACKAGES)}
         result: dict[str, Any] = {"definitions": DEFINITIONS, "versions": package, **found}
         return result

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -13,12 +12,14 @@ import torch
 from scipy.stats import linregress
 from torch import Tensor
 
-from ..circuit.ansatz import Ansatz
+from ..circuit.ansatz import GATE_ORDERS, Ansatz
 from ..circuit.expressibility import Expressibility, expressibility, fidelities, haar_meyer_wallach, meyer_wallach
 from ..circuit.readout import jacobians
 from ..circuit.spectrum import accessible, spectrum
 from ..circuit.statevector import statevectors
 from ..circuit.trainability import GradientVariance, Spread, effective_dimension, fisher, gradient_variance
+from ..tuner.config import QTHAConfig
+from ..tuner.sizes import ansatz
 
 DATA = (1_000, 10_000, 100_000, 1_000_000)  # numbers of data points that effective dimensions are for
 DRAWS, INPUTS = 20, 25  # of the angles, and of z for each, that the Fisher information is taken at
@@ -83,32 +84,34 @@ def generator(seed: int, *what: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(state)
 
 
-def study(ansatz: Ansatz, encode: Encode, initialisations: int, pairs: int, seed: int) -> Study:
+def study(circuit: Ansatz, encode: Encode, initialisations: int, pairs: int, seed: int, layers: int | None = None) -> Study:
     """Return what is to be said of a circuit at initialisation.
 
     Args:
-        ansatz: the circuit.
+        circuit: the circuit.
         encode: from z to the encoding angles.
         initialisations: draws that the variance of gradients is taken over.
         pairs: of states whose fidelities are taken; entanglement is taken of the same states.
         seed: of the random numbers.
+        layers: that it has, where the ansatz does not say it: one of the user's own.
     """
-    start, random = time.perf_counter(), generator(seed, ansatz.qubits, ansatz.layers)
-    variance = gradient_variance(*draws(ansatz, initialisations, encode, random), ansatz)
-    overlaps, entangled = _states(ansatz, encode, pairs, random)
-    z, angles = draws(ansatz, SERIES, encode, random)
-    series = fourier(z, angles, ansatz)
-    many = uniform(ansatz, DRAWS, random)
-    each = [draws(ansatz, INPUTS, encode, random)[0] for _ in range(DRAWS)]
-    fishers = torch.stack([fisher(jacobians(z, own.expand(INPUTS, -1, -1), ansatz)) for z, own in zip(each, many, strict=True)])
+    layers = layers or circuit.layers
+    start, random = time.perf_counter(), generator(seed, circuit.qubits, layers)
+    variance = gradient_variance(*draws(circuit, initialisations, encode, random), circuit)
+    overlaps, entangled = _states(circuit, encode, pairs, random)
+    z, angles = draws(circuit, SERIES, encode, random)
+    series = fourier(z, angles, circuit)
+    many = uniform(circuit, DRAWS, random)
+    each = [draws(circuit, INPUTS, encode, random)[0] for _ in range(DRAWS)]
+    fishers = torch.stack([fisher(jacobians(z, own.expand(INPUTS, -1, -1), circuit)) for z, own in zip(each, many, strict=True)])
     return Study(
-        qubits=ansatz.qubits,
-        layers=ansatz.layers,
-        angles=math.prod(ansatz.angle_shape),
+        qubits=circuit.qubits,
+        layers=layers,
+        angles=math.prod(circuit.angle_shape),
         variance=variance,
-        expressibility=expressibility(overlaps, ansatz.qubits, seed),
+        expressibility=expressibility(overlaps, circuit.qubits, seed),
         entangling=Spread(float(entangled.mean()), float(entangled.std()) / math.sqrt(len(entangled))),
-        entangling_haar=haar_meyer_wallach(ansatz.qubits),
+        entangling_haar=haar_meyer_wallach(circuit.qubits),
         fourier=series,
         effective={data: effective_dimension(fishers, data) for data in DATA},
         seconds=time.perf_counter() - start,
@@ -137,9 +140,19 @@ def fourier(z: Tensor, angles: Tensor, ansatz: Ansatz) -> Fourier:
     return Fourier(frequencies[kept].tolist(), means[kept].tolist(), there)
 
 
-def sized(ansatz: Ansatz, qubits: int, layers: int) -> Ansatz:
-    """Return the same circuit on other qubits, with other repetitions."""
-    return dataclasses.replace(ansatz, qubits=qubits, layers=layers)
+def sized(config: QTHAConfig, qubits: int, layers: int) -> Ansatz:
+    """Return an adapter's circuit for so many numbers (of the built-in one: on so many qubits), with so many layers.
+
+    Raises:
+        ValueError: naming `circuit`, if one of the user's own cannot be had.
+    """
+    if config.circuit is not None:
+        alone = {"rank_pattern": None, "bond_dim": None, "mid_dim": None}
+        return ansatz(config.changed(rank=qubits, qubits=qubits, circuit_layers=layers, **alone))
+    order: str = config.gate_order
+    if config.quantum == "product":
+        order = " ".join(kind for kind in GATE_ORDERS[order] if kind in ("encode", "rotate"))
+    return Ansatz(qubits, layers, order)
 
 
 def slopes(studies: list[Study], qubits: list[int]) -> list[Slope]:

@@ -265,6 +265,7 @@ def facts(runner: Runner) -> dict[str, Any]:
         "calibration": service.calibration,
         "qubits": isa.qubits,  # place by place
         "pack": isa.pack,
+        "observables": isa.gates.observables,  # of one circuit, Pauli labels: the last letter is its qubit 0
         "gates": dict(isa.circuit.count_ops()),
         "depth": isa.circuit.depth(),
         "two_qubit_gates": isa.circuit.num_nonlocal_gates(),

@@ -74,7 +74,7 @@ def qubit_table(found: Evaluation) -> Table:
         caption="bias: mean over layers and tokens. std: around it; shots alone explain the share given by their standard error.",
         caption_justify="left",
     )
-    for head in ("circuits", "qubit", "bias", "std", "standard error", "largest"):
+    for head in ("circuits", _read_out(found), "bias", "std", "standard error", "largest"):
         table.add_column(head, justify="left" if head == "circuits" else "right")
     for way in found.ways:
         if way.deviation is None:
@@ -82,9 +82,15 @@ def qubit_table(found: Evaluation) -> Table:
         columns = dataclasses.astuple(way.deviation)
         for i, (bias, std, worst, error) in enumerate(zip(*columns, strict=True)):
             name = _label(way, found) if i == 0 else ""
-            where = f"{i}{_places(way, found, i)}"
+            where = f"{i}{_places(way, found, i)}" if _read_out(found) == "qubit" else found.facts["observables"][i]
             table.add_row(name, where, f"{bias:+.4f}", f"{std:.4f}", f"{error:.4f}", f"{worst:.4f}")
     return table
+
+
+def _read_out(found: Evaluation) -> str:
+    """Return what <Z> is of: qubits, or observables of a circuit of the user's own."""
+    labels = found.facts["observables"]
+    return "qubit" if all(label[::-1].rstrip("I") == "I" * i + "Z" for i, label in enumerate(labels)) else "observable"
 
 
 def _places(way: Way, found: Evaluation, qubit: int) -> str:
@@ -165,7 +171,8 @@ def _draw_deviations(axes: Axes, ways: list[Way], found: Evaluation) -> None:
         places = [qubit + (i - (len(ways) - 1) / 2) * 0.2 for qubit in range(len(way.deviation.bias))]
         axes.errorbar(places, way.deviation.bias, yerr=way.deviation.std, fmt="o", capsize=4, label=_label(way, found))
     axes.axhline(0, color="grey", linewidth=1)
-    axes.set_xticks(range(len(found.facts["qubits"]) // found.facts["pack"]))
-    axes.set(xlabel="qubit", ylabel="<Z> less the exact <Z>: mean, ± std")
+    labels = found.facts["observables"]
+    axes.set_xticks(range(len(labels)), [*map(str, range(len(labels)))] if _read_out(found) == "qubit" else labels)
+    axes.set(xlabel=_read_out(found), ylabel="<Z> less the exact <Z>: mean, ± std")
     axes.grid(alpha=0.3, axis="y")
     axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(ways))

@@ -56,13 +56,12 @@ class Circuit:
         Raises:
             ValueError: if z has another shape, or is NaN or infinite.
         """
-        given, n = torch.as_tensor(z, dtype=self.angles.dtype, device=self.angles.device), self.ansatz.qubits
-        if given.shape != self.angles.shape[1:]:
-            works = f"the {self.angles.shape[1]} numbers of one token, z = A x"
-            raise ValueError(f"z has shape {tuple(given.shape)}. What works: {works}.")
-        parts = [slice(first, first + n) for first in range(0, len(given), n)]
-        encoded = self.encode(given)
-        return [self.ansatz.bound(encoded[part], self.angles[:, part]) for part in parts]
+        given = torch.as_tensor(z, dtype=self.angles.dtype, device=self.angles.device)
+        blocks = self.angles.shape[1] // self.ansatz.angle_shape[1]
+        if tuple(given.shape) != ((rank := blocks * self.ansatz.width),):
+            raise ValueError(f"z has shape {tuple(given.shape)}. What works: the {rank} numbers of one token, z = A x.")
+        parts = zip(self.encode(given).chunk(blocks), self.angles.chunk(blocks, dim=1), strict=True)
+        return [self.ansatz.bound(*part) for part in parts]
 
 
 @dataclass

@@ -173,6 +173,19 @@ def test_in_single_precision():
         assert np.abs(single - double).max() <= 1e-5
 
 
+def test_the_first_call_of_a_compiled_function():
+    """PyTorch runs it below some of its dispatch keys, among them the one that resolves lazy conjugates."""
+    ansatz = ansatz_of(case("expressions"))
+    z, angles, weights = draws(ansatz)
+    inputs = [torch.tensor(array, requires_grad=True) for array in (z, angles)]
+    compiled = torch.compile(torch_engine.expectation_values, fullgraph=True, backend="aot_eager")
+    found = compiled(*inputs, ansatz)
+    grads = torch.autograd.grad((found * torch.tensor(weights)).sum(), inputs)
+    expected = run(ansatz, z, angles, weights)
+    for mine, its in zip((found, *grads), expected, strict=True):
+        assert np.abs(mine.detach().numpy() - its).max() <= TOLERANCE
+
+
 def test_chunks_of_tokens_change_nothing(monkeypatch):
     ansatz = ansatz_of(case("zz_observables"))
     z, angles, weights = draws(ansatz, tokens=7, blocks=2)

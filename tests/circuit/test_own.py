@@ -1,5 +1,8 @@
 """Circuits of the user's own: where they come from, and what is refused."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from qiskit.circuit import Parameter, ParameterVector, QuantumCircuit
@@ -215,3 +218,14 @@ def test_slowness_is_told():
     assert "they run one by one in PyTorch" in text
     times = float(text.split(" times as long")[0].split()[-1])
     assert np.isfinite(times)
+
+
+def test_the_examples_of_the_docs_are_those_of_the_package():
+    text = (Path(__file__).parents[2] / "docs" / "circuit-backends.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    given: dict = {}
+    for block in blocks:
+        exec(block, given)
+    for name in ("cz_ladder", "zz_observables"):
+        mine = described("mine", given[name](3, 2), 3)
+        assert mine.digest == called(f"axolotl_qtha.circuit.examples:{name}", 3, 2).digest

@@ -71,6 +71,7 @@ def test_gradients_of_product_states(qubits):
         assert float((local[:, row] - torch.sin(phi) / (2 * qubits)).abs().max()) < 1e-14
 
 
+@pytest.mark.slow
 def test_the_slopes_of_product_states():
     """Cerezo et al.'s own example: Var is (1/8) (3/8)^(n - 1) of the global cost, so that log2 falls by log2(8/3) = 1.415 a
     qubit, and 1 / (8 n^2) of the local one.

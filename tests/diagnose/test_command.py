@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 from axolotl_qtha import QTHAConfig
+from axolotl_qtha.circuit.simulation import EXACT
 from axolotl_qtha.cli.diagnose import diagnose
 from axolotl_qtha.diagnose import command
 from axolotl_qtha.diagnose.trained import trained_circuit
@@ -26,6 +27,7 @@ def invoke(config, *arguments):
     return done.exit_code, " ".join(done.output.split())
 
 
+@pytest.mark.slow
 def test_at_initialisation(tmp_path):
     config = write_config(tmp_path, base_model=str(tmp_path / "no-base"))  # no model is loaded
     code, text = invoke(config, *FEW, "--qubits", "2,3,4", "--circuit-layers", 1)
@@ -93,18 +95,19 @@ def adapter(folder, change):
 @pytest.mark.slow
 def test_a_trained_adapter(tmp_path, monkeypatch):
     """Files and names; and each z is 1.5 times A x of an x that the layer was given."""
-    seen, used, real = [], [], command.load_model_and_tokenizer
+    seen, used, loaded_adapters, real = [], [], [], command.load_model_and_tokenizer
 
     def load(**options):
         loaded = real(**options)
         layer = loaded[0].get_submodule(f"base_model.model.{LAYERS[0]}")
         layer.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach().flatten(0, -2)))
         used.append(layer.qtha_adapter["default"].fold_a().detach())
+        loaded_adapters.append(layer.qtha_adapter["default"])
         return loaded
 
     monkeypatch.setattr(command, "load_model_and_tokenizer", load)
     monkeypatch.setattr(command, "trained_circuit", lambda *given: used.append(given[2]) or trained_circuit(*given))
-    config = write_config(tmp_path, qtha={**BLOCK, "param_budget": None})
+    config = write_config(tmp_path, qtha={**BLOCK, "param_budget": None, "quantum_backend": "aer", "shots": 16})
     fixed = (*FEW, "--qubits", 2, "--circuit-layers", 1, "--overwrite", "--lora-model-dir")
     code, text = invoke(config, *fixed, adapter(tmp_path / "adapter", 0.05), "--modules", 3, "--tokens", 32)
     assert code == 0, text[-2000:]
@@ -116,6 +119,7 @@ def test_a_trained_adapter(tmp_path, monkeypatch):
     assert "trained, on z of the evaluation data" in text
     whole, encoded = 1.5 * torch.cat(seen) @ used[0].T, torch.cat(used[1:3], dim=1)
     assert float(torch.cdist(encoded.double(), whole.double()).amin(1).max()) < 1e-5  # float32
+    assert loaded_adapters[0].config.simulation == EXACT  # whatever the YAML says
     code, text = invoke(config, *fixed, tmp_path / "adapter", "--tokens", 1_000_000)
     assert code == 1
     assert "--tokens: 1000000 is more than the evaluation data has" in text

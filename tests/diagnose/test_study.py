@@ -4,12 +4,15 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from qiskit.quantum_info import Statevector
 
+from axolotl_qtha import QTHAConfig
 from axolotl_qtha.circuit.ansatz import Ansatz
 from axolotl_qtha.circuit.expressibility import expressibility, fidelities, meyer_wallach
-from axolotl_qtha.circuit.statevector import statevector
+from axolotl_qtha.circuit.statevector import statevector, statevectors
 from axolotl_qtha.circuit.torch_engine import expectation_values
 from axolotl_qtha.diagnose import study as module
 from axolotl_qtha.diagnose.figure import draw
@@ -117,7 +120,7 @@ def test_pairs_are_of_tokens_that_differ(circuit):
 
 
 def test_files(circuit, tmp_path):
-    studies = [study(sized(Ansatz(3, 2), n, 2), **FEW) for n in (2, 3, 4)]
+    studies = [study(sized(QTHAConfig(rank=3), n, 2), **FEW) for n in (2, 3, 4)]
     facts = {"qubits": 3, "layers": 2, "angles": 24}
     options = {"initialisations": 20, "pairs": 200, "seed": 3}
     found = Diagnosis(facts, options, studies, slopes(studies, [2, 3, 4]), [circuit[2]], "data")
@@ -127,6 +130,33 @@ def test_files(circuit, tmp_path):
     assert {"axolotl_qtha", "torch", "qiskit"} <= set(read["versions"])
     assert read["studies"][1]["variance"]["global"]["value"] == studies[1].variance.global_.value
     assert read["trained"][0]["trained"]["local_effective"].keys() == {"1000", "10000", "100000", "1000000"}
+    assert len(read["trained"][0]["trained"]["expressibility"]["histogram"]) == 75
+    assert read["trained"][0]["random"][1]["expressibility"]["kl"] == circuit[2].random[1].expressibility.kl
+    assert "histogram" not in read["trained"][0]["random"][1]["expressibility"]
     draw(found, [tmp_path / "a.png", tmp_path / "a.pdf"])
     assert (tmp_path / "a.png").stat().st_size > 20_000
     assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_a_product_has_no_entanglement_at_any_size():
+    circuit = sized(QTHAConfig(rank=4, quantum="product"), 4, 2)
+    assert circuit.qubits == 4
+    found = study(circuit, **FEW)
+    assert abs(found.entangling.value) < 1e-12
+    assert found.fourier.accessible == [0.0, 2.0], "<Z_i> is cos(2 z_i + a sum of angles), constant in the other inputs"
+
+
+def test_a_circuit_of_the_users_own():
+    """A CZ ladder: its states are entangled, each input enters twice a layer, so there are frequencies up to 2; the single state
+    of one draw is Qiskit's.
+    """
+    config = QTHAConfig(rank=3, circuit="axolotl_qtha.circuit.examples:cz_ladder", circuit_layers=1)
+    circuit = sized(config, 3, 1)
+    assert circuit.is_own
+    found = study(circuit, **FEW)
+    assert found.angles == 6
+    assert found.entangling.value > 0.05
+    assert max(found.fourier.accessible) <= 2
+    z, angles = draws(circuit, 1, lambda z: z, generator(0))
+    state = statevectors(z, angles, circuit)[0].numpy()
+    assert np.abs(state - Statevector(circuit.bound(z[0], angles[0])).data).max() <= 1e-12

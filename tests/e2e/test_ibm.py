@@ -1,5 +1,6 @@
 """`axolotl train` with `quantum_backend: ibm`: five steps on a simulated device, beside credentials that must get nowhere."""
 
+import hashlib
 import json
 import os
 import re
@@ -234,6 +235,17 @@ def test_an_evaluation_on_the_device(trained, evaluated):
         assert 0.3 < way["token_agreement"] <= 1
     folder = trained.folder / "out" / "hardware-eval"
     assert {path.name for path in folder.iterdir()} == {"hardware_eval.json", "hardware_eval.png"}
+
+
+def test_what_the_evaluation_is_from_is_in_its_file(trained, evaluated):
+    kept = evaluated[0].result["provenance"]
+    weights = (trained.folder / "out" / "adapter_model.safetensors").read_bytes()
+    assert kept["adapter_sha256"] == hashlib.sha256(weights).hexdigest()
+    entries = Ledger.read(trained.folder / "evaluation-journal").entries
+    assert {job["tag"] for job in kept["jobs"]} == set(entries)
+    assert {entry.adapter for entry in entries.values()} == {kept["adapter_sha256"]}
+    assert set(kept["calibration"]["qubits"]) == {str(qubit) for qubit in kept["layout"]}
+    assert evaluated[1].result["provenance"]["jobs"] == kept["jobs"], "those of the first time answered"
 
 
 def test_the_same_evaluation_again_costs_nothing(evaluated):

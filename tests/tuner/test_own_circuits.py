@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from qiskit.quantum_info import Pauli, Statevector
 
 from axolotl_qtha.circuit import recognised
 from axolotl_qtha.circuit.aer import Engine
@@ -89,6 +90,17 @@ def test_the_circuit_of_a_layer_is_the_one_of_qiskit(module):
     with torch.no_grad():
         points = aer.gates.points(branch.encode(z).double().numpy(), branch.angles.double().numpy())
         assert np.abs(aer.expectations(points).reshape(5, 4) - branch(z).numpy()).max() <= 1e-5
+
+
+def test_a_layer_in_qiskit(module):
+    """Two blocks of three qubits, each with observables of its own: float32, 1e-5."""
+    adapter = adapters(train(adapted(llama(), circuit=module, qubits=2)))["model.layers.0.self_attn.q_proj"]
+    z = torch.randn(4)
+    states = [Statevector(circuit) for circuit in adapter.to_qiskit(z)]
+    labels = ansatz(adapter.config).described().observables
+    found = [state.expectation_value(Pauli(label)).real for state in states for label in labels]
+    with torch.no_grad():
+        assert np.abs(adapter.bottleneck().branch(z).numpy() - found).max() <= 1e-5
 
 
 def test_an_adapter_without_its_circuit_is_refused(tmp_path):

@@ -30,6 +30,7 @@ from .spec import Cell, Method, Suite, checked, eval_steps, fingerprint, repeats
 from .worker import Job, Processes, end_with_parent, has_gpu, import_all
 
 DEFAULTS = {"val_set_size": 0.0, "save_strategy": "no", "logging_steps": 1, "dataset_num_proc": 1, "use_wandb": False}
+PAYS = ("instance",)  # keys of the `ibm:` block
 TESTED = {"test", "score", "score_rows", "score_tokens"}  # keys of a block that decide on the test figures
 
 
@@ -325,9 +326,9 @@ def _layers(config: QTHAConfig, base: nn.Module) -> list[LayerSize]:
 
 
 def without_paths(value: Any) -> Any:
-    """Return settings in which a local path is only its last two parts."""
+    """Return settings in which a local path is only its last two parts, and without what tells who pays."""
     if isinstance(value, dict):
-        return {key: without_paths(each) for key, each in value.items()}
+        return {key: without_paths(each) for key, each in value.items() if key not in PAYS}
     if isinstance(value, list):
         return [without_paths(each) for each in value]
     if isinstance(value, str) and "/" in value and (value.startswith(("/", ".", "~")) or Path(value).exists()):

@@ -10,7 +10,7 @@ from typing import Any
 from . import tidy
 from .adapters import ADAPTERS, CONTROLS, EQUAL, LORA
 from .comparisons import Comparison, comparisons
-from .execution import Execution
+from .execution import Execution, without_paths
 from .plots import PICTURES, draw
 from .statistics import LEVEL
 from .table import Entry, differences, entries
@@ -43,7 +43,7 @@ def write_summary(execution: Execution, command: str) -> Path:
 def summary(execution: Execution, found: list[Entry], command: str) -> str:
     """Return the text of summary.md."""
     made = comparisons(found, execution.suite.equivalence_margin)
-    parts = [f"# {Path(command.split()[-1]).stem}", _made(execution, found, command), _goal(found)]
+    parts = [f"# {Path(command.split()[-1]).stem}", _made(execution, command), _goal(found)]
     for task in execution.suite.task_names:
         of_task = [entry for entry in found if entry.task == task]
         parts += [
@@ -58,7 +58,7 @@ def summary(execution: Execution, found: list[Entry], command: str) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _made(execution: Execution, found: list[Entry], command: str) -> str:
+def _made(execution: Execution, command: str) -> str:
     suite = execution.suite
     by = tidy.versions(tidy.runs_of(execution))
     system = by[0]["system_info"]
@@ -241,7 +241,7 @@ def _sentence(made: Comparison) -> str:
 
 def _adapters(execution: Execution) -> str:
     meanings = {name: ADAPTERS[name] for name in execution.suite.adapters}
-    meanings |= {name: f"QTHA with {json.dumps(block)}" for name, block in execution.suite.variants.items()}
+    meanings |= {name: f"QTHA with {json.dumps(without_paths(block))}" for name, block in execution.suite.variants.items()}
     return "Adapters: " + "; ".join(f"`{name}` {meaning}" for name, meaning in meanings.items()) + "."
 
 

@@ -35,7 +35,8 @@ class Row:
 
     task: str
     adapter: str
-    rank: int
+    suite_rank: int  # the one of the suite's `ranks` that it is compared at
+    rank: int  # its own: that of `lora-equal` is another
     budget: float | None  # param_budget, of QTHA adapters and what is to equal them
     parameters: int  # trained
     learning_rate: float
@@ -71,7 +72,8 @@ def _of_run(execution: Execution, cell: Cell, run: dict[str, Any], rate: float |
         Row(
             task=cell.task,
             adapter=method.adapter,
-            rank=method.rank,
+            suite_rank=method.rank,
+            rank=execution.sizes[method].rank,
             budget=method.budget,
             parameters=info.get("num_trainable_params") or execution.sizes[method].parameters,
             learning_rate=cell.learning_rate,
@@ -119,7 +121,7 @@ def pair(made: Comparison) -> dict[str, Any]:
         "task": ours.task,
         "adapter": ours.method.adapter,
         "other": other.method.adapter,
-        "rank": ours.method.rank,
+        "suite_rank": ours.method.rank,
         "budget": ours.method.budget,
         "other_budget": other.method.budget,
         "parameters": ours.parameters,

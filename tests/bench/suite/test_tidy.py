@@ -8,7 +8,7 @@ import pytest
 
 from axolotl_qtha.bench.suite import results, tidy
 from axolotl_qtha.bench.suite.comparisons import comparisons
-from axolotl_qtha.bench.suite.spec import Cell
+from axolotl_qtha.bench.suite.spec import Cell, search
 from axolotl_qtha.bench.suite.summary import summary
 from axolotl_qtha.bench.suite.table import entries
 
@@ -74,6 +74,14 @@ def test_a_row_for_each_run_and_figure(execution, written):
     assert json.loads((written / max(kept)).read_text()) == {"answer": "größer", "rouge1": None}
 
 
+def test_lora_of_equal_size_has_a_rank_of_its_own(tmp_path):
+    made = make(tmp_path)
+    equal = Cell("domain", method_of(made, "lora-equal"), 0.01, 3)
+    put(made, equal, 4.0, 3.0)
+    (ranks,) = {(row.suite_rank, row.rank, row.parameters) for row in tidy.rows(made, tidy.runs_of(made))}
+    assert ranks == (8, 2, 18688)
+
+
 def test_the_json_has_the_same_and_says_where_it_comes_from(execution, written):
     whole = json.loads((written / tidy.ALL).read_text())
     rows, pairs = read(written / tidy.RUNS), read(written / tidy.PAIRS)
@@ -121,6 +129,20 @@ def test_runs_of_several_versions_are_told(execution):
     assert "**The runs were not all made alike**" in text
     assert "- 1 runs: " in text
     assert sorted(each["runs"] for each in tidy.versions(tidy.runs_of(execution))) == [1, 7]
+
+
+def test_who_pays_is_in_no_file(tmp_path):
+    ibm = {"backend": "fake:manila", "instance": "Zq83-planted"}
+    variant = {"quantum_backend": "ibm", "ibm": ibm}
+    made = make(tmp_path, adapters=["lora"], ranks=[4], variants={"device": variant}, learning_rates=[0.01])
+    for cell in search(made.suite):
+        put(made, cell, 4.0, 3.0)
+        assert made.keys(cell).get("qtha", {}).get("ibm", ibm) == ibm, "the run itself has it"
+    write(made)
+    (made.folder / "summary.md").write_text(text_of(made))
+    files = [path for path in made.folder.rglob("*") if path.is_file()]
+    assert {path.name for path in files} > {tidy.ALL, tidy.RUNS, tidy.PAIRS, "summary.md"}
+    assert not [path.name for path in files if "planted" in path.read_text()]
 
 
 def git(folder, *line):
