@@ -150,7 +150,9 @@ def estimate_run(run: TrainingRun, steps: int | None, asked: int) -> Estimate:
     ledger = Ledger.read(Path(options.journal))
     circuit = ansatz(config)
     service = connect(options, circuit.qubits, ledger.last_backend())
-    wide = None if options.pack != 1 else ISACircuit(circuit, service.backend, options.model_copy(update={"pack": "auto"}))
+    placed = "initial_layout" in (options.transpiler or {})  # one circuit, where its user wants it
+    packed = None if options.pack != 1 or placed else options.model_copy(update={"pack": "auto"})
+    wide = None if packed is None else ISACircuit(circuit, service.backend, packed)
     return estimate(
         config,
         layers,

@@ -114,6 +114,15 @@ def test_the_command_says_what_packing_saves(tmp_path):
     assert "pack: auto" not in packed.output
 
 
+def test_a_layout_of_ones_own_is_estimated_where_it_is(tmp_path):
+    done = run(tmp_path, ibm={"transpiler": {"initial_layout": [4, 3], "optimization_level": 1}})
+    assert done.exit_code == 0, done.output
+    assert "pack: auto" not in done.output, "which would place it otherwise"
+    done = run(tmp_path, ibm={"transpiler": {"initial_layout": [4, 5]}})
+    assert done.exit_code == 1
+    assert "qtha.ibm.transpiler.initial_layout: [4, 5] has 2 of a device's 5 qubits" in " ".join(done.output.split())
+
+
 def test_the_command_says_by_how_much_the_cap_is_exceeded(tmp_path):
     done = run(tmp_path, ibm={"max_qpu_seconds": 100}, max_steps=2)
     assert done.exit_code == 1
