@@ -142,7 +142,8 @@ class QTHAConfig(Running, OwnCircuits, PeftConfig):
     shots: int | None = _key(None, "Aer: measurements per circuit. Default: exact expectation values.")
     seed_simulator: int | None = _key(
         None,
-        "Aer: seed of the shots, which also depend on angles and process; `ibm`: of tokens, SPSA and a fake device's shots. Default: seed.",
+        "Aer: seed of the shots, which also depend on angles and process; `ibm`: of tokens, SPSA and a fake device's shots. "
+        "Default: seed.",
     )
     noise_model: str = _key(
         "none",
