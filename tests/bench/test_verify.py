@@ -6,7 +6,7 @@ import torch
 from click.testing import CliRunner
 from qiskit_aer.noise.device import basic_device_readout_errors
 
-from axolotl_qtha.bench.verify import compare, table
+from axolotl_qtha.bench.verify import compare, table, verdict
 from axolotl_qtha.circuit import native, noise, torch_engine
 from axolotl_qtha.circuit.ansatz import Ansatz
 from axolotl_qtha.circuit.recognised import ansatz_of, circuit_of
@@ -92,6 +92,9 @@ def test_a_readout_error_that_is_not_the_devices_is_found(monkeypatch):
     assert found["aer, noise_model fake:manila, no shots: Aer by hand"].values > 1e-3
     assert found[DEVICES[1]].values > 10
     assert "OFF" in drawn(list(found.values()))
+    assert verdict(list(found.values()), 1e-5).startswith(
+        "Off by more than chance or rounding explain: aer, noise_model fake:man"
+    )
 
 
 def drawn(rows):
