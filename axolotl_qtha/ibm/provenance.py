@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..circuit.noise import TRANSPILER
 from ..version import __version__
 from .options import SECRET
 
@@ -45,6 +46,7 @@ def provenance(isa: ISACircuit, service: LocalService, options: IBMOptions) -> d
         "layout": isa.qubits,  # of the circuit's qubits, place by place
         "pack": isa.pack,
         "options": told(options.measurement()),
+        "transpiler": TRANSPILER | dict(options.transpiler or {}),  # the usual ones too
         "calibration": calibration_of(isa.circuit, isa.qubits, service.backend),
         "versions": versions(),
     }

@@ -47,6 +47,7 @@ def test_the_journal_says_how(made):
     assert circuit == runner.isa.circuit
     assert (how["circuit"], how["layout"]) == (entry.circuit, runner.isa.qubits)
     assert how["options"]["transpiler"] == {"seed_transpiler": 5}
+    assert how["transpiler"] == {"optimization_level": 3, "seed_transpiler": 5}
     for name in ("qiskit", "qiskit-aer", "qiskit-ibm-runtime"):
         assert how["versions"][name] == metadata.version(name)
     assert (entry.seed > 0, entry.adapter) == (True, "ab" * 32)
