@@ -17,6 +17,7 @@ FORMATS = ("png", "pdf", "svg")
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = ("#000000", "#777777", "#E69F00", "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#882255", "#CC79A7", "#B8A800")
 LOOKS = dict(zip(ADAPTERS, zip(COLOURS, "soDX^v<d>P", strict=True), strict=True))
+ROOM = 1.15  # around the sizes
 BESIDE = 1.025  # where a seed's dot is, of its adapter's place
 MARKERS_OF_VARIANTS = "*h8pH"
 Looks = dict[str, tuple[Any, str]]  # colour and marker, by adapter
@@ -71,6 +72,8 @@ def _pareto(found: list[Entry], tasks: list[str], looks: Looks) -> Any:
                 style = {"fmt": marker, "color": colour, "capsize": 3, "ms": 7, "mfc": "none"}
                 axes.errorbar(entry.parameters, value.mean, yerr=value.half or 0, label=_name(entry), **style)
         axes.set(xscale="log", xlabel="trainable parameters", ylabel="validation loss (nats a token)", title=task)
+        sizes = [entry.parameters for entry in found]
+        axes.set_xlim(min(sizes) / ROOM, max(sizes) * ROOM)  # of every task the same, and of one without figures yet
         _plain_ticks(axes)
         axes.grid(alpha=0.3)
     _legend(figure, panels)

@@ -26,6 +26,7 @@ def test_every_seed_is_a_dot(execution):
     found = entries(execution)
     (axes,) = _pareto(found, ["domain"], _looks([])).axes
     assert dots(axes) == [sorted(losses) for losses in LOSSES.values()]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["20,000", "40,000", "60,000", "80,000"]
     _, validation = _curves(found, {}, _looks([])).axes
     every = [[4.0] * 3 + [loss + more for loss in losses for more in (0.1, 0.0)] for losses in LOSSES.values()]
     assert [pytest.approx(sorted(values)) for values in every] == dots(validation)
