@@ -48,7 +48,7 @@ def found_at(key: str, path: str, works: str) -> Any:
     with _here():
         try:
             found: Any = importlib.import_module(module)
-        except Exception as error:  # whatever the module's own code raises
+        except (Exception, SystemExit) as error:  # whatever the module's own code raises
             why = f"cannot be imported: `import {module}` fails with {type(error).__name__}: {error}"
             where = "in a module that Python finds (installed, on PYTHONPATH, or in the current directory)"
             raise refusal(key, path, why, f"{works}, {where}") from error

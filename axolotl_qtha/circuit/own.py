@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import entry_points
@@ -146,7 +146,7 @@ def called(name: str, qubits: int, layers: int) -> OwnCircuit:
     function = function_of(name)
     try:
         given = function(qubits, layers)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         why = f"was imported, and called with qubits={qubits}, layers={layers} it fails with {type(error).__name__}: {error}"
         raise refusal("circuit", name, why, WORKS) from error
     return described(name, given, qubits)
@@ -174,6 +174,10 @@ def described(name: str, given: Any, width: int) -> OwnCircuit:
         raise refusal("circuit", name, f"gives unknown {sorted(map(str, others))}", f"the keys {', '.join(KEYS)}")
     circuit = given["circuit"]
     _check_gates(name, circuit)
+    if (
+        "PauliEvolution" in circuit.count_ops()
+    ):  # Qiskit's matrix of it is exact; what runs on devices, and here, is its synthesis
+        circuit = circuit.decompose("PauliEvolution")
     inputs = _inputs(name, circuit, given.get("inputs"), width)
     trained = _trained(name, circuit, inputs, given.get("trained"))
     observables = _observables(name, circuit.num_qubits, given.get("observables"), width)
@@ -239,7 +243,7 @@ def _trained(name: str, circuit: QuantumCircuit, inputs: tuple[Parameter, ...], 
 def _observables(name: str, qubits: int, given: Any, width: int) -> tuple[str, ...]:
     if given is None:
         labels: Sequence[Any] = ["I" * (qubits - 1 - i) + "Z" + "I" * i for i in range(qubits)]
-    elif isinstance(given, str) or not isinstance(given, Sequence):
+    elif isinstance(given, str) or not isinstance(given, Iterable):
         raise refusal("circuit", name, f"gives observables {given!r}", "a list of Pauli labels such as ['IZ', 'ZI']")
     else:
         labels = [_label(name, qubits, each) for each in given]

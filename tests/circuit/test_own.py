@@ -5,9 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from qiskit.circuit import Parameter, ParameterVector, QuantumCircuit
+from qiskit.circuit.library import PauliEvolutionGate
+from qiskit.quantum_info import Pauli, PauliList, SparsePauliOp, Statevector
 
-from axolotl_qtha.circuit import own, recognised
+from axolotl_qtha.circuit import own, recognised, torch_engine
 from axolotl_qtha.circuit.ansatz import Ansatz
 from axolotl_qtha.circuit.own import called, described, register_circuit
 from axolotl_qtha.circuit.recognised import ansatz_of, circuit_of, without_entanglers
@@ -190,6 +193,33 @@ def test_what_a_circuit_is_is_told_by_its_digest():
     shifted = simple()
     shifted["circuit"].rx(0.1, 0)
     assert described("mine", shifted, 2).digest != digest()
+
+
+def test_an_evolution_is_what_it_is_synthesised_to():
+    """Qiskit's Statevector would take the exact matrix of terms that do not commute, and no device would."""
+    z, time = ParameterVector("z", 2), Parameter("t")
+    circuit = QuantumCircuit(2)
+    for i in range(2):
+        circuit.rx(z[i], i)
+    circuit.append(PauliEvolutionGate(SparsePauliOp(["ZZ", "XI"]), time), range(2))
+    own = described("mine", circuit, 2)
+    bound = own.circuit.assign_parameters({z[0]: 0.3, z[1]: 0.4, time: 0.7})
+    found = torch_engine.expectation_values(
+        torch.tensor([[0.3, 0.4]], dtype=torch.float64), torch.tensor([[0.7]], dtype=torch.float64), ansatz_of(own)
+    )
+    expected = [Statevector(bound).expectation_value(Pauli(label)).real for label in own.observables]
+    assert np.abs(found.numpy() - expected).max() <= 1e-12
+
+
+def test_a_list_of_paulis_names_observables():
+    assert described("mine", simple(observables=PauliList(["ZZ", "IX"])), 2).observables == ("ZZ", "IX")
+
+
+def test_a_module_that_ends_the_process_does_not(tmp_path, monkeypatch):
+    (tmp_path / "ends_the_process.py").write_text("import sys\nsys.exit(3)\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="`import ends_the_process` fails with SystemExit: 3"):
+        called("ends_the_process:mine", 2, 1)
 
 
 def test_a_product_circuit_has_no_gate_on_several_qubits():
