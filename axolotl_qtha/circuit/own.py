@@ -174,9 +174,7 @@ def described(name: str, given: Any, width: int) -> OwnCircuit:
         raise refusal("circuit", name, f"gives unknown {sorted(map(str, others))}", f"the keys {', '.join(KEYS)}")
     circuit = given["circuit"]
     _check_gates(name, circuit)
-    if (
-        "PauliEvolution" in circuit.count_ops()
-    ):  # Qiskit's matrix of it is exact; what runs on devices, and here, is its synthesis
+    if "PauliEvolution" in circuit.count_ops():  # Qiskit's matrix of it is exact; what runs on a device, and here, is synthesised
         circuit = circuit.decompose("PauliEvolution")
     inputs = _inputs(name, circuit, given.get("inputs"), width)
     trained = _trained(name, circuit, inputs, given.get("trained"))
@@ -241,8 +239,12 @@ def _trained(name: str, circuit: QuantumCircuit, inputs: tuple[Parameter, ...], 
 
 
 def _observables(name: str, qubits: int, given: Any, width: int) -> tuple[str, ...]:
+    from qiskit.quantum_info import PauliList
+
     if given is None:
         labels: Sequence[Any] = ["I" * (qubits - 1 - i) + "Z" + "I" * i for i in range(qubits)]
+    elif isinstance(given, PauliList):
+        labels = given.to_labels()
     elif isinstance(given, str) or not isinstance(given, Iterable):
         raise refusal("circuit", name, f"gives observables {given!r}", "a list of Pauli labels such as ['IZ', 'ZI']")
     else:
