@@ -85,6 +85,8 @@ class QTHAPlugin(BasePlugin):
             guards.refuse_merge(settings.parsed, cfg.axolotl_config_path, cfg.lora_model_dir, cfg.output_dir)
         if training:
             refuse_unsaid_share(cfg.lora_model_dir, settings.parsed)
+            if cfg.lora_model_dir:  # the plan is of the YAML's circuit
+                refuse_other_circuits("lora_model_dir", Path(cfg.lora_model_dir), settings.parsed)
             self._before_training(cfg, settings)
 
     def post_model_build(self, cfg: DictDefault, model: PreTrainedModel) -> None:

@@ -86,6 +86,8 @@ def refuse_other_circuits(key: str, folder: Path, config: QTHAConfig) -> None:
     if config.circuit is None:
         return
     saved = QTHAConfig.from_pretrained(str(folder))
+    if saved.circuit is None:  # settings that differ are compared elsewhere
+        return
     if [own.digest for own in saved.circuits_used] != [own.digest for own in config.circuits_used]:
         raise ValueError(
             f"{key}: {str(folder)!r} was trained with another circuit than `circuit: {config.circuit}` gives now. What works: "
