@@ -20,11 +20,11 @@ from torch import Tensor
 
 from ..circuit.ansatz import MAX_QUBITS, Ansatz
 from ..errors import refusal
-from ..files.writable import why_unwritable
+from ..files.writable import refuse_taken, why_unwritable
 from ..settings.meta_base import read_yaml
 from ..settings.training_run import AdapterSettings, why_unread
 from ..trained.adapter_folder import check_trained, configuration, refuse_untrained
-from ..trained.calibration_text import Sequence, batches, rows, tokens
+from ..trained.calibration_text import Sequence, batches, rows, to_evaluate, tokens
 from ..trained.passes import Pass, Tokens, adapters_of
 from ..tuner.adapter import QTHAAdapter
 from ..tuner.bottleneck import Circuit, bounded
@@ -123,10 +123,7 @@ def _inputs(options: DiagnosisOptions) -> tuple[QTHAConfig, Path, list[int], lis
     if not config.has_circuit:
         raise refusal("quantum", config.quantum, "runs no circuit", "`quantum: qtha`, `frozen` or `qwthn`")
     folder = options.out or Path(cfg.output_dir) / "diagnose"
-    if folder.exists() and not folder.is_dir():
-        raise refusal("--out", str(folder), "is a file", "a folder")
-    if (folder / JSON).exists() and not options.overwrite:
-        raise refusal("--out", str(folder), f"holds a {JSON}", "another folder, or `--overwrite` to replace it")
+    refuse_taken(folder, JSON, options.overwrite)
     if why := why_unwritable(folder):
         raise refusal("--out", str(folder), why, "a folder on a disk that can be written to")
     if options.lora_model_dir:
@@ -204,9 +201,7 @@ def _circuits(name: str, adapter: QTHAAdapter, z: Tensor, options: DiagnosisOpti
 def _text(options: DiagnosisOptions, cfg: DictDefault) -> tuple[list[Sequence], str]:
     """Return the first sequences of the evaluation data, else of the training data, with enough tokens."""
     meta = load_datasets(cfg=cfg)
-    data, source = meta.eval_dataset, "the evaluation data"
-    if data is None or not len(data):
-        data, source = meta.train_dataset, "the training data"
+    data, source = to_evaluate(meta.train_dataset, meta.eval_dataset)
     taken: list[Sequence] = []
     for sequence in rows(data):
         taken.append(sequence)

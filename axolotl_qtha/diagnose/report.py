@@ -12,8 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ..settings.public_facts import versions
-from ..version import __version__
+from ..version import __version__, versions
 from .study import DATA, DRAWS, INPUTS, SERIES, Slope, Study
 from .trained import AtAngles, TrainedCircuit
 

@@ -1,10 +1,12 @@
-"""Whether a folder can be written to, found out before the work whose results go there."""
+"""Whether a folder can be written to, and may be, found out before the work whose results go there."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from pathlib import Path
+
+from ..errors import refusal
 
 
 def why_unwritable(folder: Path) -> str | None:
@@ -24,3 +26,20 @@ def why_unwritable(folder: Path) -> str | None:
     except OSError as error:
         return f"cannot be written: {error.strerror} ({there})"
     return None
+
+
+def refuse_taken(folder: Path, results: str, overwrite: bool) -> None:
+    """Refuse a folder for results that is none, or has such results already.
+
+    Args:
+        folder: what `--out` says, or stands for it.
+        results: the file that says that there are some.
+        overwrite: whether they may be replaced.
+
+    Raises:
+        ValueError: naming `--out`.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise refusal("--out", str(folder), "is a file", "a folder")
+    if (folder / results).exists() and not overwrite:
+        raise refusal("--out", str(folder), f"holds a {results}", "another folder, or `--overwrite` to replace it")

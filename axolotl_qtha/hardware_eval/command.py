@@ -17,13 +17,14 @@ from peft import PeftModel
 from rich.console import Console
 
 from ..errors import refusal
+from ..files.writable import refuse_taken
 from ..ibm.cost import Cost
 from ..ibm.engine import runner
 from ..ibm.runner import Runner
 from ..settings.meta_base import read_yaml
 from ..settings.training_run import AdapterSettings, why_unread
 from ..trained.adapter_folder import check_trained, configuration, refuse_untrained
-from ..trained.calibration_text import IGNORED, Sequence, batches, rows
+from ..trained.calibration_text import IGNORED, Sequence, batches, rows, to_evaluate
 from ..trained.passes import Pass, adapters_of
 from ..tuner.config import QTHAConfig
 from ..tuner.saving import WEIGHTS
@@ -108,10 +109,7 @@ def _inputs(options: EvaluationOptions) -> tuple[Path, Path]:
         works = "`quantum_backend: ibm` with e.g. `ibm: {backend: fake:manila}`; the adapter may be trained on another one"
         raise refusal("quantum_backend", config.quantum_backend, "names no device to evaluate on", works)
     folder = options.out or Path(cfg.output_dir) / "hardware-eval"
-    if folder.exists() and not folder.is_dir():
-        raise refusal("--out", str(folder), "is a file", "a folder")
-    if (folder / JSON).exists() and not options.overwrite:
-        raise refusal("--out", str(folder), f"holds a {JSON}", "another folder, or `--overwrite` to replace it")
+    refuse_taken(folder, JSON, options.overwrite)
     adapter = Path(options.lora_model_dir or cfg.lora_model_dir or cfg.output_dir)
     check_trained(adapter, cfg.base_model)
     return folder, adapter
@@ -122,9 +120,7 @@ def _text(options: EvaluationOptions, cfg: DictDefault) -> tuple[list[Sequence],
     if why := why_unread(cfg):
         raise ValueError(f"datasets: not read with {why}. What works: a YAML with `datasets:` of prompts and answers.")
     meta = load_datasets(cfg=cfg)
-    data, source = meta.eval_dataset, "the evaluation data"
-    if data is None or not len(data):
-        data, source = meta.train_dataset, "the training data"
+    data, source = to_evaluate(meta.train_dataset, meta.eval_dataset)
     taken: list[Sequence] = []
     for sequence in rows(data):
         if any(label != IGNORED for label in sequence.labels[1:]):

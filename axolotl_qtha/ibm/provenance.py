@@ -12,13 +12,12 @@ import io
 import json
 import re
 from collections.abc import Mapping
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..circuit.noise import TRANSPILER
-from ..version import __version__
+from ..version import __version__, versions
 from .options import SECRET
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def provenance(isa: ISACircuit, service: LocalService, options: IBMOptions) -> d
         "options": told(options.measurement()),
         "transpiler": TRANSPILER | dict(options.transpiler or {}),  # the usual ones too
         "calibration": calibration_of(isa.circuit, isa.qubits, service.backend),
-        "versions": versions(),
+        "versions": {"axolotl_qtha": __version__, **versions(PACKAGES)},
     }
 
 
@@ -65,17 +64,6 @@ def qpy_text(circuit: QuantumCircuit) -> str:
     file = io.BytesIO()
     qpy.dump(circuit, file)
     return base64.b64encode(file.getvalue()).decode()
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what made the results."""
-    found = {"axolotl_qtha": __version__}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def calibration_of(circuit: QuantumCircuit, read_out: list[int], backend: BackendV2) -> dict[str, Any]:

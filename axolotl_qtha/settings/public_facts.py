@@ -11,14 +11,13 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..version import __version__
+from ..version import __version__, versions
 
 PACKAGES = ("axolotl", "peft", "transformers", "torch", "qiskit", "qiskit-aer", "qiskit-ibm-runtime")
 BUILDERS = ("arrow", "csv", "json", "parquet", "text")  # `path:` may name one of these, and `data_files:` the data
@@ -216,14 +215,3 @@ def _whole(value: Any) -> int | None:
 def _last(log: list[dict[str, Any]], key: str) -> float | None:
     """Return the latest of the values logged under a name."""
     return next((_number(row[key]) for row in reversed(log) if key in row), None)
-
-
-def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Return the versions of those packages that are installed."""
-    found = {}
-    for name in packages:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

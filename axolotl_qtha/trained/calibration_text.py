@@ -147,6 +147,11 @@ def _pad(sequences: list[Sequence], pad: int) -> Batch:
     return Batch(ids, labels, mask)
 
 
+def to_evaluate(train: Any, evaluation: Any) -> tuple[Any, str]:
+    """Return Axolotl's evaluation set, or without one its training set, and which it is in words."""
+    return (train, "the training data") if evaluation is None or not len(evaluation) else (evaluation, "the evaluation data")
+
+
 def rows(data: Any) -> Iterator[Sequence]:
     """Yield the rows of a tokenised data set that predict something."""
     for row in data:

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ...settings.public_facts import versions
+from ...version import versions
 
 SCHEMA = 1
 STATUS = ("success", "diverged", "failed")
