@@ -13,6 +13,8 @@ from axolotl_qtha.circuit.ansatz import Ansatz
 from axolotl_qtha.circuit.own import described
 from axolotl_qtha.circuit.recognised import ansatz_of
 from axolotl_qtha.circuit.simulation import Simulation
+from axolotl_qtha.ibm.options import IBMOptions
+from axolotl_qtha.tuner.backends import prepare
 
 # Both are exact in double precision; each of some hundred gates rounds by 1e-16, of values and slopes of about 1.
 TOLERANCE = 1e-10
@@ -228,3 +230,17 @@ def test_observables_of_several_bases_under_noise(noise):
     assert (np.abs(found - expected) <= 4.5 * np.sqrt((1 - expected**2) / shots) + 1e-6).all()
     ideal = Engine(ansatz, Simulation("aer"), None)
     assert np.abs(expected - ideal.expectations(ideal.gates.points(z, angles))).max() > 1e-3
+
+
+def test_more_qubits_than_the_device_has_are_refused(tmp_path):
+    """Four numbers on six qubits: what counts is the circuit's own."""
+    z, theta = ParameterVector("z", 4), ParameterVector("theta", 4)
+    circuit = QuantumCircuit(6)
+    for i in range(4):
+        circuit.rx(z[i], i)
+        circuit.crx(theta[i], i, i + 2)
+    ansatz = ansatz_of(described("mine", {"circuit": circuit, "observables": ["IIIIIZ", "IIIIZI", "IZIIII", "ZIIIII"]}, 4))
+    with pytest.raises(ValueError, match=r"noise_model: 'fake:manila' has 5 qubits, the circuit 6"):
+        prepare(ansatz, Simulation("aer", noise_model="fake:manila"))
+    with pytest.raises(ValueError, match=r"ibm.backend.*has 5 qubits, the circuit 6"):
+        prepare(ansatz, Simulation("ibm", ibm=IBMOptions(backend="fake:manila", journal=str(tmp_path / "journal"))))

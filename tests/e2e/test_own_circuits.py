@@ -88,6 +88,16 @@ def test_plan_draw_and_verify_are_of_this_circuit(trained):
     assert "All within 1e-05" in trained.outputs["qtha-verify"]
 
 
+def test_training_on_with_another_circuit_is_refused(trained, tmp_path, monkeypatch):
+    (tmp_path / "circuits_of_mine.py").write_text(MODULE.replace("circuit.rx(0.3, i)", "circuit.rx(0.4, i)"))
+    monkeypatch.chdir(tmp_path)
+    yml = write_config(tmp_path, "ibm.yml", lora_model_dir=str(trained.out), qtha=SMALL)
+    with pytest.raises(ValueError, match=r"lora_model_dir: .* was trained with another circuit than"):
+        train_here(yml)
+    sys.modules.pop("circuits_of_mine")
+    recognised._called.cache_clear()
+
+
 def test_a_device_without_the_module(trained, tmp_path):
     ibm = yaml.safe_load((QUICKSTART / "ibm.yml").read_text())["qtha"]["ibm"]
     on_device = {"circuit": SMALL["circuit"], "ibm": {**ibm, "journal": str(tmp_path / "journal")}}
