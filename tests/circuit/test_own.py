@@ -259,6 +259,24 @@ def test_a_product_circuit_has_no_gate_on_several_qubits():
     assert alone.observables == full.observables
 
 
+def test_the_product_keeps_what_turns_inside_of_blocks():
+    z, theta = ParameterVector("z", 3), ParameterVector("theta", 3)
+    flat, inner = QuantumCircuit(3), QuantumCircuit(3)
+    for i in range(3):
+        inner.ry(theta[i], i)
+    inner.cx(0, 1)
+    for circuit in (flat, whole := QuantumCircuit(3)):
+        for i in range(3):
+            circuit.rx(z[i], i)
+    flat.compose(inner, [2, 0, 1], inplace=True)
+    outer = QuantumCircuit(3)
+    outer.append(inner.to_gate(), [2, 0, 1])
+    whole.append(outer.to_gate(), range(3))
+    alone = [without_entanglers("mine", described("mine", circuit, 3)) for circuit in (flat, whole)]
+    assert alone[0].circuit.count_ops() == alone[1].circuit.count_ops() == {"rx": 3, "ry": 3}
+    assert alone[0].digest == alone[1].digest
+
+
 def test_a_circuit_of_nothing_but_entanglers_has_no_product():
     z, theta = ParameterVector("z", 2), ParameterVector("theta", 2)
     circuit = QuantumCircuit(2)
