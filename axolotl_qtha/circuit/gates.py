@@ -144,14 +144,23 @@ def angle_map(expressions: Sequence[Any], inputs: Sequence[Parameter], trained: 
     matrix, offset, others = np.zeros((len(every), len(expressions))), np.zeros(len(expressions)), []
     for gate, expression in enumerate(expressions):
         needs = sorted(expression.parameters, key=lambda parameter: index[parameter])
-        slopes = [expression.gradient(parameter) for parameter in needs]
-        if all(isinstance(slope, (int, float)) for slope in slopes):
+        slopes = _constant_slopes(expression, needs)
+        if slopes is not None:
             matrix[[index[parameter] for parameter in needs], gate] = slopes
             offset[gate] = float(expression.bind(dict.fromkeys(needs, 0.0)))
         else:
             others.append((gate, tuple(index[parameter] for parameter in needs), _function(expression, needs)))
     numbers = torch.from_numpy(matrix)
     return AngleMap(numbers[: len(inputs)], numbers[len(inputs) :], torch.from_numpy(offset), tuple(others))
+
+
+def _constant_slopes(expression: Any, needs: Sequence[Parameter]) -> list[float] | None:
+    """Return the slopes of an expression that is a sum, else None."""
+    try:
+        slopes = [expression.gradient(parameter) for parameter in needs]
+    except RuntimeError:  # Qiskit has no derivative of it: that of a sign
+        return None
+    return slopes if all(isinstance(slope, (int, float)) for slope in slopes) else None
 
 
 def _function(expression: Any, needs: Sequence[Parameter]) -> Callable[..., Tensor]:

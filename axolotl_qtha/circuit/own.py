@@ -51,11 +51,14 @@ class OwnCircuit:
 
         Expressions of angles count by their values at random parameters: QPY keeps what they say, and not how they are written.
         """
-        random = np.random.default_rng(0)
-        every = [*self.inputs, *self.trained]
-        numbers = dict(zip(every, random.uniform(-np.pi, np.pi, len(every)), strict=True))
-        text = f"{_gates(self.circuit, numbers)} {len(self.inputs)} {len(self.trained)} {self.observables}"
+        text = f"{_gates(self.circuit, self.numbers)} {len(self.inputs)} {len(self.trained)} {self.observables}"
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    @property
+    def numbers(self) -> dict[Parameter, float]:
+        """Random values of all parameters, the same each time, in radians."""
+        every = [*self.inputs, *self.trained]
+        return dict(zip(every, np.random.default_rng(0).uniform(-np.pi, np.pi, len(every)), strict=True))
 
     @property
     def gate_order(self) -> str:
@@ -79,7 +82,10 @@ def _gates(circuit: QuantumCircuit, numbers: dict[Parameter, float]) -> list[Any
 def _rounded(value: Any, numbers: dict[Parameter, float]) -> list[complex]:
     """Return a gate's angle, or the entries of its matrix, to nine decimals."""
     if hasattr(value, "parameters"):
-        value = value.bind({parameter: numbers[parameter] for parameter in value.parameters}).numeric()
+        number = value.bind({parameter: numbers[parameter] for parameter in value.parameters}).numeric()
+        if isinstance(number, complex):
+            raise ValueError(f"{value} is {number:.3g} at random ones")
+        value = number
     return [complex(entry) for entry in (np.asarray(value, dtype=complex).round(9) + 0).ravel().tolist()]
 
 
@@ -174,12 +180,15 @@ def described(name: str, given: Any, width: int) -> OwnCircuit:
         raise refusal("circuit", name, f"gives unknown {sorted(map(str, others))}", f"the keys {', '.join(KEYS)}")
     circuit = given["circuit"]
     _check_gates(name, circuit)
+    _check_names(name, circuit)
     if "PauliEvolution" in circuit.count_ops():  # Qiskit's matrix of it is exact; what runs on a device, and here, is synthesised
         circuit = circuit.decompose("PauliEvolution")
     inputs = _inputs(name, circuit, given.get("inputs"), width)
     trained = _trained(name, circuit, inputs, given.get("trained"))
     observables = _observables(name, circuit.num_qubits, given.get("observables"), width)
-    return OwnCircuit(circuit, inputs, trained, observables)
+    own = OwnCircuit(circuit, inputs, trained, observables)
+    _check_angles(name, own)
+    return own
 
 
 def _check_gates(name: str, circuit: QuantumCircuit) -> None:
@@ -193,6 +202,29 @@ def _check_gates(name: str, circuit: QuantumCircuit) -> None:
             raise refusal("circuit", name, f"measures (instruction {place})", UNITARY_ONLY)
         if not isinstance(gate, Gate) or entry.clbits:
             raise refusal("circuit", name, f"holds {gate.name!r} (instruction {place}), which is no unitary gate", UNITARY_ONLY)
+
+
+def _check_names(name: str, circuit: QuantumCircuit) -> None:
+    """Refuse gates that are called like Qiskit's and are others, also in what gates consist of: engines go by names."""
+    from qiskit.circuit.library import get_standard_gate_name_mapping
+
+    standard = get_standard_gate_name_mapping()
+    for entry in circuit.data:
+        gate = entry.operation
+        if gate.name in standard and not isinstance(gate, standard[gate.name].base_class):
+            raise refusal("circuit", name, f"has a gate of its own called {gate.name!r}, like Qiskit's", "another name for it")
+        if gate.name not in standard and gate.definition is not None:
+            _check_names(name, gate.definition)
+
+
+def _check_angles(name: str, own: OwnCircuit) -> None:
+    """Refuse angles that cannot be computed at random parameters and their opposites, such as the logarithm of an input."""
+    try:
+        for sign in (1, -1):
+            _gates(own.circuit, {parameter: sign * number for parameter, number in own.numbers.items()})
+    except (RuntimeError, TypeError, ValueError) as error:
+        why = f"has an angle that is no number for all parameters ({type(error).__name__}: {error})"
+        raise refusal("circuit", name, why, "angles that are real for all real numbers, without log(z) or arcsin(z)") from error
 
 
 def _inputs(name: str, circuit: QuantumCircuit, given: Any, width: int) -> tuple[Parameter, ...]:

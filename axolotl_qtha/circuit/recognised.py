@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import refusal
 from .ansatz import MAX_QUBITS, Ansatz, Kind
 from .own import OwnCircuit, called
 from .program import program
+
+if TYPE_CHECKING:
+    from qiskit.circuit import QuantumCircuit
 
 
 @lru_cache(maxsize=64)
@@ -52,10 +55,7 @@ def without_entanglers(name: str, own: OwnCircuit) -> OwnCircuit:
     Raises:
         ValueError: if no input, or nothing to train, is left.
     """
-    circuit = own.circuit.copy_empty_like()
-    for entry in own.circuit.data:
-        if len(entry.qubits) == 1:
-            circuit.append(entry)
+    circuit = _on_one_qubit(own.circuit)
     left = set(circuit.parameters)
     if missing := [parameter.name for parameter in own.inputs if parameter not in left]:
         why = f"has its input {missing[0]} in gates on several qubits alone: nothing is left of it without them"
@@ -65,6 +65,20 @@ def without_entanglers(name: str, own: OwnCircuit) -> OwnCircuit:
         why = f"does not go with `circuit: {name}`, all of whose trained gates act on several qubits"
         raise refusal("quantum", "product", why, "`quantum: frozen` or `none`")
     return replace(own, circuit=circuit, trained=trained)
+
+
+def _on_one_qubit(circuit: QuantumCircuit) -> QuantumCircuit:
+    """Return a circuit's gates on one qubit, those inside of blocks, too: of what `to_gate` or Qiskit's library wrapped."""
+    from qiskit.circuit import Gate
+
+    result = circuit.copy_empty_like()
+    for entry in circuit.data:
+        block = entry.operation.definition if type(entry.operation) is Gate else None
+        if len(entry.qubits) == 1:
+            result.append(entry)
+        elif block is not None:
+            result.compose(_on_one_qubit(block), entry.qubits, inplace=True)
+    return result
 
 
 @lru_cache(maxsize=64)

@@ -45,6 +45,7 @@ def expressions(qubits, z, theta):
     circuit.rzz(theta[7], 2, 0)
     circuit.rzx(theta[7], 0, 1)
     circuit.p(theta[8].sin() * z[1], 1)
+    circuit.ry(theta[8].sign() * z[0], 1)  # which Qiskit does not differentiate
     circuit.rz(0.3, 2)
     circuit.cu(theta[9], 0.1, theta[10], 0.2, 1, 0)
     circuit.ccx(0, 1, 2)

@@ -71,6 +71,34 @@ def test_what_is_no_circuit_is_refused(given, words):
     assert "What works: " in str(error.value)
 
 
+def called_like(name, depth=0):
+    given = simple()
+    gate = QuantumCircuit(1, name=name)
+    gate.h(0)
+    for _ in range(depth):
+        around = QuantumCircuit(1, name="around")
+        around.append(gate.to_gate(), [0])
+        gate = around
+    given["circuit"].append(gate.to_gate(), [0])
+    return given
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("name", ["x", "ry", "u"])
+def test_a_gate_of_ones_own_with_the_name_of_qiskits_is_refused(name, depth):
+    with pytest.raises(ValueError, match=rf"^qtha\.circuit: 'mine' has a gate of its own called '{name}', like Qiskit's"):
+        described("mine", called_like(name, depth), 2)
+    described("mine", called_like("mine", depth), 2)
+
+
+@pytest.mark.parametrize("function", ["log", "arcsin"])
+def test_an_angle_that_is_no_number_everywhere_is_refused(function):
+    given = simple()
+    given["circuit"].rx(getattr(given["circuit"].parameters[-1], function)(), 0)
+    with pytest.raises(ValueError, match=r"^qtha\.circuit: 'mine' has an angle that is no number for all parameters"):
+        described("mine", given, 2)
+
+
 def test_a_circuit_without_angles_is_refused():
     circuit = QuantumCircuit(2)
     for i, z in enumerate(ParameterVector("z", 2)):
@@ -229,6 +257,24 @@ def test_a_product_circuit_has_no_gate_on_several_qubits():
     assert full.circuit.num_nonlocal_gates() == 4
     assert alone.trained == full.trained
     assert alone.observables == full.observables
+
+
+def test_the_product_keeps_what_turns_inside_of_blocks():
+    z, theta = ParameterVector("z", 3), ParameterVector("theta", 3)
+    flat, inner = QuantumCircuit(3), QuantumCircuit(3)
+    for i in range(3):
+        inner.ry(theta[i], i)
+    inner.cx(0, 1)
+    for circuit in (flat, whole := QuantumCircuit(3)):
+        for i in range(3):
+            circuit.rx(z[i], i)
+    flat.compose(inner, [2, 0, 1], inplace=True)
+    outer = QuantumCircuit(3)
+    outer.append(inner.to_gate(), [2, 0, 1])
+    whole.append(outer.to_gate(), range(3))
+    alone = [without_entanglers("mine", described("mine", circuit, 3)) for circuit in (flat, whole)]
+    assert alone[0].circuit.count_ops() == alone[1].circuit.count_ops() == {"rx": 3, "ry": 3}
+    assert alone[0].digest == alone[1].digest
 
 
 def test_a_circuit_of_nothing_but_entanglers_has_no_product():
