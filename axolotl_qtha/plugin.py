@@ -27,7 +27,7 @@ from .training.saves import changed_settings, guard_checkpoints
 from .tuner.config import QTHAConfig
 from .tuner.described import describe
 from .tuner.layer import adapted_layers, adapted_sizes
-from .tuner.model import synchronise
+from .tuner.model import agree_on_circuits, synchronise
 from .tuner.saving import guard
 
 if TYPE_CHECKING:
@@ -210,4 +210,6 @@ class QTHAPlugin(BasePlugin):
         efficient = cfg.fsdp_config and cfg.fsdp_config.cpu_ram_efficient_loading  # then FSDP2 hands out rank 0's
         if is_distributed() and not efficient:
             synchronise(model)
+        if is_distributed() and cast(QTHAConfig, model.active_peft_config).circuit:
+            agree_on_circuits(model)
         guard(model)

@@ -30,7 +30,7 @@ def _here() -> Iterator[None]:
     try:
         yield
     finally:
-        sys.path.remove("")
+        del sys.path[len(sys.path) - 1 - sys.path[::-1].index("")]
 
 
 def found_at(key: str, path: str, works: str) -> Any:

@@ -282,7 +282,9 @@ def _observables(name: str, qubits: int, given: Any, width: int) -> tuple[str, .
     else:
         labels = [_label(name, qubits, each) for each in given]
     if len(labels) != width:
-        works = f"{width} of them; Z on each qubit is the default"
+        works = (
+            f"`observables` with {width} Pauli labels in a dictionary that the function returns; Z on each qubit is the default"
+        )
         raise refusal("circuit", name, f"gives {len(labels)} observables, and each circuit has {width} numbers (`qubits`)", works)
     return tuple(labels)
 

@@ -214,6 +214,25 @@ def synchronise(model: nn.Module) -> None:
             tensor.copy_(value)
 
 
+def agree_on_circuits(model: nn.Module) -> None:
+    """Refuse circuits of the user's own that are not the same on all ranks, each of which has called the function itself.
+
+    To be called on every rank.
+
+    Raises:
+        ValueError: naming `circuit`, on ranks whose circuits are not rank 0's.
+    """
+    configs = [module.config for module in model.modules() if isinstance(module, QTHAAdapter) and module.config.circuit]
+    mine = [ansatz(config) for config in configs]
+    box = [mine if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    if box[0] != mine:
+        why = f"gives another circuit on rank {dist.get_rank()} than on rank 0"
+        raise refusal(
+            "circuit", configs[0].circuit, why, "a function of its arguments alone: random numbers from a seed of its own"
+        )
+
+
 def _check_loaded_file(model: QTHAModel, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Refuse a state dict that holds an adapter only in part, or of other modules, or nothing this model has."""
     if is_earlier(state_dict):

@@ -3,7 +3,10 @@
 import copy
 import importlib
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -172,3 +175,35 @@ def test_a_copy_of_the_configuration_keeps_its_circuits(tmp_path):
     read = QTHAConfig.from_pretrained(str(tmp_path))
     assert ansatz(copy.deepcopy(read)) == ansatz(read)
     assert ansatz(read.of_layer("model.layers.0.self_attn.q_proj")) == ansatz(read)
+
+
+RANK = """
+import sys
+import torch.distributed as dist
+from axolotl_qtha.tuner.model import agree_on_circuits
+from tests.models import adapted, llama
+
+rank, store, circuit = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+agree_on_circuits(adapted(llama(1), circuit=circuit, qubits=2, target_modules=["q_proj"]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("agree", [True, False])
+def test_ranks_have_one_circuit(agree, tmp_path):
+    """Two real processes; a function that draws random numbers without a seed would train a different circuit on each."""
+    angle = "0.3" if agree else "float(os.getpid())"
+    body = MODULE.format(gate="rx").replace("return {", f"circuit.rx({angle}, 0)\n    return {{")
+    (tmp_path / "ranked_circuits.py").write_text("import os\n" + body)
+    (tmp_path / "rank.py").write_text(RANK)
+    env = {**os.environ, "PYTHONPATH": f"{Path(__file__).parents[2]}{os.pathsep}{tmp_path}"}
+    command = [sys.executable, str(tmp_path / "rank.py")]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store"), "ranked_circuits:mine"], env=env, stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    words = [rank.communicate(timeout=200)[1].decode() for rank in ranks]
+    assert ranks[0].returncode == 0, words[0]
+    assert (ranks[1].returncode == 0) is agree, words[1]
+    assert ("'ranked_circuits:mine' gives another circuit on rank 1 than on rank 0" in words[1]) is not agree
