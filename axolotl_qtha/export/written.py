@@ -15,6 +15,7 @@ from rich.progress import track
 from torch import nn
 
 from ..errors import refusal
+from ..tuner.quantised import keep_trainable
 from .measure import Kept, ModelError, Tally, log_probabilities
 
 ROUNDING = {torch.float32: 1e-5}  # KL, nats per token, that summing in another order may cost
@@ -47,6 +48,7 @@ class Opener:
         """Return the base with the LoRA of a folder, by PEFT."""
         quantised = {"quantization_config": self.quantization} if self.quantised else {}
         model = self._open(self.base, **self.source, **self.overrides, **quantised)
+        keep_trainable(model)  # else what was measured would be compared with scales that the CPU's own form rounds
         if self.vocabulary is not None:
             model.resize_token_embeddings(self.vocabulary, mean_resizing=False)
         return PeftModel.from_pretrained(model, str(folder)).eval()
