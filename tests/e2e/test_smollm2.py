@@ -55,7 +55,7 @@ def test_without_the_package(script, monkeypatch, tmp_path):
 
 def test_another_file(script, tmp_path):
     other = tmp_path / script.FILE
-    with pytest.raises(script.Refused, match="no such file. What works: SmolLM2-135M"):
+    with pytest.raises(script.Refused, match=r"no such file\. What works: SmolLM2-135M"):
         script.check_source(other)
     other.write_bytes(b"GGUF of another version")
     with pytest.raises(
@@ -110,7 +110,7 @@ def test_weights_are_the_files(script, base):
 def test_tokenizer(script, base):
     tokenizer = AutoTokenizer.from_pretrained(base)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
-    assert tokenizer.tokenize("sold 1234/2 = 617") == ["sold", *"Ġ 1 2 3 4 / 2 Ġ= Ġ 6 1 7".split()]
+    assert tokenizer.tokenize("sold 1234/2 = 617") == ["sold", "Ġ", *"1234/2", "Ġ=", "Ġ", *"617"]
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
     assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer("<|im_end|>")["input_ids"] == [2]
@@ -138,9 +138,10 @@ def test_a_base_that_was_altered_or_made_half(script, base, tmp_path):
 def test_it_trains_reloads_and_exports(base, tmp_path):
     config = yaml.safe_load((FOLDER / "smollm2-135m-qtha-offline.yml").read_text())
     for data in config["datasets"] + config["test_datasets"]:
-        data["path"] = str(REPOSITORY / data["path"])
+        data |= {"path": str(REPOSITORY / data["path"]), "split": "train[:4]"}
     config |= {"base_model": str(base), "dataset_prepared_path": str(tmp_path / "prepared"), "output_dir": str(tmp_path / "out")}
     config |= {"max_steps": 2, "micro_batch_size": 1, "sequence_len": 256, "eval_steps": 100, "save_steps": 2, "warmup_steps": 0}
+    config["dataset_num_proc"] = 1  # others are new processes, which import everything again
     path = tmp_path / "config.yml"
     path.write_text(yaml.safe_dump(config))
     _, _, trainer = train_here(path)
