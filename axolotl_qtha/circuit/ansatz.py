@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from .own import PREFIX, OwnCircuit, known
+from .own import PREFIX, OwnCircuit, known, z_labels
 
 if TYPE_CHECKING:
     from qiskit import QuantumCircuit
@@ -153,8 +153,7 @@ class Ansatz:
             else:
                 for control, target in self.pairs(moment.kind):
                     circuit.crz(row[control], control, target)
-        labels = tuple("I" * (n - 1 - i) + "Z" + "I" * i for i in range(n))
-        return OwnCircuit(circuit, tuple(z), tuple(theta), labels)
+        return OwnCircuit(circuit, tuple(z), tuple(theta), z_labels(n))
 
     def bound(self, z: Any, angles: Any) -> QuantumCircuit:
         """Return the Qiskit circuit with numbers in the place of its parameters.

@@ -89,6 +89,15 @@ def _rounded(value: Any, numbers: dict[Parameter, float]) -> list[complex]:
     return [complex(entry) for entry in (np.asarray(value, dtype=complex).round(9) + 0).ravel().tolist()]
 
 
+def z_labels(qubits: int) -> tuple[str, ...]:
+    """Return the Pauli labels of Z on each qubit.
+
+    >>> z_labels(3)
+    ('IIZ', 'IZI', 'ZII')
+    """
+    return tuple("I" * (qubits - 1 - i) + "Z" + "I" * i for i in range(qubits))
+
+
 def known(gate_order: str) -> OwnCircuit:
     """Return the circuit of an ansatz with this `gate_order`."""
     return _known[gate_order.removeprefix(PREFIX)]
@@ -274,7 +283,7 @@ def _observables(name: str, qubits: int, given: Any, width: int) -> tuple[str, .
     from qiskit.quantum_info import PauliList
 
     if given is None:
-        labels: Sequence[Any] = ["I" * (qubits - 1 - i) + "Z" + "I" * i for i in range(qubits)]
+        labels: Sequence[Any] = z_labels(qubits)
     elif isinstance(given, PauliList):
         labels = given.to_labels()
     elif isinstance(given, str) or not isinstance(given, Iterable):

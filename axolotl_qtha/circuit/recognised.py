@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import refusal
 from .ansatz import MAX_QUBITS, Ansatz, Kind
-from .own import OwnCircuit, called
+from .own import OwnCircuit, called, z_labels
 from .program import program
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def ansatz_of(own: OwnCircuit) -> Ansatz:
 def recognised(own: OwnCircuit) -> Ansatz | None:
     """Return a circuit as moments, if it is one; its trained parameters are then in the order of the table of angles."""
     n = own.circuit.num_qubits
-    if own.observables != Ansatz(n, 1).described().observables or n != len(own.inputs):
+    if own.observables != z_labels(n) or n != len(own.inputs):
         return None
     rest = [entry for entry in own.circuit.data if entry.operation.name != "barrier"]
     kinds, trained = list[Kind](), list[Any]()

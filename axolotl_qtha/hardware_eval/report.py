@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from ..circuit.own import z_labels
 from .evaluate import DEVICE, EXACT, NOISE, Way
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def qubit_table(found: Evaluation) -> Table:
 def _read_out(found: Evaluation) -> str:
     """Return what <Z> is of: qubits, or observables of a circuit of the user's own."""
     labels = found.facts["observables"]
-    return "qubit" if all(label[::-1].rstrip("I") == "I" * i + "Z" for i, label in enumerate(labels)) else "observable"
+    return "qubit" if tuple(labels) == z_labels(len(labels[0]))[: len(labels)] else "observable"
 
 
 def _places(way: Way, found: Evaluation, qubit: int) -> str:
