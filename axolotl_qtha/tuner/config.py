@@ -29,7 +29,7 @@ Quantum = Literal["qtha", "none", "silu", "frozen", "product", "qwthn"]
 TensorNetwork = Literal["tt", "none"]
 AngleScale = Literal["raw", "learned", "tanh"]
 GateOrder = Literal["2025-06", "2025-05"]
-CoreGain = Literal["balanced", "none"]
+CoreGain = Literal["by_rank", "balanced", "none"]
 Init = Literal["kaiming", "tt_svd"]
 CIRCUIT_MODES = ("qtha", "frozen", "product", "qwthn")  # values of `quantum` that run a circuit
 
@@ -67,8 +67,9 @@ class QTHAConfig(Running, OwnCircuits, PeftConfig):
     param_budget: float | None = _key(
         None,
         "Trainable parameters as a share of LoRA of the same rank on the same modules. Picks bond_dim and mid_dim, "
-        "whichever is not set. Default 0.24 (the paper's 76 % fewer) unless both are set; where that cannot be met, as on narrow "
-        "layers, the least that can. One that is set and cannot be met is refused.",
+        "whichever is not set; with `share: {layers: auto}` how many layers share. Default 0.24 (the paper's 76 % fewer) unless "
+        "both are set; where that cannot be met, as on narrow layers, the least that can. One that is set and cannot be met is "
+        "refused.",
     )
     bond_dim: int | None = _key(None, "Bond dimension chi of the matrix product operators. Default: from param_budget.")
     mid_dim: int | None = _key(
@@ -129,9 +130,10 @@ class QTHAConfig(Running, OwnCircuits, PeftConfig):
         "leading singular directions of the pre-trained weight (TensorLy). Both start as an exact no-op.",
     )
     core_gain: CoreGain = _key(
-        "balanced",
-        "`balanced`: cores are stored divided by a constant, so that at one learning rate they learn as fast as "
-        "LoRA's matrices; `none`: stored as they are, as the authors (wants a 3 to 10 times larger learning rate).",
+        "by_rank",
+        "`by_rank`: cores are stored divided by a constant, so that at one learning rate they learn as fast as LoRA's matrices, "
+        "above rank 8 slower by the root of rank / 8; `balanced`: as fast at every rank; `none`: stored as they are, as the "
+        "authors (wants a 3 to 10 times larger learning rate).",
     )
     quantum_backend: Backend = _key(
         "torch",
@@ -313,12 +315,15 @@ class QTHAConfig(Running, OwnCircuits, PeftConfig):
             raise refusal("mid_dim", self.mid_dim, why, f"`mid_dim: {self.rank}`")
         for key in ("in_factors", "out_factors"):
             arguments.check_factors(key, getattr(self, key), self.num_cores)
+        if self.share and self.share.layers == "auto" and self.mpo == "tt":
+            why = "is by param_budget, which with `mpo: tt` picks bond_dim and mid_dim"
+            raise refusal("share", {"layers": "auto"}, why, "`mpo: none`, or a number, as `share: {layers: 4}`")
         if self.share and self.init == "tt_svd":
             raise refusal(
                 "init", self.init, "starts from the weight of one layer, and `share:` is for several", "`init: kaiming`"
             )
         if self.mpo == "none":
-            for key in ("param_budget", "bond_dim", "mid_dim", "in_factors", "out_factors"):
+            for key in ("bond_dim", "mid_dim", "in_factors", "out_factors"):
                 if (value := getattr(self, key)) is not None:
                     why = "needs the matrix product operators, which `mpo: none` leaves out"
                     raise refusal(key, value, why, f"no `{key}`, or `mpo: tt`")

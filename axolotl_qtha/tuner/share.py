@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -38,12 +38,11 @@ class Share(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    layers: int = Field(
+    layers: Annotated[int, Field(strict=True, ge=1)] | Literal["auto"] = Field(
         default=1,
-        strict=True,
-        ge=1,
         description="How many neighbouring layers of the transformer have one A and one B for the same module, each with its own "
-        "r x r matrices and angles. Counted among the adapted layers; the last group may be smaller.",
+        "r x r matrices and angles. Counted among the adapted layers; the last group may be smaller. `auto`, with "
+        "`mpo: none`: as few as keep to param_budget.",
     )
     inputs: bool = Field(
         default=False,
@@ -61,8 +60,9 @@ class Share(BaseModel):
             raise refusal(f"share.{key}", value, "is not a key of the `share:` block", works)
         if isinstance(data, dict):
             layers, inputs = data.get("layers", 1), data.get("inputs", False)
-            if type(layers) is not int or layers < 1:
-                raise refusal("share.layers", layers, "is not a positive whole number", "`share: {layers: 4}`")
+            if layers != "auto" and (type(layers) is not int or layers < 1):
+                why = "is not a positive whole number, nor `auto`"
+                raise refusal("share.layers", layers, why, "`share: {layers: 4}`")
             if type(inputs) is not bool:
                 raise refusal("share.inputs", inputs, "is neither true nor false", "`share: {inputs: true}`")
             if layers == 1 and not inputs:
@@ -113,6 +113,7 @@ def owners(share: Share, sizes: Mapping[str, tuple[int, int] | LayerSize]) -> di
     Raises:
         ValueError: if layers of a group have different sizes or ranks, or none of them shares anything.
     """
+    assert share.layers != "auto"  # `fitting.py` has made it a number
     layers = {name: LayerSize(*size)._replace(owned=ALL) for name, size in sizes.items()}
     firsts: dict[Any, str] = {}  # of those with one input
     together: dict[str, str] = {}
@@ -121,7 +122,7 @@ def owners(share: Share, sizes: Mapping[str, tuple[int, int] | LayerSize]) -> di
         kind = _kind(parent, leaf) if share.inputs else None
         together[name] = name if kind is None else firsts.setdefault((parent, kind, inputs, rank), name)
     found: dict[str, Owners] = {}
-    for same in _same(sizes).values():
+    for same in groups(sizes).values():
         for place, name in enumerate(same):
             first = same[place - place % share.layers]
             if layers[first].rank != layers[name].rank:
@@ -161,7 +162,13 @@ def read_together(first: str, second: str) -> bool:
     return parent == other and kind is not None and kind == _kind(other, other_leaf)
 
 
-def _same(names: Iterable[str]) -> dict[str, list[str]]:
+def owned(share: Share, sizes: Mapping[str, LayerSize]) -> dict[str, LayerSize]:
+    """Return the sizes with what each layer has of its own."""
+    whose = owners(share, sizes)
+    return {name: size._replace(owned=whose[name].owned(name)) for name, size in sizes.items()}
+
+
+def groups(names: Iterable[str]) -> dict[str, list[str]]:
     """Return the names of the same module in all layers of the transformer, in their order."""
     groups: dict[str, list[str]] = {}
     for name in names:
@@ -178,8 +185,9 @@ def in_words(share: Share | None, names: Iterable[str]) -> str:
     if not share:
         return ""
     words = []
+    assert share.layers != "auto"
     if share.layers > 1:
-        last = {count for same in _same(names).values() if (count := len(same) % share.layers)}
+        last = {count for same in groups(names).values() if (count := len(same) % share.layers)}
         rest = f" (the last group: {', '.join(map(str, sorted(last)))})" if last else ""
         words.append(f"A and B shared by {share.layers} neighbouring layers{rest}")
     if share.inputs:

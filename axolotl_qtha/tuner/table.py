@@ -21,6 +21,9 @@ from .sizes import AdapterShape
 CIRCUIT = ("angles", "units", "scale")  # tensors of the circuit, or of its classical twin: what `circuit_lr` is for
 # With core_gain `balanced`, a step changes a tensor, relative to its size, by this share of what it changes LoRA's A by.
 GAIN_SHARE = 0.3
+# Up to this rank; above, with `by_rank`, by less: A z, W_C and B add up r changes of one direction each, so that their product
+# changes by the root of the rank more for each factor that a step changes by the same share.
+LARGEST_RANK = 8
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,11 @@ def table(config: QTHAConfig, shape: AdapterShape) -> dict[str, Part]:
     """Return the parts of an adapter by name, tensor by tensor, each from its start on without a gap."""
     parts: dict[str, Part] = {}
     ends: dict[str, int] = {}
-    r, balanced = shape.rank, config.core_gain == "balanced"
+    r, balanced = shape.rank, config.core_gain != "none"
+    slower = max(1.0, r / LARGEST_RANK) ** 0.5 if config.core_gain == "by_rank" else 1.0
 
     def add(name: str, tensor: str, sizes: tuple[int, ...], std: float = 1.0, side: int | None = None) -> None:
-        gain = _gain(std, side) if balanced and side is not None else 1.0
+        gain = _gain(std / slower, side) if balanced and side is not None else 1.0
         parts[name] = Part(tensor, ends.get(tensor, 0), sizes, std, gain)
         ends[tensor] = parts[name].start + parts[name].size
 

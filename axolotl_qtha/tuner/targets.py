@@ -14,9 +14,10 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import alternatives, refusal
 from .arguments import refuse_unmatched
 from .config import QTHAConfig
+from .fitting import fitted
 from .layer import QTHALinear, layer_sizes
 from .quantised import is_quantised
-from .share import LayerSize, owners
+from .share import LayerSize, owned
 from .uncalled import reader
 
 HEADED = ("SEQ_CLS", "TOKEN_CLS")  # tasks whose head PEFT trains in full: it adds to `modules_to_save` every name it knows
@@ -26,7 +27,7 @@ HEADS = ("classifier", "score")
 def select_targets(config: QTHAConfig, model: nn.Module) -> dict[str, LayerSize]:
     """Return the size of every layer an adapter will be placed on, and what it has of its own, by name.
 
-    `all-linear` in the configuration is replaced by the names it stands for.
+    `all-linear` in the configuration is replaced by the names it stands for, `share: {layers: auto}` by a number.
 
     Raises:
         ValueError: if a name matches nothing, or a layer cannot carry an adapter.
@@ -39,8 +40,9 @@ def select_targets(config: QTHAConfig, model: nn.Module) -> dict[str, LayerSize]
     ranks = {name: rank for name in matched if (rank := config.of_layer(name).rank) != config.rank}
     found = {name: layer_sizes(_supported(name, candidates[name], model)) for name in matched}
     sizes = {name: LayerSize(*size, rank=ranks.get(name)) for name, size in found.items()}
-    shared = {} if not config.share else owners(config.share, sizes)
-    return {name: size._replace(owned=shared[name].owned(name)) if shared else size for name, size in sizes.items()}
+    if config.share and config.share.layers == "auto":
+        config.share = fitted(config, sizes)
+    return owned(config.share, sizes) if config.share else sizes
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:

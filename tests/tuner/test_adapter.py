@@ -220,6 +220,16 @@ def test_core_gain_changes_what_is_stored_not_what_is_computed():
     np.testing.assert_allclose(dense_maps(balanced)[0], a, atol=1e-5 * np.abs(a).max())  # float32 rounding in its scale
 
 
+@pytest.mark.parametrize("rank", [4, 8, 32])
+def test_gains_fall_with_the_root_of_the_rank_above_8(rank):
+    ours, same = (adapter(2000, 3000, rank=rank, mid_dim=32, core_gain=gain).table for gain in ("by_rank", "balanced"))
+    slower = 2 if rank == 32 else 1
+    found = {name: same[name].gain / part.gain for name, part in ours.items()}
+    assert found["mpo_a_0"] == found["w_c"] == found["w_q"] == pytest.approx(slower)
+    assert found["angles"] == found[f"mpo_b_{1}"] == 1  # they have no gain
+    assert all(1 <= ratio <= slower for ratio in found.values())  # none goes below 1
+
+
 @pytest.mark.parametrize("quantum", ["qtha", "qwthn", "silu", "none"])
 def test_every_parameter_gets_a_gradient(quantum):
     learned = {} if quantum in ("none", "silu") else {"angle_scale": "learned"}

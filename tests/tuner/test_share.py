@@ -315,7 +315,7 @@ class Uneven(nn.Module):
 @pytest.mark.parametrize(
     ("share", "message"),
     [
-        ({"layers": 0}, r"qtha\.share\.layers: 0 is not a positive whole number.*What works: `share: \{layers: 4\}`"),
+        ({"layers": 0}, r"qtha\.share\.layers: 0 is not a positive whole number, nor `auto`.*What works: `share: \{layers: 4\}`"),
         ({"layers": True}, r"qtha\.share\.layers: True"),
         ({"layers": 2.5}, r"qtha\.share\.layers: 2\.5"),
         ({"inputs": "yes"}, r"qtha\.share\.inputs: 'yes' is neither true nor false"),

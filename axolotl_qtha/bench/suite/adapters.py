@@ -37,7 +37,9 @@ CONTROLS = ("mpo-only", "silu", "frozen", "product")  # what says whether a trai
 def has_budget(block: dict[str, Any]) -> bool:
     """Return whether the size of QTHA with these keys follows from the suite's budgets."""
     fixed = "bond_dim" in block and "mid_dim" in block
-    return not (fixed or "param_budget" in block or block.get("mpo") == "none")
+    if block.get("mpo") == "none":  # then it says how many layers share, if anything
+        fixed = (block.get("share") or {}).get("layers") != "auto"
+    return not (fixed or "param_budget" in block)
 
 
 def settings(

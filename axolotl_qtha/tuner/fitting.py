@@ -1,0 +1,42 @@
+"""How many layers share their matrices, where `param_budget` says how many parameters there may be: `share: {layers: auto}`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..errors import refusal
+from .config import QTHAConfig
+from .share import LayerSize, Share, groups, owned
+from .sizes import DEFAULT_BUDGET, count_lora_parameters, count_parameters
+
+
+def fitted(config: QTHAConfig, sizes: Mapping[str, LayerSize]) -> Share:
+    """Return what is shared, with as few layers in a group as meet the budget.
+
+    A param_budget that was not asked for, the default, gives way where nothing meets it: all layers then share.
+
+    Args:
+        config: the adapter's configuration, with `mpo: none` and `share: {layers: auto}`.
+        sizes: of the adapted layers, by name.
+
+    Raises:
+        ValueError: if no number of layers meets a budget that was asked for; or as `share.owners`.
+    """
+    assert config.share is not None
+    limit = (config.param_budget or DEFAULT_BUDGET) * count_lora_parameters(config.rank, sizes.values())
+    most = max(len(same) for same in groups(sizes).values())
+    total, first, last = 0, 1 if config.share.inputs else 2, max(most, 2)
+    for layers in range(first, last + 1):
+        share = Share(layers=layers, inputs=config.share.inputs)
+        total = count_parameters(config, owned(share, sizes).values())
+        if total <= limit:
+            return share
+    if config.param_budget is None:
+        return share
+    lora = count_lora_parameters(config.rank, sizes.values())
+    raise refusal(
+        "param_budget",
+        config.param_budget,
+        f"cannot be met at rank {config.rank} with one A and B for each kind of layer: {total:,} parameters of LoRA's {lora:,}",
+        "a smaller rank, `share: {layers: auto, inputs: true}`, fewer circuit_layers, or no param_budget",
+    )

@@ -1,0 +1,98 @@
+"""`share: {layers: auto}`: as few layers share as keep to param_budget."""
+
+import json
+
+import pytest
+from peft import PeftModel
+
+from axolotl_qtha.tuner.config import QTHAConfig
+from axolotl_qtha.tuner.fitting import fitted
+from axolotl_qtha.tuner.layer import adapted_sizes
+from axolotl_qtha.tuner.share import LayerSize, Share, owned
+from axolotl_qtha.tuner.sizes import count_lora_parameters, count_parameters, resolve
+
+from ..models import adapted, llama, logits, train, trainable
+
+# Of one layer of SmolLM2-135M, (in_features, out_features).
+SMOLLM2 = {
+    "self_attn.q_proj": (576, 576),
+    "self_attn.k_proj": (576, 192),
+    "self_attn.v_proj": (576, 192),
+    "self_attn.o_proj": (576, 576),
+    "mlp.gate_proj": (576, 1536),
+    "mlp.up_proj": (576, 1536),
+    "mlp.down_proj": (1536, 576),
+}
+SIZES = {f"layers.{k}.{name}": LayerSize(*size) for k in range(30) for name, size in SMOLLM2.items()}
+
+
+def auto(inputs=True, **settings):
+    return QTHAConfig(**{"mpo": "none", "share": {"layers": "auto", "inputs": inputs}, **settings})
+
+
+@pytest.mark.parametrize("inputs", [False, True])
+@pytest.mark.parametrize("budget", [None, 0.5, 0.12])
+@pytest.mark.parametrize("quantum", ["none", "qtha"])
+def test_one_layer_fewer_in_a_group_is_above_the_budget(quantum, budget, inputs):
+    settings = auto(inputs, quantum=quantum, param_budget=budget)
+    limit = (budget or 0.24) * count_lora_parameters(8, SIZES.values())
+    share = fitted(settings, SIZES)
+    assert count_parameters(settings, owned(share, SIZES).values()) <= limit
+    assert share.inputs is inputs
+    smaller = Share(layers=share.layers - 1, inputs=inputs)
+    assert count_parameters(settings, owned(smaller, SIZES).values()) > limit
+
+
+def test_counts_of_smollm2_by_hand():
+    """A of q, k, v and of gate, up are one; a group of four of the 30 layers is one of eight."""
+    share = fitted(auto(quantum="none"), SIZES)
+    assert share == Share(layers=4, inputs=True)
+    a, b = 8 * (576 + 576 + 576 + 1536), 8 * (576 + 192 + 192 + 576 + 1536 + 1536 + 576)
+    assert count_parameters(auto(quantum="none"), owned(share, SIZES).values()) == 8 * (a + b) + 210 * 64 == 554_112
+
+
+def test_without_one_that_was_asked_for_all_layers_share_where_nothing_is_small_enough():
+    narrow = {f"layers.{k}.q_proj": LayerSize(32, 32) for k in range(3)}
+    assert fitted(auto(inputs=False, rank=32), narrow).layers == 3
+    with pytest.raises(ValueError, match=r"qtha\.param_budget: 0\.1 cannot be met at rank 32 .* What works: a smaller rank"):
+        fitted(auto(inputs=False, rank=32, param_budget=0.1), narrow)
+
+
+def test_a_model_has_and_saves_the_number(tmp_path):
+    model = train(adapted(llama(5), **vars_of(param_budget=0.9)))
+    layers = model.peft_config["default"].share.layers
+    assert type(layers) is int
+    assert layers > 1
+    made = sum(tensor.numel() for tensor in trainable(model).values())
+    assert made == count_parameters(model.peft_config["default"], adapted_sizes(model))
+    assert made <= 0.9 * count_lora_parameters(4, adapted_sizes(model))
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["share"] == {"layers": layers, "inputs": True}
+    again = PeftModel.from_pretrained(llama(5), tmp_path)
+    assert (logits(again) - logits(model)).abs().max() == 0
+
+
+def vars_of(**settings):
+    """Return settings of `tests.models.adapted` for full matrices that share."""
+    return {"mpo": "none", "share": {"layers": "auto", "inputs": True}, "quantum": "none", "circuit_layers": 2, **settings}
+
+
+def test_tensor_networks_have_their_bond_from_the_budget():
+    with pytest.raises(ValueError, match=r"qtha\.share: .*auto.* is by param_budget, .* What works: `mpo: none`"):
+        QTHAConfig(share={"layers": "auto"})
+
+
+@pytest.mark.parametrize("layers", [0, "all", 2.0, True])
+def test_no_number(layers):
+    with pytest.raises(ValueError, match=r"qtha\.share\.layers: .* not a positive whole number, nor `auto`"):
+        Share.model_validate({"layers": layers})
+
+
+def test_full_matrices_keep_to_a_budget_that_is_set():
+    settings = QTHAConfig(mpo="none", param_budget=0.24, quantum="none", share={"layers": 4, "inputs": True})
+    sizes = list(owned(settings.share, SIZES).values())
+    assert resolve(settings, sizes) is settings
+    with pytest.raises(ValueError, match=r"qtha\.param_budget: 0\.2 is not kept to with `mpo: none` and `share: .*layers: auto"):
+        resolve(settings.changed(param_budget=0.2), sizes)
+    with pytest.raises(ValueError, match=r"0\.24 is not kept to with `mpo: none`: "):
+        resolve(QTHAConfig(mpo="none", param_budget=0.24), list(SIZES.values()))
