@@ -46,6 +46,7 @@ IDLE = {
     "qubits": ("none", "product"),
     "circuit_layers": ("none",),
     "angle_scale": ("none", "silu"),
+    "init_angles": ("none", "silu"),
     "gate_order": ("none", "silu", "product"),
     "circuit": ("none", "silu"),
 }

@@ -8,30 +8,23 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from peft import PeftConfig
 
-from ..circuit.ansatz import GATE_ORDERS, MAX_QUBITS, Ansatz
+from ..circuit.ansatz import MAX_QUBITS, Ansatz
 from ..circuit.own import check_name
 from ..circuit.simulation import Backend, Gradient, Precision
 from ..errors import refusal
 from ..ibm.options import IBMOptions
-from . import arguments, blocks
+from . import arguments, blocks, choices
 from .adapter_file import check_adapter_file
 from .blocks import LARGEST, ONE_CIRCUIT, SMALLEST, USUAL, usual_qubits
+from .choices import CIRCUIT_MODES, AngleScale, CoreGain, GateOrder, Init, Quantum, TensorNetwork
 from .own_circuits import OwnCircuits
 from .peft_type import QTHA
 from .running import Running
 from .share import Share
-
-Quantum = Literal["qtha", "none", "silu", "frozen", "product", "qwthn"]
-TensorNetwork = Literal["tt", "none"]
-AngleScale = Literal["raw", "learned", "tanh"]
-GateOrder = Literal["2025-06", "2025-05"]
-CoreGain = Literal["balanced", "none"]
-Init = Literal["kaiming", "tt_svd"]
-CIRCUIT_MODES = ("qtha", "frozen", "product", "qwthn")  # values of `quantum` that run a circuit
 
 
 def _key(default: Any, text: str) -> Any:
@@ -117,6 +110,11 @@ class QTHAConfig(Running, OwnCircuits, PeftConfig):
         "tanh",
         "How the bottleneck's z becomes radians: `raw` z itself, as the authors (wraps around), `learned` z times a "
         "trained scale per qubit, `tanh` pi * tanh(z / pi), bounded to (-pi, pi).",
+    )
+    init_angles: float = _key(
+        math.pi,
+        "The circuit's angles, trained or frozen, start uniform in [-init_angles, init_angles], in radians, at most pi (a whole "
+        "turn). With small ones its rotations start near the identity. For circuits of one's own, too (`circuit`).",
     )
     gate_order: GateOrder = _key(
         "2025-06",
@@ -275,18 +273,7 @@ class QTHAConfig(Running, OwnCircuits, PeftConfig):
         return result
 
     def _check_values(self) -> None:
-        choices: dict[str, Any] = {
-            "quantum": Quantum,
-            "mpo": TensorNetwork,
-            "angle_scale": AngleScale,
-            "gate_order": GateOrder,
-            "init": Init,
-            "core_gain": CoreGain,
-            "quantum_backend": Backend,
-        }
-        assert set(get_args(GateOrder)) == set(GATE_ORDERS)
-        for key, kind in choices.items():
-            arguments.check_choice(key, getattr(self, key), get_args(kind))
+        choices.check(self)
         if self.circuit is not None:
             check_name(self.circuit)
         for key in ("rank", "bond_dim", "mid_dim", "num_cores", "circuit_layers"):
@@ -296,6 +283,8 @@ class QTHAConfig(Running, OwnCircuits, PeftConfig):
         arguments.check_patterns(self.rank_pattern, self.alpha_pattern, self.qubits, self.quantum, self.has_circuit)
         arguments.check_number("dropout", self.dropout, lambda p: 0 <= p < 1, "a probability below 1", "0.05")
         arguments.check_number("alpha", self.alpha, lambda a: 0 < a < math.inf, "a positive number", "16")
+        what = "a number of radians in (0, pi]"
+        arguments.check_number("init_angles", self.init_angles, lambda x: 0 < x <= math.pi, what, "0.1")
         if self.param_budget is not None:
             arguments.check_number("param_budget", self.param_budget, lambda p: 0 < p <= 1, "a share in (0, 1]", "0.24")
         for key in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):

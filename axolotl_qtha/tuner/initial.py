@@ -57,7 +57,7 @@ def values(
     if "units" in parts:
         normal("units")
     if "angles" in parts:
-        found["angles"] = (2 * torch.rand(parts["angles"].shape, generator=generator, **here) - 1) * math.pi
+        found["angles"] = (2 * torch.rand(parts["angles"].shape, generator=generator, **here) - 1) * config.init_angles
     if "scale" in parts:
         found["scale"] = torch.ones(r, **here)
     return found
