@@ -66,13 +66,19 @@ def diagnose(options: DiagnosisOptions, out: Console) -> Diagnosis:
     circuit = ansatz(config)
     sizes = {(n, m): None for m in layers for n in qubits} | {(config.circuit_qubits, config.circuit_layers): None}
     make = partial(
-        study, encode=_encoding(config), initialisations=options.initialisations, pairs=options.pairs, seed=options.seed
+        study,
+        encode=_encoding(config),
+        initialisations=options.initialisations,
+        pairs=options.pairs,
+        seed=options.seed,
+        most=config.init_angles,
     )
     steps = track([(sized(config, *size), size[1]) for size in sizes], "at initialisation", transient=True, console=out)
     studies: list[Study] = [make(each, layers=m) for each, m in steps]
     trained, text = _trained(options, out) if options.lora_model_dir else ([], None)
+    start = {"angle_scale": config.angle_scale, "init_angles": config.init_angles}
     found = Diagnosis(
-        circuit={**_facts(config, circuit), "angle_scale": config.angle_scale, "blocks": config.blocks},
+        circuit={**_facts(config, circuit), **start, "blocks": config.blocks},
         options={
             **{each.name: getattr(options, each.name) for each in dataclasses.fields(options) if each.type == "int"},
             **{"qubits": qubits, "circuit_layers": layers},

@@ -20,8 +20,8 @@ JSON, PICTURES = "diagnose.json", ("diagnose.png", "diagnose.pdf")
 SHOWN = 10_000  # data points whose effective dimension the tables have
 PACKAGES = ("torch", "numpy", "scipy", "qiskit")
 DEFINITIONS = {
-    "initialisation": "z standard normal, encoded as the configuration's angle_scale says; trained angles uniform in [-pi, pi); "
-    "both drawn anew for each initialisation and state",
+    "initialisation": "z standard normal, encoded as the configuration's angle_scale says; trained angles uniform in [-a, a], a "
+    "its init_angles; both drawn anew for each initialisation and state",
     "variance.readouts": "sum_i Var d<Z_i>/d theta_k over initialisations, mean over all trained angles k; what a loss sees "
     "whose gradients at the <Z_i> are uncorrelated and of variance 1. McClean et al., arXiv 1803.11173",
     "variance.local": "the same of the cost 1 - mean_i <|0><0|_i. Cerezo et al., arXiv 2001.00550",

@@ -65,17 +65,25 @@ class Slope:
     error: float  # standard error of the fit
 
 
-def draws(ansatz: Ansatz, count: int, encode: Encode, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return encoded inputs (count, n) of a standard normal z, and angles (count, rows, n) as an adapter's start: uniform."""
+def draws(ansatz: Ansatz, count: int, encode: Encode, generator: torch.Generator, most: float = math.pi) -> tuple[Tensor, Tensor]:
+    """Return encoded inputs (count, n) of a standard normal z, and angles (count, rows, n) as an adapter's start: uniform.
+
+    Args:
+        ansatz: the circuit.
+        count: of draws.
+        encode: from z to the encoding angles.
+        generator: of the random numbers.
+        most: the largest trained angle in radians, `init_angles`.
+    """
     here = {"dtype": torch.float64, "device": "cpu"}
     z = torch.randn(count, ansatz.width, generator=generator, **here)  # type: ignore[call-overload]
-    return encode(z), uniform(ansatz, count, generator)
+    return encode(z), uniform(ansatz, count, generator, most)
 
 
-def uniform(ansatz: Ansatz, count: int, generator: torch.Generator) -> Tensor:
-    """Return angles (count, rows, n), uniform over a turn."""
+def uniform(ansatz: Ansatz, count: int, generator: torch.Generator, most: float = math.pi) -> Tensor:
+    """Return angles (count, rows, n), uniform in [-most, most], in radians: by default over a turn."""
     shape = (count, *ansatz.angle_shape)
-    return (2 * torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu") - 1) * math.pi
+    return (2 * torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu") - 1) * most
 
 
 def generator(seed: int, *what: int) -> torch.Generator:
@@ -84,7 +92,15 @@ def generator(seed: int, *what: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(state)
 
 
-def study(circuit: Ansatz, encode: Encode, initialisations: int, pairs: int, seed: int, layers: int | None = None) -> Study:
+def study(
+    circuit: Ansatz,
+    encode: Encode,
+    initialisations: int,
+    pairs: int,
+    seed: int,
+    layers: int | None = None,
+    most: float = math.pi,
+) -> Study:
     """Return what is to be said of a circuit at initialisation.
 
     Args:
@@ -94,14 +110,15 @@ def study(circuit: Ansatz, encode: Encode, initialisations: int, pairs: int, see
         pairs: of states whose fidelities are taken; entanglement is taken of the same states.
         seed: of the random numbers.
         layers: that it has, where the ansatz does not say it: one of the user's own.
+        most: the largest trained angle in radians, `init_angles`.
     """
     layers = layers or circuit.layers
     start, random = time.perf_counter(), generator(seed, circuit.qubits, layers)
-    variance = gradient_variance(*draws(circuit, initialisations, encode, random), circuit)
-    overlaps, entangled = _states(circuit, encode, pairs, random)
-    z, angles = draws(circuit, SERIES, encode, random)
+    variance = gradient_variance(*draws(circuit, initialisations, encode, random, most), circuit)
+    overlaps, entangled = _states(circuit, encode, pairs, random, most)
+    z, angles = draws(circuit, SERIES, encode, random, most)
     series = fourier(z, angles, circuit)
-    many = uniform(circuit, DRAWS, random)
+    many = uniform(circuit, DRAWS, random, most)
     each = [draws(circuit, INPUTS, encode, random)[0] for _ in range(DRAWS)]
     fishers = torch.stack([fisher(jacobians(z, own.expand(INPUTS, -1, -1), circuit)) for z, own in zip(each, many, strict=True)])
     return Study(
@@ -118,13 +135,13 @@ def study(circuit: Ansatz, encode: Encode, initialisations: int, pairs: int, see
     )
 
 
-def _states(ansatz: Ansatz, encode: Encode, pairs: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+def _states(ansatz: Ansatz, encode: Encode, pairs: int, random: torch.Generator, most: float) -> tuple[Tensor, Tensor]:
     """Return the fidelities of pairs of random states (pairs), and Q of each state (2 pairs)."""
     overlaps, entangled, left = [], [], pairs
     while left:
         many = min(left, max(1, AMPLITUDES >> (ansatz.qubits + 1)))
         with torch.no_grad():
-            states = statevectors(*draws(ansatz, 2 * many, encode, random), ansatz)
+            states = statevectors(*draws(ansatz, 2 * many, encode, random, most), ansatz)
         overlaps.append(fidelities(states[::2], states[1::2]))
         entangled.append(meyer_wallach(states))
         left -= many

@@ -39,7 +39,7 @@ SETTINGS = (
 )
 CORE_SETTINGS = ("bond_dim", "mid_dim", "num_cores", "in_factors", "out_factors", "init", "core_gain")
 CIRCUIT_SETTINGS = (
-    *("circuit", "angle_scale", "gate_order", "quantum_backend", "shots", "noise_model"),
+    *("circuit", "angle_scale", "init_angles", "gate_order", "quantum_backend", "shots", "noise_model"),
     *("depolarizing_1q", "depolarizing_2q", "readout_error", "precision", "gradient"),
 )
 FLIPS = "readout_error"  # two numbers in their order

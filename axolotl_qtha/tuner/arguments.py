@@ -43,9 +43,11 @@ MOST = {"rank": 16_384, "bond_dim": 1_000_000, "mid_dim": 65_536, "num_cores": 1
 USUAL = {"num_cores": 2, "circuit_layers": 2}
 # Settings of the branch, and the values of `quantum` beside which they do nothing.
 IDLE = {
+    "branch_init": ("none",),
     "qubits": ("none", "product"),
     "circuit_layers": ("none",),
     "angle_scale": ("none", "silu"),
+    "init_angles": ("none", "silu"),
     "gate_order": ("none", "silu", "product"),
     "circuit": ("none", "silu"),
 }

@@ -8,30 +8,23 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from peft import PeftConfig
 
-from ..circuit.ansatz import GATE_ORDERS, MAX_QUBITS, Ansatz
+from ..circuit.ansatz import MAX_QUBITS, Ansatz
 from ..circuit.own import check_name
 from ..circuit.simulation import Backend, Gradient, Precision
 from ..errors import refusal
 from ..ibm.options import IBMOptions
-from . import arguments, blocks
+from . import arguments, blocks, choices
 from .adapter_file import check_adapter_file
 from .blocks import LARGEST, ONE_CIRCUIT, SMALLEST, USUAL, usual_qubits
+from .choices import CIRCUIT_MODES, AngleScale, BranchInit, CoreGain, GateOrder, Init, Quantum, TensorNetwork
 from .own_circuits import OwnCircuits
 from .peft_type import QTHA
 from .running import Running
 from .share import Share
-
-Quantum = Literal["qtha", "none", "silu", "frozen", "product", "qwthn"]
-TensorNetwork = Literal["tt", "none"]
-AngleScale = Literal["raw", "learned", "tanh"]
-GateOrder = Literal["2025-06", "2025-05"]
-CoreGain = Literal["by_rank", "balanced", "none"]
-Init = Literal["kaiming", "tt_svd"]
-CIRCUIT_MODES = ("qtha", "frozen", "product", "qwthn")  # values of `quantum` that run a circuit
 
 
 def _key(default: Any, text: str) -> Any:
@@ -119,6 +112,11 @@ class QTHAConfig(Running, OwnCircuits, PeftConfig):
         "How the bottleneck's z becomes radians: `raw` z itself, as the authors (wraps around), `learned` z times a "
         "trained scale per qubit, `tanh` pi * tanh(z / pi), bounded to (-pi, pi).",
     )
+    init_angles: float = _key(
+        math.pi,
+        "The circuit's angles, trained or frozen, start uniform in [-init_angles, init_angles], in radians, at most pi (a whole "
+        "turn). With small ones its rotations start near the identity. For circuits of one's own, too (`circuit`).",
+    )
     gate_order: GateOrder = _key(
         "2025-06",
         "Order of the gates: `2025-06` the authors' present one; `2025-05` their earlier one, whose last ring of "
@@ -128,6 +126,11 @@ class QTHAConfig(Running, OwnCircuits, PeftConfig):
         "kaiming",
         "`kaiming`: random cores, as the authors, scaled so that z starts with unit variance; `tt_svd`: cores from the "
         "leading singular directions of the pre-trained weight (TensorLy). Both start as an exact no-op.",
+    )
+    branch_init: BranchInit = _key(
+        "kaiming",
+        "What W_Q starts with: `kaiming`, as the authors, where the branch starts larger than the linear path; `zero`, where it "
+        "comes in as it learns, which bears larger learning rates. Not with `quantum: qwthn`.",
     )
     core_gain: CoreGain = _key(
         "by_rank",
@@ -277,18 +280,7 @@ class QTHAConfig(Running, OwnCircuits, PeftConfig):
         return result
 
     def _check_values(self) -> None:
-        choices: dict[str, Any] = {
-            "quantum": Quantum,
-            "mpo": TensorNetwork,
-            "angle_scale": AngleScale,
-            "gate_order": GateOrder,
-            "init": Init,
-            "core_gain": CoreGain,
-            "quantum_backend": Backend,
-        }
-        assert set(get_args(GateOrder)) == set(GATE_ORDERS)
-        for key, kind in choices.items():
-            arguments.check_choice(key, getattr(self, key), get_args(kind))
+        choices.check(self)
         if self.circuit is not None:
             check_name(self.circuit)
         for key in ("rank", "bond_dim", "mid_dim", "num_cores", "circuit_layers"):
@@ -298,6 +290,8 @@ class QTHAConfig(Running, OwnCircuits, PeftConfig):
         arguments.check_patterns(self.rank_pattern, self.alpha_pattern, self.qubits, self.quantum, self.has_circuit)
         arguments.check_number("dropout", self.dropout, lambda p: 0 <= p < 1, "a probability below 1", "0.05")
         arguments.check_number("alpha", self.alpha, lambda a: 0 < a < math.inf, "a positive number", "16")
+        what = "a number of radians in (0, pi]"
+        arguments.check_number("init_angles", self.init_angles, lambda x: 0 < x <= math.pi, what, "0.1")
         if self.param_budget is not None:
             arguments.check_number("param_budget", self.param_budget, lambda p: 0 < p <= 1, "a share in (0, 1]", "0.24")
         for key in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
@@ -308,6 +302,9 @@ class QTHAConfig(Running, OwnCircuits, PeftConfig):
         for key, default in self._idle().items():
             why, works = f"has no effect with `quantum: {self.quantum}`", f"leave {key} out (its default: {default})"
             raise refusal(key, getattr(self, key), why, f"{works}, or `quantum: qtha`")
+        if self.branch_init == "zero" and self.quantum == "qwthn":
+            why = "would leave nothing to train: with `quantum: qwthn` the two paths are multiplied"
+            raise refusal("branch_init", self.branch_init, why, "`branch_init: kaiming`, or leave it out")
         if self.circuit is not None and self.gate_order != Ansatz.gate_order:
             raise refusal("gate_order", self.gate_order, "is the built-in circuit's, and `circuit` names another", "leave it out")
         if self.mid_dim is not None and self.mid_dim < self.rank:

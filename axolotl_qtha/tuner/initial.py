@@ -54,10 +54,12 @@ def values(
     r = shape.rank
     for name in ("w_c", "w_q") if shape.has_branch else ("w_c",):  # kaiming_uniform_, as the authors
         found[name] = (2 * torch.rand(r, r, generator=generator, **here) - 1) * math.sqrt(6 / r)
+    if config.branch_init == "zero":  # drawn all the same, so that what comes after is too
+        found["w_q"].zero_()
     if "units" in parts:
         normal("units")
     if "angles" in parts:
-        found["angles"] = (2 * torch.rand(parts["angles"].shape, generator=generator, **here) - 1) * math.pi
+        found["angles"] = (2 * torch.rand(parts["angles"].shape, generator=generator, **here) - 1) * config.init_angles
     if "scale" in parts:
         found["scale"] = torch.ones(r, **here)
     return found

@@ -17,7 +17,7 @@ from axolotl_qtha.circuit.torch_engine import expectation_values
 from axolotl_qtha.diagnose import study as module
 from axolotl_qtha.diagnose.figure import draw
 from axolotl_qtha.diagnose.report import DEFINITIONS, Diagnosis, slope_lines
-from axolotl_qtha.diagnose.study import draws, generator, sized, slopes, study
+from axolotl_qtha.diagnose.study import draws, generator, sized, slopes, study, uniform
 from axolotl_qtha.diagnose.trained import trained_circuit
 from axolotl_qtha.tuner.bottleneck import bounded
 
@@ -35,6 +35,13 @@ def test_draws():
     bounded_z, same = draws(Ansatz(4, 2), 4000, bounded, generator(0, 4, 2))
     assert torch.equal(bounded_z, bounded(z))
     assert torch.equal(same, angles)
+
+
+def test_small_initial_angles_start_near_the_encoding_alone():
+    """With angles of at most 1e-3 states are those of the encoding, which entangles nothing; Q is quadratic in the angles."""
+    found = study(Ansatz(3, 2), **FEW, most=1e-3)
+    assert float(uniform(Ansatz(3, 2), 50, generator(0), 1e-3).abs().max()) <= 1e-3
+    assert 0 < found.entangling.value < 1e-5 < study(Ansatz(3, 2), **FEW).entangling.value
 
 
 def test_a_study_is_a_function_of_its_seed_and_size(monkeypatch):

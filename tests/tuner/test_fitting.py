@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from peft import PeftModel
 
 from axolotl_qtha.tuner.config import QTHAConfig
@@ -59,22 +60,22 @@ def test_without_one_that_was_asked_for_all_layers_share_where_nothing_is_small_
 
 
 def test_a_model_has_and_saves_the_number(tmp_path):
-    model = train(adapted(llama(5), **vars_of(param_budget=0.9)))
+    model = train(adapted(llama(5), **vars_of(param_budget=0.6)))
     layers = model.peft_config["default"].share.layers
     assert type(layers) is int
     assert layers > 1
     made = sum(tensor.numel() for tensor in trainable(model).values())
     assert made == count_parameters(model.peft_config["default"], adapted_sizes(model))
-    assert made <= 0.9 * count_lora_parameters(4, adapted_sizes(model))
+    assert made <= 0.6 * count_lora_parameters(4, adapted_sizes(model))
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["share"] == {"layers": layers, "inputs": True}
-    again = PeftModel.from_pretrained(llama(5), tmp_path)
-    assert (logits(again) - logits(model)).abs().max() == 0
+    again = PeftModel.from_pretrained(llama(5), tmp_path).eval()
+    assert torch.equal(logits(again), logits(model))
 
 
 def vars_of(**settings):
     """Return settings of `tests.models.adapted` for full matrices that share."""
-    return {"mpo": "none", "share": {"layers": "auto", "inputs": True}, "quantum": "none", "circuit_layers": 2, **settings}
+    return {"mpo": "none", "share": {"layers": "auto", "inputs": True}, "quantum": "none", **settings}
 
 
 def test_tensor_networks_have_their_bond_from_the_budget():

@@ -50,7 +50,10 @@ def test_a_file_of_a_later_version_loads_with_peft_s_warning(tmp_path):
 
 
 IDLE = [
-    *[{"quantum": "none", **more} for more in ({"qubits": 2}, {"circuit_layers": 3}, {"angle_scale": "raw"})],
+    *[
+        {"quantum": "none", **more}
+        for more in ({"qubits": 2}, {"circuit_layers": 3}, {"angle_scale": "raw"}, {"init_angles": 0.1})
+    ],
     *[{"quantum": quantum, "gate_order": "2025-05"} for quantum in ("none", "silu")],
 ]
 
