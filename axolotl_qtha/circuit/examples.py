@@ -9,7 +9,7 @@ from .ansatz import Ansatz
 if TYPE_CHECKING:
     from qiskit import QuantumCircuit
 
-BASE = 3  # of the scales 1, 3, 9, ...: the least that no two sums of them, each with a sign or left out, have in common
+BASE = 3  # of the scales: sums of 1, 3, 9, ..., each with either sign or left out, are all whole numbers, each once
 MOST_LAYERS = 8  # float32 has z times 3**7 to some 1e-4 radians
 
 
@@ -58,10 +58,11 @@ def zz_observables(qubits: int, layers: int) -> dict[str, Any]:
 
 
 def reuploading(qubits: int, layers: int) -> QuantumCircuit:
-    """Return the built-in circuit with RY(3**l z_i) in layer l = 0, 1, ... as its encoding: frequencies up to (3**layers - 1) / 2.
+    """Return the built-in circuit with RY(3**l z_i) as the encoding of layer l = 0, 1, ...: frequencies to (3**layers - 1) / 2.
 
     What is read out is a Fourier series in z_i, whose frequencies are sums of the scales: with the same scale in all layers there
-    are `layers` of them, with these exponentially many (Schuld, Sweke, Meyer, arXiv 2008.08605; Shin, Teo, Jeong, arXiv 2206.12105).
+    are `layers` of them, with these exponentially many (Schuld, Sweke, Meyer, arXiv 2008.08605; Shin, Teo, Jeong, arXiv
+    2206.12105).
 
     Args:
         qubits: of the circuit, one for each number. On one alone all rotations add up, so that it has the highest frequency only.
@@ -73,9 +74,8 @@ def reuploading(qubits: int, layers: int) -> QuantumCircuit:
     from qiskit.circuit import ParameterVector, QuantumCircuit
 
     if layers > MOST_LAYERS:
-        raise ValueError(
-            f"its scale {BASE}**{layers - 1} leaves no digits of z in float32; up to `circuit_layers: {MOST_LAYERS}`"
-        )
+        why = f"float32 has no digits left for z times {BASE}**{layers - 1}"
+        raise ValueError(f"{why}. What works: up to `circuit_layers: {MOST_LAYERS}`")
     z, layer = ParameterVector("z", qubits), Ansatz(qubits, 1)
     circuit, theta = QuantumCircuit(qubits), ParameterVector("theta", layer.rows * qubits * layers)
     angles = iter(theta)
