@@ -13,15 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _slope_of_silu(x: Tensor) -> Tensor:
+def _back_of_silu(grad: Tensor, x: Tensor) -> Tensor:
     sigmoid = torch.sigmoid(x)
-    return sigmoid * (1 + x * (1 - sigmoid))
+    return grad * sigmoid * (1 + x * (1 - sigmoid))
 
 
-# By the value of `quantum`: the nonlinearity, and its derivative.
-ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "silu": (F.silu, _slope_of_silu),
-    "sine": (torch.sin, torch.cos),
+def _back_of_sine(grad: Tensor, x: Tensor) -> Tensor:
+    return grad * torch.cos(x)
+
+
+# By the value of `quantum`: the nonlinearity, and the gradient of its argument by that of its value.
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "silu": (F.silu, _back_of_silu),
+    "sine": (torch.sin, _back_of_sine),
 }
 CLASSICAL = tuple(ACTIVATIONS)
 
@@ -49,10 +53,10 @@ def gradients(grad: Tensor, z: Tensor, units: Tensor, size: int, activation: str
         activation: the nonlinearity.
     """
     layers, of_z, of_units = _layers(z, units, size, activation), torch.zeros_like(z), torch.empty_like(units)
-    _, slope = ACTIVATIONS[activation]
+    _, back = ACTIVATIONS[activation]
     for index in range(len(layers) - 2, -1, -1):
         q, rows = layers[index], units[4 * index : 4 * index + 4]
-        grad = grad * slope(_inner(z, q, rows, size))
+        grad = back(grad, _inner(z, q, rows, size))
         around = z, _rolled(q, 1, size), _rolled(q, -1, size)
         of_units[4 * index : 4 * index + 4] = torch.stack([*((grad * x).sum(0) for x in around), grad.sum(0)])
         of_z += grad * rows[0]
