@@ -1,11 +1,16 @@
-"""Two circuits that are not built in, as a user would write them: `circuit: axolotl_qtha.circuit.examples:cz_ladder`."""
+"""Circuits that are not built in, as a user would write them: `circuit: axolotl_qtha.circuit.examples:cz_ladder`."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .ansatz import Ansatz
+
 if TYPE_CHECKING:
     from qiskit import QuantumCircuit
+
+BASE = 3  # of the scales: sums of 1, 3, 9, ..., each with either sign or left out, are all whole numbers, each once
+MOST_LAYERS = 8  # float32 has z times 3**7 to some 1e-4 radians
 
 
 def cz_ladder(qubits: int, layers: int) -> QuantumCircuit:
@@ -50,3 +55,37 @@ def zz_observables(qubits: int, layers: int) -> dict[str, Any]:
         for i in range(qubits):
             circuit.ry(next(angles), i)
     return {"circuit": circuit, "observables": [("ZZ", [i, (i + 1) % qubits]) for i in range(qubits)]}
+
+
+def reuploading(qubits: int, layers: int) -> QuantumCircuit:
+    """Return the built-in circuit with RY(3**l z_i) as the encoding of layer l = 0, 1, ...: frequencies to (3**layers - 1) / 2.
+
+    What is read out is a Fourier series in z_i, whose frequencies are sums of the scales: with the same scale in all layers there
+    are `layers` of them, with these exponentially many (Schuld, Sweke, Meyer, arXiv 2008.08605; Shin, Teo, Jeong, arXiv
+    2206.12105).
+
+    Args:
+        qubits: of the circuit, one for each number. On one alone all rotations add up, so that it has the highest frequency only.
+        layers: repetitions, at most 8.
+
+    Raises:
+        ValueError: if there are more layers.
+    """
+    from qiskit.circuit import ParameterVector, QuantumCircuit
+
+    if layers > MOST_LAYERS:
+        why = f"float32 has no digits left for z times {BASE}**{layers - 1}"
+        raise ValueError(f"{why}. What works: up to `circuit_layers: {MOST_LAYERS}`")
+    z, layer = ParameterVector("z", qubits), Ansatz(qubits, 1)
+    circuit, theta = QuantumCircuit(qubits), ParameterVector("theta", layer.rows * qubits * layers)
+    angles = iter(theta)
+    for scale in (BASE**each for each in range(layers)):
+        for moment in layer.moments():
+            for i in range(qubits):
+                if moment.row is None:
+                    circuit.ry(z[i] if scale == 1 else scale * z[i], i)
+                elif moment.kind == "rotate":
+                    circuit.ry(next(angles), i)
+                else:
+                    circuit.crz(next(angles), *layer.pairs(moment.kind)[i])
+    return circuit

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PREFIX = "own:"  # of the `gate_order` of an ansatz that is one
 GROUP = "axolotl_qtha.circuits"  # entry points of packages that bring circuits
+NAMED = {"reuploading": "axolotl_qtha.circuit.examples:reuploading"}  # names that come with this package
 NAME = re.compile(r"[A-Za-z_][\w-]{0,39}")
 WORKS = "`circuit: my_package.my_module:my_circuit`, a function of (qubits, layers) that returns a Qiskit `QuantumCircuit`"
 KEYS = ("circuit", "inputs", "trained", "observables")
@@ -113,7 +114,7 @@ def register_circuit(name: str, function: Function) -> None:
     Raises:
         ValueError: if the name is none, or another function has it.
     """
-    if not NAME.fullmatch(name) or _registered.setdefault(name, function) is not function:
+    if not NAME.fullmatch(name) or name in NAMED or _registered.setdefault(name, function) is not function:
         raise refusal("circuit", name, "is no name, or that of another circuit", "another one, of letters, digits, _ and -")
 
 
@@ -140,11 +141,13 @@ def function_of(name: str) -> Function:
         return found_at("circuit", name, WORKS)
     if name in _registered:
         return _registered[name]
+    if name in NAMED:
+        return found_at("circuit", NAMED[name], WORKS)
     found = entry_points(group=GROUP)
     if name in found.names:
         return found_at("circuit", found[name].value, WORKS)
-    others = {*_registered, *found.names}
-    raise refusal("circuit", name, "is registered by nothing", alternatives(name, others) if others else WORKS)
+    works = f"{alternatives(name, {*NAMED, *_registered, *found.names})}; or {WORKS}"
+    raise refusal("circuit", name, "is registered by nothing", works)
 
 
 def called(name: str, qubits: int, layers: int) -> OwnCircuit:

@@ -54,7 +54,7 @@ REFUSED = {
     "ple_cpu_offload": "Axolotl has it for `adapter: lora` and `qlora` only; leave it out",
 }
 DIAGNOSTICS_STEPS = 10
-# The angles (or their classical twin's weights), by the names the trainer sees.
+# The angles (or a classical network's weights), by the names the trainer sees.
 CIRCUIT_PARAMETERS = [f"qtha_adapter.default.{name}" for name in CIRCUIT]
 
 
@@ -66,7 +66,8 @@ class _Block(BaseModel):
     circuit_lr: float | None = Field(
         default=None,
         gt=0,
-        description="Learning rate of the circuit's angles (`quantum: silu`: of its classical twin). Default: learning_rate.",
+        description="Learning rate of the circuit's angles (`quantum: silu`, `sine`: of the weights in their place). Default: "
+        "learning_rate.",
     )
 
     diagnostics_steps: int = Field(

@@ -51,6 +51,7 @@ BRANCHES = {
     "frozen": "and a small simulated quantum circuit, random and not trained,",
     "product": "and a small simulated quantum circuit without entangling gates",
     "silu": "and a small classical network in the place of the quantum circuit",
+    "sine": "and a small classical network of sines in the place of the quantum circuit",
     "none": "without a quantum circuit",
 }
 

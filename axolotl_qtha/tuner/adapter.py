@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from transformers.utils.generic import maybe_autocast
 
 from ..errors import IncompleteAdapter, refusal
+from . import rings
 from .bottleneck import Bottleneck, Circuit, alone, prepared
 from .config import QTHAConfig
 from .fold import fold
 from .fold_cache import Fold, Kept, product_dtype
 from .initial import values
-from .join import branch, fuse, join, silu_rings
+from .join import branch, fuse, join
 from .joint import Joint
 from .reading import Shared
 from .side import precise, sides
@@ -81,7 +82,7 @@ class QTHAAdapter(nn.Module):
         """Return what the operator from z to h needs to know."""
         config, gain = self.config, self.table["w_c"].gain
         if not config.has_circuit:
-            return Joint(None, gain=gain, ring=config.circuit_qubits)
+            return Joint(None, gain=gain, ring=config.circuit_qubits, activation=config.quantum)
         bounded, product = config.angle_scale == "tanh", config.quantum == "qwthn"
         return Joint(ansatz(config), bounded=bounded, product=product, gain=gain)
 
@@ -197,8 +198,8 @@ class QTHAAdapter(nn.Module):
         return fuse(z, q, self.fusion, self._joint)
 
     def _branch_tensors(self) -> tuple[Tensor, Tensor | None]:
-        """Return the angles, or the weights of `silu`, and the scale."""
-        return self.units if self.config.quantum == "silu" else self.angles, self.scale if self.shape.learns_scale else None
+        """Return the angles, or the weights of a classical network, and the scale."""
+        return self.units if self.config.is_classical else self.angles, self.scale if self.shape.learns_scale else None
 
     def bottleneck(self) -> Bottleneck:
         """Return the function from z (.., r) to h (.., r); for an adapter with a branch."""
@@ -206,9 +207,10 @@ class QTHAAdapter(nn.Module):
         return Bottleneck(self.effective("w_c"), self.effective("w_q"), self._branch(), product)
 
     def _branch(self) -> Callable[[Tensor], Tensor]:
-        """Return the function from z to q (.., r): <Z_i> of the circuit, or its classical twin."""
-        if self.config.quantum == "silu":
-            return partial(silu_rings, units=self.effective("units"), size=self.config.circuit_qubits)
+        """Return the function from z to q (.., r): <Z_i> of the circuit, or a classical network."""
+        if self.config.is_classical:
+            units, size = self.effective("units"), self.config.circuit_qubits
+            return partial(rings.values, units=units, size=size, activation=self.config.quantum)
         scale = self.effective("scale") if self.config.angle_scale == "learned" else None
         bounded = self.config.angle_scale == "tanh"
         return Circuit(self.effective("angles"), ansatz(self.config), self.config.simulation, scale, bounded)

@@ -14,6 +14,7 @@ from peft.utils.other import get_pattern_key
 from ..errors import Hidden, alternatives, refusal, unknown_keys
 from ..ibm.options import IBMOptions
 from . import blocks
+from .rings import CLASSICAL
 
 # LoRA's names, in PEFT and in Axolotl's YAML, for what has another one here.
 LORA_NAMES = {
@@ -46,10 +47,10 @@ IDLE = {
     "branch_init": ("none",),
     "qubits": ("none", "product"),
     "circuit_layers": ("none",),
-    "angle_scale": ("none", "silu"),
-    "init_angles": ("none", "silu"),
-    "gate_order": ("none", "silu", "product"),
-    "circuit": ("none", "silu"),
+    "angle_scale": ("none", *CLASSICAL),
+    "init_angles": ("none", *CLASSICAL),
+    "gate_order": ("none", *CLASSICAL, "product"),
+    "circuit": ("none", *CLASSICAL),
 }
 
 

@@ -8,7 +8,7 @@ from ..circuit.ansatz import GATE_ORDERS
 from ..circuit.simulation import Backend
 from . import arguments
 
-Quantum = Literal["qtha", "none", "silu", "frozen", "product", "qwthn"]
+Quantum = Literal["qtha", "none", "silu", "sine", "frozen", "product", "qwthn"]
 TensorNetwork = Literal["tt", "none"]
 AngleScale = Literal["raw", "learned", "tanh"]
 GateOrder = Literal["2025-06", "2025-05"]

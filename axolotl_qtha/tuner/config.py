@@ -23,6 +23,7 @@ from .blocks import LARGEST, ONE_CIRCUIT, SMALLEST, USUAL, usual_qubits
 from .choices import CIRCUIT_MODES, AngleScale, BranchInit, CoreGain, GateOrder, Init, Quantum, TensorNetwork
 from .own_circuits import OwnCircuits
 from .peft_type import QTHA
+from .rings import CLASSICAL
 from .running import Running
 from .share import Share
 
@@ -46,8 +47,8 @@ class QTHAConfig(Running, OwnCircuits, PeftConfig):
     qubits: int | None = _key(
         None,
         f"Qubits q of each circuit, a divisor of rank, at most {MAX_QUBITS}: the r numbers go through r / q circuits side by "
-        "side, with angles of their own (`silu`: rings of q units). A circuit costs 2**q a token. Default: rank, if that is at "
-        f"most {ONE_CIRCUIT}; above, its divisor from {SMALLEST} to {LARGEST} nearest to {USUAL}.",
+        "side, with angles of their own (`silu`, `sine`: rings of q units). A circuit costs 2**q a token. Default: rank, if that "
+        f"is at most {ONE_CIRCUIT}; above, its divisor from {SMALLEST} to {LARGEST} nearest to {USUAL}.",
     )
     rank_pattern: dict[str, int] | None = _key(
         None,
@@ -100,8 +101,8 @@ class QTHAConfig(Running, OwnCircuits, PeftConfig):
         "qtha",
         "The branch beside the linear one: `qtha` trained circuit, `frozen` random circuit that is not trained, `product` the "
         "circuit without its two-qubit gates (no entanglement: <Z_i> is the cosine of circuit_layers times the angle of z_i plus "
-        "the sum of its trained angles), `silu` classical network of the same wiring and size, `none` no branch (exactly a "
-        "low-rank adapter), `qwthn` the paper's first version (product instead of sum).",
+        "the sum of its trained angles), `silu` classical network of the same wiring and size, `sine` the same with a periodic "
+        "nonlinearity, `none` no branch (exactly a low-rank adapter), `qwthn` the paper's first version (product, not sum).",
     )
     mpo: TensorNetwork = _key("tt", "`tt`: matrix product operators; `none`: full r-wide matrices, as LoRA.")
     circuit_layers: int = _key(
@@ -239,8 +240,13 @@ class QTHAConfig(Running, OwnCircuits, PeftConfig):
         return self.quantum in CIRCUIT_MODES
 
     @property
+    def is_classical(self) -> bool:
+        """Whether the branch is a classical network in the circuit's place, see `rings`."""
+        return self.quantum in CLASSICAL
+
+    @property
     def circuit_qubits(self) -> int:
-        """Qubits of each circuit, units of each ring of `silu`: `qubits`, or what stands for it."""
+        """Qubits of each circuit, units of each ring of a classical network: `qubits`, or what stands for it."""
         return self.qubits_at(self.rank)
 
     def qubits_at(self, rank: int) -> int:

@@ -11,19 +11,18 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..circuit import torch_engine
 from ..circuit.operators import differentiable, operator
-from . import join_kernel
+from . import join_kernel, rings
 from .bottleneck import bounded
 from .joint import Joint, joint_of
 from .side import precise
 
 TENSORS = "Tensor z, Tensor fusion, Tensor angles, Tensor? scale"
 BRANCH_TENSORS = "Tensor z, Tensor angles, Tensor? scale"
-OTHERS = "int qubits, int layers, str gate_order, int ring, bool bounded, bool product, float gain"
+OTHERS = "int qubits, int layers, str gate_order, int ring, str activation, bool bounded, bool product, float gain"
 
 
 def _empty_grad(grad: Tensor, z: Tensor, fusion: Tensor, angles: Tensor, scale: Tensor | None, *others: Any) -> Any:
@@ -117,7 +116,7 @@ def join(z: Tensor, fusion: Tensor, angles: Tensor, scale: Tensor | None, joint:
     Args:
         z: what the first matrix gives, in any dtype.
         fusion: W_C and then W_Q, flat (2 r r), as stored.
-        angles: those of the circuits, flat (rows * r), in radians; or the weights of `silu`.
+        angles: those of the circuits, flat (rows * r), in radians; or the weights of a classical network.
         scale: (r), or None: z is multiplied by it before it becomes angles.
         joint: everything else.
 
@@ -212,14 +211,14 @@ class _Run:
     def values(self) -> Tensor:
         """Return q, (tokens, r)."""
         if self.joint.ansatz is None:
-            return silu_rings(self.z, self.angles, self.joint.ring)
+            return rings.values(self.z, self.angles, self.joint.ring, self.joint.activation)
         return torch_engine.values(self._encoded(), self.angles, self.joint.ansatz)
 
     def gradients(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return q, and the gradients of sum(grad * q) for z (tokens, r), and as they are given: angles, scale."""
         angles, scale = self.given
         if self.joint.ansatz is None:
-            q, of_z, of_angles = _rings_gradients(grad, self.z, self.angles, self.joint.ring)
+            q, of_z, of_angles = rings.gradients(grad, self.z, self.angles, self.joint.ring, self.joint.activation)
             return q, of_z, of_angles.flatten().to(angles.dtype), _like(scale, angles)
         encoded = self._encoded()
         q, of_z, of_angles = torch_engine.values_and_gradients(grad.contiguous(), encoded, self.angles, self.joint.ansatz)
@@ -234,45 +233,3 @@ class _Run:
     def _encoded(self) -> Tensor:
         angles = self.z if self.scale is None else self.z * self.scale
         return bounded(angles) if self.joint.bounded else angles.contiguous()
-
-
-def silu_rings(z: Tensor, units: Tensor, size: int) -> Tensor:
-    """Return q (.., r) of z (.., r): a classical network wired as the circuits are, in rings of `size` units.
-
-    z enters every layer, each unit sees its two neighbours in its ring. Units are (4 * layers, r): of each layer the weights of z
-    and of both neighbours, and a bias.
-    """
-    return _rings(z, units, size)[-1]
-
-
-def _rings(z: Tensor, units: Tensor, size: int) -> list[Tensor]:
-    """Return z and the layers after it."""
-    layers = [z]
-    for rows in units.unflatten(0, (-1, 4)):
-        layers.append(F.silu(_ring(z, layers[-1], rows, size)))
-    return layers
-
-
-def _ring(z: Tensor, q: Tensor, rows: Tensor, size: int) -> Tensor:
-    into, after, before, bias = rows
-    return into * z + after * _rolled(q, 1, size) + before * _rolled(q, -1, size) + bias
-
-
-def _rolled(x: Tensor, by: int, size: int) -> Tensor:
-    """Return the values of each unit's neighbour in its ring."""
-    return x.unflatten(-1, (-1, size)).roll(by, -1).flatten(-2)
-
-
-def _rings_gradients(grad: Tensor, z: Tensor, units: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q, and the gradients of sum(grad * q) for z and the units."""
-    layers, of_z, of_units = _rings(z, units, size), torch.zeros_like(z), torch.empty_like(units)
-    for index in range(len(layers) - 2, -1, -1):
-        q, rows = layers[index], units[4 * index : 4 * index + 4]
-        inner = _ring(z, q, rows, size)
-        sigmoid = torch.sigmoid(inner)
-        grad = grad * sigmoid * (1 + inner * (1 - sigmoid))
-        around = z, _rolled(q, 1, size), _rolled(q, -1, size)
-        of_units[4 * index : 4 * index + 4] = torch.stack([*((grad * x).sum(0) for x in around), grad.sum(0)])
-        of_z += grad * rows[0]
-        grad = _rolled(grad * rows[1], -1, size) + _rolled(grad * rows[2], 1, size)
-    return layers[-1], of_z + grad, of_units

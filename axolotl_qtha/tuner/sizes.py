@@ -29,7 +29,7 @@ class AdapterShape:
     rank: int
     mpo_a: MPOShape | None  # in_features -> mid_dim; None with `mpo: none`
     mpo_b: MPOShape | None  # mid_dim -> out_features
-    branch_table: tuple[int, int]  # of the numbers that drive the branch: angles, or the weights of `silu`
+    branch_table: tuple[int, int]  # of the numbers that drive the branch: angles, or the weights of a classical network
     has_branch: bool
     trains_branch: bool
     learns_scale: bool
@@ -82,11 +82,11 @@ def _ansatz(config: QTHAConfig, rank: int) -> Ansatz:
 
 
 def _branch_table(config: QTHAConfig, rank: int) -> tuple[int, int]:
-    """Return the shape of the branch's table. The classical twin `silu` has as much as the circuit it stands in for."""
+    """Return the shape of the branch's table. A classical network has as much as the circuit it stands in for."""
     if config.has_circuit:
         circuit = _ansatz(config, rank)
         return circuit.rows, circuit.columns(rank)
-    return (4 * config.circuit_layers, rank) if config.quantum == "silu" else (0, rank)
+    return (4 * config.circuit_layers, rank) if config.is_classical else (0, rank)
 
 
 def adapter_shape(
@@ -122,7 +122,7 @@ def _shape(config: QTHAConfig, layer: LayerSize, mid_dim: int | None, bond_dim: 
         mpo_b,
         branch_table=_branch_table(config, rank),
         has_branch=config.quantum != "none",
-        trains_branch=config.quantum in ("qtha", "product", "qwthn", "silu"),
+        trains_branch=config.quantum not in ("none", "frozen"),
         learns_scale=config.has_circuit and config.angle_scale == "learned",
         owned=owned,
     )

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from .config import QTHAConfig
 from .sizes import AdapterShape
 
-CIRCUIT = ("angles", "units", "scale")  # tensors of the circuit, or of its classical twin: what `circuit_lr` is for
+CIRCUIT = ("angles", "units", "scale")  # tensors of the circuit, or of a classical network: what `circuit_lr` is for
 # With core_gain `balanced`, a step changes a tensor, relative to its size, by this share of what it changes LoRA's A by.
 GAIN_SHARE = 0.3
 # Up to this rank; above, with `by_rank`, by less: A z, W_C and B add up r changes of one direction each, so that their product
@@ -71,7 +71,7 @@ def table(config: QTHAConfig, shape: AdapterShape) -> dict[str, Part]:
         add("w_b", cores["b"], (mid, r), r**-0.5, shape.out_features)
     for name in ("w_c", "w_q") if shape.has_branch else ("w_c",):
         add(name, "fusion", (r, r), math.sqrt(2 / r), shape.in_features)
-    if config.quantum == "silu":
+    if config.is_classical:
         add("units", "units", shape.branch_table, 3**-0.5)
     elif config.has_circuit:
         add("angles", "angles", shape.branch_table)

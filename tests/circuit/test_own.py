@@ -125,7 +125,8 @@ def test_more_qubits_than_can_be_simulated_are_refused(tmp_path, monkeypatch):
             "`axolotl_qtha.circuit.examples` was imported and has no `cz_lader`, but .*cz_ladder",
         ),
         ("json:dumps", "called with qubits=2, layers=1 it fails with TypeError"),
-        ("unheard-of", "is registered by nothing"),
+        ("unheard-of", "is registered by nothing.*`circuit: my_package.my_module:my_circuit`"),
+        ("reupload", "is registered by nothing. What works: .*reuploading"),
         ("a b", "neither an import path nor a name"),
         ("os.path/x:y", "neither an import path nor a name"),
         (7, "neither an import path nor a name"),
@@ -285,6 +286,26 @@ def test_a_circuit_of_nothing_but_entanglers_has_no_product():
         circuit.crx(theta[i], i, 1 - i)
     with pytest.raises(ValueError, match="all of whose trained gates act on several qubits"):
         without_entanglers("mine", described("mine", circuit, 2))
+
+
+def test_exponential_scales():
+    """Layer l has RY(3^l z_i), and with one layer, or without its scales, it is the built-in circuit, which runs fast."""
+    assert not ansatz_of(called("reuploading", 3, 1)).is_own
+    own, plain = called("reuploading", 2, 3), Ansatz(2, 3).described()
+    z, angles = np.array([0.3, -0.7]), np.random.default_rng(0).uniform(-3, 3, 24)
+    encoded = iter([scale * x for scale in (1, 3, 9) for x in z])
+    by_hand = QuantumCircuit(2)
+    values = dict(zip(plain.trained, angles, strict=True))
+    for entry in plain.circuit.data:
+        angle = entry.operation.params[0]
+        places = [plain.circuit.find_bit(qubit).index for qubit in entry.qubits]
+        (by_hand.ry if len(places) == 1 else by_hand.crz)(values[angle] if angle in values else next(encoded), *places)
+    bound = own.circuit.assign_parameters(dict(zip([*own.inputs, *own.trained], [*z, *angles], strict=True)))
+    assert np.abs(Statevector(bound).data - Statevector(by_hand).data).max() <= 1e-12  # float64 rounding of 30 gates
+    with pytest.raises(ValueError, match=r"qtha.circuit: 'reuploading' .*up to `circuit_layers: 8`"):
+        called("reuploading", 2, 9)
+    with pytest.raises(ValueError, match="that of another circuit"):
+        register_circuit("reuploading", lambda qubits, layers: None)
 
 
 def test_slowness_is_told():

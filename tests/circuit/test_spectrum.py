@@ -2,11 +2,15 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from qiskit.quantum_info import Pauli, Statevector
 
 from axolotl_qtha.circuit import spectrum as module
 from axolotl_qtha.circuit.ansatz import Ansatz
+from axolotl_qtha.circuit.own import called
+from axolotl_qtha.circuit.recognised import ansatz_of
 from axolotl_qtha.circuit.spectrum import accessible, spectrum
 
 from .test_trainability import uniform
@@ -29,6 +33,23 @@ def test_several_qubits_have_up_to_as_many_frequencies_as_uploads(layers):
     ansatz = Ansatz(3, layers)
     frequencies, found = spectrum(uniform(4, 3), uniform(4, ansatz.rows, 3), ansatz)
     assert accessible(frequencies, found) == list(range(layers + 1))
+
+
+@pytest.mark.parametrize(("qubits", "layers", "expected"), [(1, 2, [4]), (2, 2, range(5)), (2, 3, range(14)), (3, 2, range(5))])
+def test_exponential_scales_reach_exponential_frequencies(qubits, layers, expected):
+    """`circuit: reuploading`: all whole numbers up to (3^L - 1) / 2, on one qubit, whose rotations add up, the last alone. The
+    amplitudes are those of Qiskit's state vectors on a grid of 32 points, which is exact up to frequency 15.
+    """
+    circuit = ansatz_of(called("reuploading", qubits, layers))
+    z, angles = uniform(1, qubits), uniform(1, circuit.rows, 1)
+    frequencies, found = spectrum(z, angles, circuit)
+    assert accessible(frequencies, found) == list(expected)
+    grid = np.arange(32) * 2 * np.pi / 32
+    states = [Statevector(circuit.bound([x, *z[0, 1:]], angles[0])) for x in grid]
+    for output in range(qubits):
+        values = [state.expectation_value(Pauli("Z"), [output]).real for state in states]
+        series = np.abs(np.fft.rfft(values))[: len(frequencies)] / 32
+        assert np.abs(found[0, 0, output, : len(series)].numpy() - series).max() < EXACT
 
 
 def test_a_product_of_two_cosines():

@@ -132,3 +132,18 @@ def test_five_steps_on_aer_go_the_same_way(trained, tmp_path, monkeypatch):
     found = losses(trainer)
     assert found == pytest.approx({step: trained.log[step] for step in found}, abs=1e-4)
     assert torch.isfinite(torch.tensor(list(found.values()))).all()
+
+
+def test_exponential_scales_train_in_the_quickstart(tmp_path):
+    """By name, on the general engine, from small angles: the saved ones are within some steps of where they started."""
+    block = {"rank": 4, "circuit": "reuploading", "init_angles": 0.05}
+    short = {"max_steps": 2, "save_steps": 2, "eval_steps": 2, "overrides_of_model_config": {"num_hidden_layers": 1}}
+    _, _, trainer = train_here(write_config(tmp_path, qtha=block, **short))
+    assert np.isfinite(list(losses(trainer).values())).all()
+    out = tmp_path / "out"
+    assert (out / circuit_file.FILE).is_file()
+    saved = json.loads((out / "adapter_config.json").read_text())
+    assert (saved["circuit"], saved["init_angles"]) == ("reuploading", 0.05)
+    tensors = load_file(out / "adapter_model.safetensors")
+    angles = torch.cat([tensor for name, tensor in tensors.items() if name.endswith("angles")])
+    assert 0.03 < float(angles.abs().max()) < 0.3

@@ -37,7 +37,7 @@ def seen(model, text):
     return {name: [torch.cat(part).numpy() for part in zip(*parts, strict=True)] for name, parts in found.items()}
 
 
-@pytest.mark.parametrize("quantum", ["qtha", "silu", "frozen", "product", "qwthn"])
+@pytest.mark.parametrize("quantum", ["qtha", "silu", "sine", "frozen", "product", "qwthn"])
 @pytest.mark.parametrize("constant", [True, False])
 def test_the_fit_is_that_of_the_tokens_without_padding(quantum, constant):
     model = train(adapted(llama(), quantum=quantum))

@@ -115,6 +115,7 @@ BAD_BLOCKS = [
     ({"quantum": "none", "angle_scale": "raw"}, ["qtha.angle_scale", "'raw'", "no effect"]),
     ({"quantum": "none", "qubits": 4}, ["qtha.qubits", "4", "no effect"]),
     ({"quantum": "silu", "gate_order": "2025-05"}, ["qtha.gate_order", "'2025-05'", "no effect", "`quantum: silu`"]),
+    ({"quantum": "sine", "angle_scale": "raw"}, ["qtha.angle_scale", "'raw'", "no effect", "`quantum: sine`"]),
     ({"quantum": "product", "qubits": 4}, ["qtha.qubits", "4", "no effect", "`quantum: product`", "leave qubits out"]),
     ({"quantum": "product", "gate_order": "2025-05"}, ["qtha.gate_order", "no effect", "`quantum: product`"]),
     ({"rank_pattern": {"q_proj": 22}}, ["qtha.rank_pattern", "22", "`rank: 21` or `rank: 24`"]),

@@ -45,6 +45,7 @@ def keys(row):
         ({}, {SHARE, VARIANCE, WRAPPED, RANK} | NORMS),
         ({"quantum": "none"}, {RANK} | NORMS - {"qtha/grad_norm_angles"}),
         ({"quantum": "silu"}, {SHARE, RANK} | NORMS),
+        ({"quantum": "sine"}, {SHARE, RANK} | NORMS),
         ({"quantum": "frozen"}, {SHARE, VARIANCE, WRAPPED, RANK} | NORMS - {"qtha/grad_norm_angles"}),
         ({"quantum": "qwthn"}, {VARIANCE, WRAPPED, RANK} | NORMS),
         ({"mpo": "none"}, {SHARE, VARIANCE, WRAPPED, RANK} | NORMS - {"qtha/grad_norm_cores"}),

@@ -18,7 +18,7 @@ from ..circuit.reference import expectations
 INPUTS, OUTPUTS = 35, 46  # 7 * 5 and 23 * 2
 ALL_MODES = [
     {"quantum": quantum, **mpo}
-    for quantum in ("qtha", "none", "silu", "frozen", "product", "qwthn")
+    for quantum in ("qtha", "none", "silu", "sine", "frozen", "product", "qwthn")
     for mpo in ({}, {"mpo": "none"})
 ]
 
@@ -71,21 +71,24 @@ def silu(x):
     return x / (1 + np.exp(-x))
 
 
-def silu_ring(units, z):
-    """Return the classical twin, unit by unit: four rows of `units` per layer, each unit joined to its two neighbours."""
+NONLINEARITIES = {"silu": silu, "sine": np.sin}
+
+
+def ring(units, z, nonlinearity):
+    """Return the classical network, unit by unit: four rows of `units` per layer, each unit joined to its two neighbours."""
     n = z.shape[1]
     q = z
     for into, after, before, bias in units.reshape(-1, 4, n):
         columns = [into[i] * z[:, i] + after[i] * q[:, i - 1] + before[i] * q[:, (i + 1) % n] + bias[i] for i in range(n)]
-        q = silu(np.stack(columns, axis=1))
+        q = nonlinearity(np.stack(columns, axis=1))
     return q
 
 
 def branch(module, z):
-    """Return q (tokens, r): Qiskit's state vector of the circuit, or the classical twin."""
+    """Return q (tokens, r): Qiskit's state vector of the circuit, or the classical network."""
     config = module.config
-    if config.quantum == "silu":
-        return silu_ring(acting(module, "units"), z)
+    if config.quantum in NONLINEARITIES:
+        return ring(acting(module, "units"), z, NONLINEARITIES[config.quantum])
     if config.angle_scale == "learned":
         z = z * acting(module, "scale")
     elif config.angle_scale == "tanh":
@@ -226,13 +229,13 @@ def test_gains_fall_with_the_root_of_the_rank_above_8(rank):
     slower = 2 if rank == 32 else 1
     found = {name: same[name].gain / part.gain for name, part in ours.items()}
     assert found["mpo_a_0"] == found["w_c"] == found["w_q"] == pytest.approx(slower)
-    assert found["angles"] == found[f"mpo_b_{1}"] == 1  # they have no gain
+    assert found["angles"] == found["mpo_b_1"] == 1  # they have no gain
     assert all(1 <= ratio <= slower for ratio in found.values())  # none goes below 1
 
 
-@pytest.mark.parametrize("quantum", ["qtha", "qwthn", "silu", "none"])
+@pytest.mark.parametrize("quantum", ["qtha", "qwthn", "silu", "sine", "none"])
 def test_every_parameter_gets_a_gradient(quantum):
-    learned = {} if quantum in ("none", "silu") else {"angle_scale": "learned"}
+    learned = {} if quantum in ("none", "silu", "sine") else {"angle_scale": "learned"}
     module = moved(adapter(quantum=quantum, **learned))
     module(features()).square().sum().backward()
     for name, parameter in module.named_parameters():
@@ -270,7 +273,7 @@ def test_bfloat16_inputs(given):
     assert (result - exact).abs().max() <= 0.03 * exact.abs().max()
 
 
-@pytest.mark.parametrize("quantum", ["qtha", "qwthn", "silu"])
+@pytest.mark.parametrize("quantum", ["qtha", "qwthn", "silu", "sine"])
 def test_between_the_products_bfloat16_is_computed_in_float32(quantum):
     module, x = moved(adapter(quantum=quantum)), features(tokens=200).bfloat16()
     z = x @ module.fold_a().bfloat16().T

@@ -72,7 +72,7 @@ def test_the_change_of_the_output(rank, qubits, settings):
     assert (many - expected.repeat(40, 1)).abs().max() <= 1e-10 * scale
 
 
-@pytest.mark.parametrize("quantum", ["qtha", "silu", "qwthn"])
+@pytest.mark.parametrize("quantum", ["qtha", "silu", "sine", "qwthn"])
 def test_gradients_match_finite_differences(quantum):
     adapter = random_adapter(12, 4, quantum=quantum)
     x = torch.randn(2, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
@@ -86,8 +86,9 @@ def test_gradients_match_finite_differences(quantum):
     assert torch.autograd.gradcheck(run, (x, *values), atol=1e-6, rtol=1e-5)
 
 
-def test_silu_has_a_ring_in_each_block():
-    adapter = random_adapter(12, 4, quantum="silu")
+@pytest.mark.parametrize(("quantum", "nonlinearity"), [("silu", F.silu), ("sine", torch.sin)])
+def test_a_classical_network_has_a_ring_in_each_block(quantum, nonlinearity):
+    adapter = random_adapter(12, 4, quantum=quantum)
     branch_of = adapter.bottleneck().branch
     z = torch.randn(5, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     moved = z.clone()
@@ -100,7 +101,7 @@ def test_silu_has_a_ring_in_each_block():
         own, state = slice(first, first + 4), z[:, first : first + 4]
         for into, after, before, bias in units[..., own]:
             left, right = state[:, [3, 0, 1, 2]], state[:, [1, 2, 3, 0]]
-            state = F.silu(into * z[:, own] + after * left + before * right + bias)
+            state = nonlinearity(into * z[:, own] + after * left + before * right + bias)
         expected.append(state)
     assert (q - torch.cat(expected, dim=1)).abs().max() <= 1e-13
 
@@ -155,7 +156,14 @@ def test_a_saved_adapter_says_its_qubits(tmp_path, settings, qubits):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"rank": 12}, {"rank": 9}, {"rank": 4}, {"rank": 16, "quantum": "silu"}, {"rank": 13, "quantum": "silu"}],
+    [
+        {"rank": 12},
+        {"rank": 9},
+        {"rank": 4},
+        {"rank": 16, "quantum": "silu"},
+        {"rank": 13, "quantum": "silu"},
+        {"rank": 13, "quantum": "sine"},
+    ],
     ids=str,
 )
 def test_an_adapter_saved_before_the_key_existed(tmp_path, settings):

@@ -68,9 +68,7 @@ def test_a_branch_that_starts_at_zero(quantum):
 
 
 def test_a_product_of_paths_does_not_start_at_zero():
-    with pytest.raises(
-        ValueError, match=r"qtha\.branch_init: 'zero' would leave nothing to train.*What works: `branch_init: k"
-    ):
+    with pytest.raises(ValueError, match=r"qtha\.branch_init: 'zero' would leave nothing to train.*What works: `branch_init: k"):
         QTHAConfig(quantum="qwthn", branch_init="zero")
     with pytest.raises(ValueError, match=r"qtha\.branch_init: 'zero' has no effect with `quantum: none`"):
         QTHAConfig(quantum="none", branch_init="zero")

@@ -26,6 +26,12 @@ def test_what_is_saved_is_what_comes_back(base, variant, tmp_path):
     assert not trainable(loaded)
 
 
+def test_a_network_of_sines_comes_back(tmp_path):
+    model = train(adapted(llama(), quantum="sine"))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path).eval()), logits(model))
+
+
 def test_auto_model_loads_base_and_adapter(tmp_path):
     llama().save_pretrained(tmp_path / "base")
     base = type(llama()).from_pretrained(tmp_path / "base")

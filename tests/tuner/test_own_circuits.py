@@ -57,7 +57,7 @@ def module(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "variant", [{}, {"quantum": "frozen"}, {"quantum": "product"}, {"mpo": "none"}, {"angle_scale": "learned"}]
 )
-@pytest.mark.parametrize("circuit", [LADDER, PAIRS])
+@pytest.mark.parametrize("circuit", [LADDER, PAIRS, "reuploading"])
 def test_what_is_counted_is_what_is_made_and_trains_and_loads(circuit, variant, tmp_path):
     model = adapted(llama(), circuit=circuit, qubits=2, rank_pattern={"k_proj": 6}, **variant)
     made, settings = trainable(model), model.peft_config["default"]

@@ -17,7 +17,7 @@ from axolotl_qtha.tuner.sizes import DEFAULT_BUDGET, adapter_shape, count_lora_p
 # Qwen2-7B: 28 layers, hidden 3584, 4 key/value heads of 128, intermediate 18944
 Q, K, V, OUT = (3584, 3584), (3584, 512), (3584, 512), (3584, 3584)
 GATE, UP, DOWN = (3584, 18944), (3584, 18944), (18944, 3584)
-QUANTUM = ("qtha", "none", "silu", "frozen", "product", "qwthn")
+QUANTUM = ("qtha", "none", "silu", "sine", "frozen", "product", "qwthn")
 
 
 def printed_budgets(message):
@@ -74,7 +74,7 @@ class Layers(nn.Module):
         (quantum, scale)
         for quantum in QUANTUM
         for scale in ("tanh", "raw", "learned")
-        if quantum not in ("none", "silu") or scale == "tanh"
+        if quantum not in ("none", "silu", "sine") or scale == "tanh"
     ],
 )
 def test_counts_what_is_created(quantum, mpo, angle_scale, rank):

@@ -14,6 +14,7 @@ QTHA: dict[str, dict[str, Any]] = {
     "qtha": {"quantum": "qtha"},
     "mpo-only": {"quantum": "none"},
     "silu": {"quantum": "silu"},
+    "sine": {"quantum": "sine"},
     "frozen": {"quantum": "frozen"},
     "product": {"quantum": "product"},
     "qwthn": {"quantum": "qwthn"},
@@ -30,8 +31,9 @@ ADAPTERS = {
     "product": "QTHA with a trained circuit without entangling gates",
     "lora-circuit": "QTHA without tensor networks: LoRA's matrices around a circuit",
     "qwthn": "the paper's first version: product in place of the sum",
+    "sine": "as `silu`, with a periodic nonlinearity",
 }
-CONTROLS = ("mpo-only", "silu", "frozen", "product")  # what says whether a trained circuit adds anything
+CONTROLS = ("mpo-only", "silu", "sine", "frozen", "product")  # what says whether a trained circuit adds anything
 
 
 def has_budget(block: dict[str, Any]) -> bool:

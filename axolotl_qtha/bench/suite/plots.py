@@ -15,11 +15,14 @@ from .table import Entry
 PICTURES = ("pareto", "costs")
 FORMATS = ("png", "pdf", "svg")
 # Okabe and Ito's colours, which the colour-blind can tell apart.
-COLOURS = ("#000000", "#777777", "#E69F00", "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#882255", "#CC79A7", "#B8A800")
-LOOKS = dict(zip(ADAPTERS, zip(COLOURS, "soDX^v<d>P", strict=True), strict=True))
+COLOURS = (
+    *("#000000", "#777777", "#E69F00", "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#882255", "#CC79A7", "#B8A800"),
+    "#332288",
+)
+LOOKS = dict(zip(ADAPTERS, zip(COLOURS, "soDX^v<d>Pp", strict=True), strict=True))
 ROOM = 1.15  # around the sizes
 BESIDE = 1.025  # where a seed's dot is, of its adapter's place
-MARKERS_OF_VARIANTS = "*h8pH"
+MARKERS_OF_VARIANTS = "*h8H"
 Looks = dict[str, tuple[Any, str]]  # colour and marker, by adapter
 
 

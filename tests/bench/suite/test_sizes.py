@@ -47,7 +47,7 @@ def test_counts_are_those_of_the_model(execution, adapter):
 
 def test_budgets_are_kept_and_lora_equal_is_not_handicapped(execution):
     counts = {method.adapter: size.parameters for method, size in execution.sizes.items()}
-    for adapter in ("qtha", "mpo-only", "silu", "frozen", "product", "qwthn"):
+    for adapter in ("qtha", "mpo-only", "silu", "sine", "frozen", "product", "qwthn"):
         assert counts[adapter] <= 0.24 * counts["lora"]
     assert counts["lora-equal"] >= counts["qtha"]
 
