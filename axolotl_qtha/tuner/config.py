@@ -94,8 +94,9 @@ class QTHAConfig(Running, OwnCircuits, PeftConfig):
     share: Share | None = _key(
         None,
         "Tensors that layers share: `{layers: 4}` one A and B for the same module of 4 neighbouring layers of the transformer, "
-        "each with its own r x r matrices and angles; `{inputs: true}` one A and one circuit for modules that read the same "
-        "input (q, k, v; gate, up). Both together work. Not with `init: tt_svd`.",
+        "each with its own r x r matrices and angles, `auto` with `mpo: none` as few as keep to param_budget; `{inputs: true}` "
+        "one A and one circuit for modules that read the same input (q, k, v; gate, up). Both together work. Not with `init: "
+        "tt_svd`.",
     )
     quantum: Quantum = _key(
         "qtha",
@@ -318,13 +319,8 @@ class QTHAConfig(Running, OwnCircuits, PeftConfig):
             raise refusal("mid_dim", self.mid_dim, why, f"`mid_dim: {self.rank}`")
         for key in ("in_factors", "out_factors"):
             arguments.check_factors(key, getattr(self, key), self.num_cores)
-        if self.share and self.share.layers == "auto" and self.mpo == "tt":
-            why = "is by param_budget, which with `mpo: tt` picks bond_dim and mid_dim"
-            raise refusal("share", {"layers": "auto"}, why, "`mpo: none`, or a number, as `share: {layers: 4}`")
-        if self.share and self.init == "tt_svd":
-            raise refusal(
-                "init", self.init, "starts from the weight of one layer, and `share:` is for several", "`init: kaiming`"
-            )
+        if self.share:
+            self.share.check(self.mpo, self.init)
         if self.mpo == "none":
             for key in ("bond_dim", "mid_dim", "in_factors", "out_factors"):
                 if (value := getattr(self, key)) is not None:

@@ -69,6 +69,22 @@ class Share(BaseModel):
                 raise refusal("share", data, "shares nothing", "`share: {layers: 4}`, `share: {inputs: true}`, or no `share:`")
         return data
 
+    def check(self, mpo: str, init: str) -> None:
+        """Refuse what does not go together with it.
+
+        Args:
+            mpo: the adapter's `mpo`.
+            init: its `init`.
+
+        Raises:
+            ValueError: naming the key.
+        """
+        if self.layers == "auto" and mpo == "tt":
+            why = "is by param_budget, which with `mpo: tt` picks bond_dim and mid_dim"
+            raise refusal("share", {"layers": "auto"}, why, "`mpo: none`, or a number, as `share: {layers: 4}`")
+        if init == "tt_svd":
+            raise refusal("init", init, "starts from the weight of one layer, and `share:` is for several", "`init: kaiming`")
+
 
 class Owned(NamedTuple):
     """Which of the tensors that may be shared a layer has of its own; it uses those of another for the rest."""
