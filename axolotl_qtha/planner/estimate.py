@@ -11,6 +11,7 @@ import torch.distributed as dist
 from peft import PeftModel, get_peft_model
 
 from ..circuit.torch_engine import slowness
+from ..errors import refusal
 from ..settings.public_facts import quantised_as
 from ..settings.training_run import TrainingRun
 from ..tuner.config import QTHAConfig
@@ -198,10 +199,13 @@ def find_settings(run: TrainingRun, budget: float) -> list[Setting]:
     """Return shapes of the adapter with at most `budget` of the parameters of LoRA of the same rank, on the YAML's modules.
 
     Raises:
-        ValueError: if `budget` is not a share in (0, 1], or nothing meets it.
+        ValueError: if `budget` is not a share in (0, 1], or nothing meets it, or with `mpo: none`.
     """
     base = run.base()
     config = run.adapter_settings.config_for(base)
+    if config.mpo == "none":
+        why = "leaves out the tensor networks, whose bond_dim and mid_dim would be found"
+        raise refusal("mpo", config.mpo, why, "`mpo: tt`, or `share: {layers: auto}`, which keeps to param_budget by itself")
     sizes = list(select_targets(config, base).values())
     free: dict[str, Any] = {"bond_dim": None, "mid_dim": None, "param_budget": budget}
     settings = []

@@ -147,6 +147,8 @@ def differences(saved: QTHAConfig, wanted: dict[str, Any]) -> list[str]:
         have = current.get(key)
         if key == "modules_to_save" and have and saved.task_type in HEADED:
             have = [name for name in dict.fromkeys(have) if name in (value or []) or name not in HEADS]
+        if key == "share" and have and value and value["layers"] == "auto":  # the adapter has the number that it became
+            value = {**value, "layers": have["layers"]}
         if isinstance(have, list) and isinstance(value, list):
             have, value = sorted(have), sorted(value)
         if have != value:

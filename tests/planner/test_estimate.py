@@ -1,5 +1,7 @@
 """The plan against the models themselves: parameters exactly, advice by following it."""
 
+import re
+
 import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -246,6 +248,17 @@ def test_budgets_that_cannot_be_met(tmp_path):
         find_settings(big(tmp_path), 0.0001)
     with pytest.raises(ValueError, match=r"qtha.param_budget: 24.* is not a share"):
         find_settings(big(tmp_path), 24.0)
+    full = big(tmp_path, qtha={"mpo": "none", "param_budget": None})
+    with pytest.raises(ValueError, match=r"qtha\.mpo: 'none' leaves out the tensor networks.*What works: .*layers: auto"):
+        find_settings(full, 0.24)
+
+
+def test_how_many_layers_share_is_planned(tmp_path, capsys):
+    config = LlamaConfig(**{**SIZES, "num_hidden_layers": 6})
+    keys = {"rank": 4, "mpo": "none", "quantum": "none", "share": {"layers": "auto", "inputs": True}, "param_budget": 0.5}
+    plan = make_plan(run_on(tmp_path, config, qtha=keys), [])
+    assert plan.parameters == sum(target.total for target in plan.targets) <= 0.5 * plan.lora_parameters
+    assert re.match(r"A and B shared by \d neighbouring layers", plan.shared)
 
 
 def test_a_model_that_cannot_run_without_weights_is_planned_without_memory(tmp_path):

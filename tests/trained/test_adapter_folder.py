@@ -3,7 +3,7 @@
 import pytest
 
 from axolotl_qtha import QTHAConfig
-from axolotl_qtha.trained.adapter_folder import refuse_unsaid_share
+from axolotl_qtha.trained.adapter_folder import FREE_WHEN_LOADED, check_fits, refuse_unsaid_share
 
 from ..models import adapted, llama
 
@@ -18,3 +18,14 @@ def test_a_share_that_the_yaml_does_not_say_is_refused(tmp_path):
     refuse_unsaid_share(str(tmp_path / "shared"), QTHAConfig(share={"layers": 2, "inputs": True}))
     for folder in (str(tmp_path / "plain"), "some/name-on-the-hub", None):
         refuse_unsaid_share(folder, QTHAConfig())
+
+
+def test_the_number_that_auto_became_is_no_difference(tmp_path):
+    keys = {"mpo": "none", "quantum": "none", "param_budget": 0.6}
+    model = adapted(llama(5), share={"layers": "auto", "inputs": True}, **keys)
+    model.save_pretrained(tmp_path)
+    assert model.peft_config["default"].share.layers > 1
+    check_fits("lora_model_dir", tmp_path, {**keys, "share": {"layers": "auto", "inputs": True}}, FREE_WHEN_LOADED)
+    for share in ({"layers": "auto", "inputs": False}, {"layers": 5, "inputs": True}):
+        with pytest.raises(ValueError, match=r"qtha\.share: the adapter was made with"):
+            check_fits("lora_model_dir", tmp_path, {**keys, "share": share}, FREE_WHEN_LOADED)
