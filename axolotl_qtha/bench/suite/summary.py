@@ -64,10 +64,13 @@ def _made(execution: Execution, command: str) -> str:
     system = by[0]["system_info"]
     rates = ", ".join(f"{rate:g}" for rate in suite.learning_rates)
     at = f"at seed {suite.seeds[0]}" if suite.select == "first_seed" else "over all seeds"
+    done, total = execution.progress()
+    unfinished = "" if done == total else f"**Not finished: {done} of {total} runs are done.**\n\n"
     several = f"\n\n**The runs were not all made alike**; {tidy.ALL} has how many by what:\n\n" if len(by) > 1 else ""
     others = "\n".join(f"- {each['runs']} runs: {_versions(each)}" for each in by) if several else ""
     return (
-        f"Made by `{command}` on {system['accelerator']} ({system['cores']} cores, {system['machine']}), {_versions(by[0])}."
+        f"{unfinished}Made by `{command}` on {system['accelerator']} ({system['cores']} cores, {system['machine']}), "
+        f"{_versions(by[0])}."
         f"{several}{others}\n\n"
         f"{suite.max_steps} steps each. Every adapter had the same learning rates ({rates}); the one with the least validation "
         f"loss {at} was run at {len(suite.seeds)} seeds. Test sets chose nothing. Figures are means over "
@@ -241,8 +244,10 @@ def _sentence(made: Comparison) -> str:
 
 def _adapters(execution: Execution) -> str:
     meanings = {name: ADAPTERS[name] for name in execution.suite.adapters}
+    common = execution.suite.qtha
     meanings |= {name: f"QTHA with {json.dumps(without_paths(block))}" for name, block in execution.suite.variants.items()}
-    return "Adapters: " + "; ".join(f"`{name}` {meaning}" for name, meaning in meanings.items()) + "."
+    every = f" QTHA, its controls and variants have {json.dumps(without_paths(common))}." if common else ""
+    return "Adapters: " + "; ".join(f"`{name}` {meaning}" for name, meaning in meanings.items()) + "." + every
 
 
 def _files(execution: Execution) -> str:

@@ -14,7 +14,7 @@ import yaml
 from click.testing import CliRunner
 
 from axolotl_qtha.bench.suite import worker
-from axolotl_qtha.bench.suite.execution import apart, stoppable
+from axolotl_qtha.bench.suite.apart import apart, stoppable
 from axolotl_qtha.bench.suite.worker import Job, Processes
 from axolotl_qtha.cli.bench import bench
 

@@ -47,7 +47,7 @@ def execution(tmp_path):
 
 
 def put(execution, cell, loss, **changes):
-    job = execution._job(cell, 1)
+    job = execution.job(cell, 1)
     results.write(results.make(job.cell, job.settings, job.config, info(loss, **changes), "now"), execution.result_path(cell))
 
 
@@ -180,15 +180,15 @@ def test_results_of_others_are_refused(tmp_path, content, words):
 def test_results_of_other_settings_are_refused(execution, tmp_path):
     other = suite(tmp_path, **{**execution.suite.model_dump(), "max_steps": 11})
     with pytest.raises(ValueError, match=r"was run with other settings.*What works: another output_dir, or `--overwrite`"):
-        Execution(other)._open(search(other))
+        Execution(other).open(search(other))
 
 
 def test_what_is_done_is_not_done_again_but_what_failed_is(execution):
     cells = search(execution.suite)
-    assert execution._open(cells) == []
+    assert execution.open(cells) == []
     put(execution, cells[0], 0, status="failed")
     put(execution, cells[1], 9.0, status="diverged")
-    assert execution._open(cells) == [cells[0]]
+    assert execution.open(cells) == [cells[0]]
 
 
 def test_errors_are_kept_without_local_paths():
