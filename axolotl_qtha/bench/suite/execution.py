@@ -202,6 +202,12 @@ def read_base(suite: Suite) -> nn.Module:
 
     from ...settings.meta_base import meta_base
 
+    script = Path(suite.base_model).parent / "make_base.py"
+    if script.is_file() and not Path(suite.base_model).exists():
+        raise ValueError(
+            f"base_model: {suite.base_model!r} has not been made. What works: `python {script}`, with the options that "
+            "the suite's first lines may name."
+        )
     return meta_base(DictDefault({"base_model": suite.base_model, "torch_dtype": None}))
 
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from ...errors import PrivateSettings, alternatives
 from ...settings.args import QTHABlock
 from ..tasks import TASKS
-from .adapters import ADAPTERS, EQUAL, QTHA, has_budget
+from .adapters import ADAPTERS, EQUAL, QTHA, has_budget, joined
 from .block import Block
 from .part import Part
 
@@ -121,7 +121,7 @@ class Suite(BaseModel):
                     f"What works: `{key}s: [{block[key]}]` of the suite, and no `{key}` here."
                 )
             for rank in info.data.get("ranks", ()):  # none where they are at fault themselves
-                checked(name, {"rank": rank, **at_rank({**info.data.get("qtha", {}), **block}, rank)})
+                checked(name, {"rank": rank, **at_rank(joined(info.data.get("qtha", {}), block), rank)})
         return variants
 
     @field_validator("equivalence_margin", mode="before")
@@ -168,12 +168,13 @@ class Suite(BaseModel):
     def block(self, adapter: str, rank: int) -> dict[str, Any] | None:
         """Return the keys of an adapter's `qtha:` block at a rank, without the size; None for PEFT's."""
         own = self.variants.get(adapter, QTHA.get(adapter))
-        return None if own is None else at_rank({**self.qtha, **own}, rank)
+        return None if own is None else at_rank(joined(self.qtha, own), rank)
 
     def _sized(self, adapter: str) -> bool:
         """Return whether an adapter's size depends on the budget; that of `lora-equal` is only named if there are several."""
-        block = self.block(adapter, self.ranks[0])
-        return has_budget(block) if block is not None else adapter == EQUAL and len(self.budgets) > 1
+        equal = adapter == EQUAL
+        block = self.block("qtha" if equal else adapter, self.ranks[0])
+        return block is not None and has_budget(block) and not (equal and len(self.budgets) == 1)
 
 
 def at_rank(block: dict[str, Any], rank: int) -> dict[str, Any]:
