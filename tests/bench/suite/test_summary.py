@@ -86,6 +86,16 @@ def test_figures_and_verdicts(execution):
     assert "rouge1: F1 of words" in text
 
 
+def test_the_training_loss_is_that_of_the_last_tenth_of_the_steps(execution):
+    assert row(text_of(execution), "qtha, r 8, 0.24 |").split(" | ")[-3] == "3.900 ± 0.000"
+    assert "The training loss is that of the last tenth of the steps." in text_of(execution)
+    losses = [{"step": step, "train loss": float(step)} for step in range(1, 31)]
+    made = {"train_info": {"status": "success", "metrics": losses}}
+    assert results.final(made, "train loss") == 29.0, "the mean of 28, 29 and 30"
+    made["train_info"]["metrics"] = [{"step": 0, "valid loss": 3.0}]
+    assert results.final(made, "train loss") is None
+
+
 def test_the_files_beside_it(execution):
     text = write_summary(execution, "axolotl qtha-bench suite.yml").read_text()
     for picture in ("pareto", "costs", "curves-domain"):
