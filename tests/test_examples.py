@@ -8,6 +8,7 @@ from axolotl.utils.dict import DictDefault
 from .e2e.commands import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
+BENCHMARKS = (REPOSITORY / "docs" / "benchmarks.md").read_text()
 SUITES = sorted((REPOSITORY / "example_configs" / "bench").glob("*.yml"))  # see tests/bench/suite/test_examples.py
 EXAMPLES = sorted(set((REPOSITORY / "example_configs").rglob("*.yml")) - set(SUITES))
 # (layers, hidden, intermediate, query width, key/value width), from the models' published configurations
@@ -37,5 +38,5 @@ def test_example_is_valid(path):
 
 
 @pytest.mark.parametrize("path", EXAMPLES + SUITES, ids=lambda path: path.name)
-def test_example_is_named_in_the_readme(path):
-    assert f"`{path.relative_to(REPOSITORY)}`" in README
+def test_example_is_named_in_the_readme_or_a_suite_in_its_page(path):
+    assert f"`{path.relative_to(REPOSITORY)}`" in (README + BENCHMARKS if path in SUITES else README)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ...tuner.arguments import IDLE
 from ...tuner.share import LayerSize
 from ...tuner.sizes import count_lora_parameters
 
@@ -33,6 +34,7 @@ ADAPTERS = {
     "qwthn": "the paper's first version: product in place of the sum",
     "sine": "as `silu`, with a periodic nonlinearity",
 }
+NETWORKS = ("bond_dim", "mid_dim", "num_cores", "core_gain")  # what does nothing with `mpo: none`
 CONTROLS = ("mpo-only", "silu", "sine", "frozen", "product")  # what says whether a trained circuit adds anything
 
 
@@ -42,6 +44,18 @@ def has_budget(block: dict[str, Any]) -> bool:
     if block.get("mpo") == "none":  # then it says how many layers share, if anything
         fixed = (block.get("share") or {}).get("layers") != "auto"
     return not (fixed or "param_budget" in block)
+
+
+def joined(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Return the `qtha:` keys of an adapter: those of all, but for what does nothing in it and would be refused, and its own.
+
+    >>> joined({"circuit_layers": 4, "num_cores": 4}, {"quantum": "none"})
+    {'num_cores': 4, 'quantum': 'none'}
+    """
+    quantum = own.get("quantum", common.get("quantum"))
+    idle = {key for key, values in IDLE.items() if quantum in values}
+    idle |= set(NETWORKS) if own.get("mpo", common.get("mpo")) == "none" else set()
+    return {key: value for key, value in common.items() if key not in idle} | own
 
 
 def settings(

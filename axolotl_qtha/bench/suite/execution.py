@@ -1,21 +1,13 @@
-"""Runs a suite: the grid at the first seed, then the rates it chose at the other seeds; what is done is not done again."""
+"""A suite on disk: what each run is, what of it is done, and what is left."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 from ...tuner.config import QTHAConfig
@@ -24,10 +16,10 @@ from ...tuner.sizes import count_lora_parameters, count_parameters, resolve
 from ...tuner.targets import select_targets
 from ..tasks import TASKS, Prepared
 from . import results
-from .adapters import EQUAL, QTHA, equal_rank, settings
+from .adapters import EQUAL, equal_rank, has_budget, settings
 from .block import Block, ready
 from .spec import Cell, Method, Suite, checked, eval_steps, fingerprint, repeats, search
-from .worker import Job, Processes, end_with_parent, has_gpu, import_all
+from .worker import Job
 
 DEFAULTS = {"val_set_size": 0.0, "save_strategy": "no", "logging_steps": 1, "dataset_num_proc": 1, "use_wandb": False}
 PAYS = ("instance",)  # keys of the `ibm:` block
@@ -43,7 +35,7 @@ class Size:
 
 
 class Execution:
-    """A suite being run, and what it leaves on disk.
+    """A suite, and what its runs leave on disk.
 
     ```
     output_dir/results/CELL.json        a result
@@ -71,40 +63,9 @@ class Execution:
         """Return the results that are there."""
         return {cell: results.read(path) for cell in cells if (path := self.result_path(cell)).exists()}
 
-    def run(self, out: Console, overwrite: bool = False) -> None:
-        """Do what has not been done.
-
-        Raises:
-            ValueError: if there is a result from other settings or from another version, and `overwrite` is not set.
-        """
-        if overwrite:
-            for name in ("results", "predictions"):
-                shutil.rmtree(self.folder / name, ignore_errors=True)
-        self._prepare(out)
-        gpu = has_gpu()
-        threads = None if gpu else max(1, (os.cpu_count() or 1) // self.count)
-        first = search(self.suite)
-        total = count(self.suite)
-        open_ = self._open(first) + self._open(repeats(self.suite, self.chosen()))
-        if open_ and not gpu:
-            with out.status("importing Axolotl"):
-                import_all()
-        self._tokenise(open_, out)
-        processes = Processes(self.count, fork=not gpu)
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-        # No thread that refreshes it: it could hold a lock while a run is forked.
-        with Progress(*columns, console=out, auto_refresh=False) as progress:
-            bar = progress.add_task("runs", total=total)
-            for cells in (lambda: first, lambda: repeats(self.suite, self.chosen())):
-                wanted = cells()
-                todo = self._open(wanted)
-                progress.advance(bar, len(wanted) - len(todo))
-                progress.refresh()
-                with closing(processes.run([self._job(cell, threads) for cell in todo])) as done:
-                    for job in done:
-                        _report(job, progress.console)
-                        progress.update(bar, advance=1, description=f"runs (last: {job.cell['task']}, {job.cell['adapter']})")
-                        progress.refresh()
+    def found(self) -> dict[Cell, dict[str, Any]]:
+        """Return every result that is there: of the grid, and of the other seeds at the rates that are best so far."""
+        return self.results(dict.fromkeys([*search(self.suite), *repeats(self.suite, self.chosen())]))
 
     def chosen(self) -> dict[tuple[str, Method], float]:
         """Return the learning rate of each method on each task: that of the least validation loss, as `select` says.
@@ -121,6 +82,28 @@ class Execution:
             for key, rates in losses.items()
         }
 
+    def unsearched(self) -> dict[tuple[str, Method], int]:
+        """Return how many runs of the grid have no result, of each method on each task where there are such."""
+        left: dict[tuple[str, Method], int] = {}
+        for cell in search(self.suite):
+            if not self.result_path(cell).exists():
+                left[cell.task, cell.method] = left.get((cell.task, cell.method), 0) + 1
+        return left
+
+    def settled(self) -> dict[tuple[str, Method], float]:
+        """Return the learning rates of those whose grid has been run whole: only they go on with the other seeds."""
+        left = self.unsearched()
+        return {key: rate for key, rate in self.chosen().items() if key not in left}
+
+    def progress(self) -> tuple[int, int]:
+        """Return how many runs are done, and of how many; one that failed is not done.
+
+        A method none of whose rates came to an end has no other seeds to run.
+        """
+        done = sum(run["train_info"]["status"] != "failed" for run in self.found().values())
+        seeds = len(self.suite.seeds) - len(self.suite.search_seeds)
+        return done, len(search(self.suite)) + seeds * len({**self.chosen(), **self.unsearched()})
+
     def prepared(self, name: str) -> Prepared:
         """Return a task of the suite, its data made."""
         if name not in self._prepared:
@@ -131,39 +114,17 @@ class Execution:
         blocks = {task.name: task for task in self.suite.tasks if isinstance(task, Block)}
         return blocks[name] if name in blocks else TASKS[name]
 
-    def _prepare(self, out: Console) -> None:
-        """Make the tasks' data."""
+    def open(self, cells: list[Cell]) -> list[Cell]:
+        """Return the runs that are to be done: those without a result, and those that failed.
 
-        def make() -> None:
-            for name in self.suite.task_names:
-                self.prepared(name)
-
-        with out.status("making the tasks' data"):
-            if (why := apart(make, self.folder / "logs" / "data.log")) is not None:
-                raise ValueError(f"tasks: their data could not be made: {why}")
-
-    def _tokenise(self, cells: list[Cell], out: Console) -> None:
-        """Have Axolotl tokenise the data once, in the first seed's order, for all runs.
-
-        Validation losses are means over batches, so all runs must see the same batches. Data that cannot be read make the runs
-        fail, which report it.
+        Raises:
+            ValueError: if there is a result from other settings or from another version.
         """
-        from .cell import tokenise
-
-        first = {cell.task: cell for cell in reversed(cells)}
-        with out.status("tokenising the tasks' data"):
-            for name, cell in first.items():
-                job = self._job(dataclasses.replace(cell, seed=self.suite.seeds[0]), None)
-                work = partial(tokenise, job.keys, self.prepared(name), Path(job.scratch))
-                apart(work, Path(job.log).with_name(f"{name}.log"))
-
-    def _open(self, cells: list[Cell]) -> list[Cell]:
-        """Return the runs that are to be done: those without a result, and those that failed."""
         left = []
         for cell in cells:
             path = self.result_path(cell)
             found = results.read(path) if path.exists() else None
-            if found is not None and found["settings"] != (wanted := self._settings(cell)[1]):
+            if found is not None and found["settings"] != (wanted := self.settings(cell)[1]):
                 raise ValueError(
                     f"output_dir: {path} was run with other settings ({found['settings']}, now {wanted}). What works: another "
                     "output_dir, or `--overwrite` to run all again."
@@ -176,7 +137,7 @@ class Execution:
         """Return Axolotl's keys of a run, without those of the task."""
         suite = self.suite
         name, rank, budget = cell.method.adapter, self.sizes[cell.method].rank, cell.method.budget
-        adapter = settings(name, rank, budget, suite.target_modules, suite.block(name))
+        adapter = settings(name, rank, budget, suite.target_modules, suite.block(name, rank))
         return {
             "base_model": suite.base_model,
             **DEFAULTS,
@@ -188,7 +149,7 @@ class Execution:
             "seed": cell.seed,
         }
 
-    def _settings(self, cell: Cell) -> tuple[dict[str, Any], str]:
+    def settings(self, cell: Cell) -> tuple[dict[str, Any], str]:
         """Return the settings of a run without local paths, and what tells them from others."""
         config = without_paths({**self.keys(cell), **self.prepared(cell.task).keys()})
         task = self._task(cell.task)
@@ -197,9 +158,10 @@ class Execution:
         tested = without_paths(task.model_dump(include=TESTED)) if isinstance(task, Block) else {}
         return config, fingerprint({**config, **tested})
 
-    def _job(self, cell: Cell, threads: int | None) -> Job:
+    def job(self, cell: Cell, threads: int | None) -> Job:
+        """Return a run as another process is told it, with so many threads of PyTorch."""
         task = self._task(cell.task)
-        config, mark = self._settings(cell)
+        config, mark = self.settings(cell)
         method = cell.method
         return Job(
             cell={
@@ -230,55 +192,6 @@ def count(suite: Suite) -> int:
     return len(suite.task_names) * len(suite.methods()) * each
 
 
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """Have SIGTERM stop what is done here as Ctrl-C does."""
-
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop) if threading.current_thread() is threading.main_thread() else None
-    try:
-        yield
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
-
-
-def apart(work: Callable[[], None], log: Path) -> str | None:
-    """Do work in a process of its own, since one that has computed with several threads cannot be forked; return its error."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    reader, writer = os.pipe()
-    if child := os.fork():
-        os.close(writer)
-        try:
-            with os.fdopen(reader) as pipe:
-                why = pipe.read()
-        except BaseException:
-            os.kill(child, signal.SIGKILL)
-            raise
-        finally:
-            _, status = os.waitpid(child, 0)
-        return why or (f"its process ended with status {status}" if status else None)
-    try:
-        end_with_parent()
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        work()
-    except BaseException as error:
-        os.write(writer, str(error).encode()[:4000] or type(error).__name__.encode())
-    finally:
-        os._exit(0)
-
-
-def _report(job: Job, out: Console) -> None:
-    """Say what is wrong with a run that has ended, if anything is."""
-    result = results.read(Path(job.result))
-    if (status := result["train_info"]["status"]) != "success":
-        out.print(f"{status}: {Path(job.result).stem}: {result['run_info']['error_msg']}", markup=False, highlight=False)
-
-
 def read_base(suite: Suite) -> nn.Module:
     """Return the base without weights.
 
@@ -289,6 +202,12 @@ def read_base(suite: Suite) -> nn.Module:
 
     from ...settings.meta_base import meta_base
 
+    script = Path(suite.base_model).parent / "make_base.py"
+    if script.is_file() and not Path(suite.base_model).exists():
+        raise ValueError(
+            f"base_model: {suite.base_model!r} has not been made. What works: `python {script}`, with the options that "
+            "the suite's first lines may name."
+        )
     return meta_base(DictDefault({"base_model": suite.base_model, "torch_dtype": None}))
 
 
@@ -299,13 +218,14 @@ def size(suite: Suite, method: Method, base: nn.Module) -> Size:
         ValueError: if a budget cannot be met, or the base has no such layers.
     """
     rank, adapter = method.rank, method.adapter
-    if (block := suite.block(adapter)) is not None:
+    if (block := suite.block(adapter, rank)) is not None:
         return Size(_ours(suite, method, block, base), rank)
     # Which layers these are is no matter of rank or budget, which QTHA might not allow.
     layers = _layers(QTHAConfig(target_modules=list(suite.target_modules), task_type="CAUSAL_LM"), base)
     if adapter == EQUAL:
-        qtha = dataclasses.replace(method, budget=method.budget or suite.budgets[0])
-        rank = equal_rank(_ours(suite, qtha, QTHA["qtha"], base), layers)
+        block = suite.block("qtha", rank) or {}
+        qtha = dataclasses.replace(method, budget=method.budget or suite.budgets[0]) if has_budget(block) else method
+        rank = equal_rank(_ours(suite, qtha, block, base), layers)
     parameters = count_lora_parameters(rank, layers)
     if adapter == "dora":
         parameters += sum(layer.outputs for layer in layers)

@@ -99,10 +99,17 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def final(result: dict[str, Any], key: str) -> float | None:
-    """Return a figure of a run: `valid loss` at its end, `test loss`, or one of the task's metrics; None if it has none."""
+    """Return a figure of a run: `valid loss` at its end, `test loss`, or one of the task's metrics; None if it has none.
+
+    `train loss` is the mean over the last tenth of the steps that were logged, since one batch says little.
+    """
     info = result["train_info"]
     if info["status"] != "success":
         return None
+    if key == "train loss":
+        losses = list(at_steps(result, key).values())
+        last = losses[-max(1, len(losses) // 10) :]
+        return sum(last) / len(last) if last else None
     if key == "valid loss":
         return next((row[key] for row in reversed(info["metrics"]) if row.get(key) is not None), None)
     value = info.get(key) if key in ("test loss", "train_time", "file_size") else info.get("test", {}).get(key)

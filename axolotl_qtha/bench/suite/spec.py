@@ -15,8 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from ...errors import PrivateSettings, alternatives
 from ...settings.args import QTHABlock
 from ..tasks import TASKS
-from .adapters import ADAPTERS, EQUAL, QTHA, has_budget
+from .adapters import ADAPTERS, EQUAL, QTHA, has_budget, joined
 from .block import Block
+from .part import Part
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 OURS = (
@@ -50,6 +51,11 @@ class Suite(BaseModel):
     tasks: list[str | Block] = Field(min_length=1, description=f"Of {sorted(TASKS)}, or blocks with data of one's own.")
     adapters: list[str] = Field(min_length=1, description=f"Of {sorted(ADAPTERS)}.")
     ranks: list[Whole] = Field(default=[8], min_length=1, description="Ranks of all adapters.")
+    qtha: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Keys of the `qtha:` block for QTHA, its controls and variants, but for what makes each what it is. Here and "
+        "in variants the value `rank` stands for the rank of the run: `circuit_layers: rank`.",
+    )
     variants: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+(-[A-Za-z0-9_.]+)*$")], dict[str, Any]] = Field(
         default_factory=dict, description="Further adapters: QTHA with other keys of the `qtha:` block, by names of one's own."
     )
@@ -90,6 +96,17 @@ class Suite(BaseModel):
                 raise ValueError(_unknown(name, "adapter", ADAPTERS))
         return adapters
 
+    @field_validator("qtha")
+    @classmethod
+    def _common_works(cls, block: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        """Check the keys of all at every rank of the suite."""
+        for key, own in {"rank": "ranks", "seed": "seeds", "param_budget": "budgets", "target_modules": "target_modules"}.items():
+            if key in block:
+                raise ValueError(f"{key!r} is set by the suite. What works: `{own}` of the suite, and no `{key}` here.")
+        for rank in info.data.get("ranks", ()):
+            checked("qtha", {"rank": rank, **at_rank(block, rank)})
+        return block
+
     @field_validator("variants")
     @classmethod
     def _variants_work(cls, variants: dict[str, dict[str, Any]], info: ValidationInfo) -> dict[str, dict[str, Any]]:
@@ -104,7 +121,7 @@ class Suite(BaseModel):
                     f"What works: `{key}s: [{block[key]}]` of the suite, and no `{key}` here."
                 )
             for rank in info.data.get("ranks", ()):  # none where they are at fault themselves
-                checked(name, {"rank": rank, **block})
+                checked(name, {"rank": rank, **at_rank(joined(info.data.get("qtha", {}), block), rank)})
         return variants
 
     @field_validator("equivalence_margin", mode="before")
@@ -148,14 +165,25 @@ class Suite(BaseModel):
             for budget in (self.budgets if self._sized(adapter) else [None])
         ]
 
-    def block(self, adapter: str) -> dict[str, Any] | None:
-        """Return the keys of the `qtha:` block that make an adapter what it is; None for PEFT's."""
-        return self.variants.get(adapter, QTHA.get(adapter))
+    def block(self, adapter: str, rank: int) -> dict[str, Any] | None:
+        """Return the keys of an adapter's `qtha:` block at a rank, without the size; None for PEFT's."""
+        own = self.variants.get(adapter, QTHA.get(adapter))
+        return None if own is None else at_rank(joined(self.qtha, own), rank)
 
     def _sized(self, adapter: str) -> bool:
         """Return whether an adapter's size depends on the budget; that of `lora-equal` is only named if there are several."""
-        block = self.block(adapter)
-        return has_budget(block) if block is not None else adapter == EQUAL and len(self.budgets) > 1
+        equal = adapter == EQUAL
+        block = self.block("qtha" if equal else adapter, self.ranks[0])
+        return block is not None and has_budget(block) and not (equal and len(self.budgets) == 1)
+
+
+def at_rank(block: dict[str, Any], rank: int) -> dict[str, Any]:
+    """Return keys of a `qtha:` block with the rank of a run in the place of the value `rank`.
+
+    >>> at_rank({"circuit_layers": "rank", "num_cores": 4}, 6)
+    {'circuit_layers': 6, 'num_cores': 4}
+    """
+    return {key: rank if value == "rank" else value for key, value in block.items()}
 
 
 def checked(name: str, keys: dict[str, Any]) -> Any:
@@ -221,10 +249,21 @@ def search(suite: Suite) -> list[Cell]:
     ]
 
 
-def repeats(suite: Suite, chosen: dict[tuple[str, Method], float]) -> list[Cell]:
-    """Return the runs at the other seeds, at the rates that were chosen."""
+def repeats(suite: Suite, chosen: dict[tuple[str, Method], float], part: Part | None = None) -> list[Cell]:
+    """Return the runs at the other seeds, at the rates that were chosen.
+
+    Args:
+        suite: what is run.
+        chosen: the rates that are known; which runs a part has does not depend on how many these are.
+        part: of the suite.
+    """
     seeds = suite.seeds[len(suite.search_seeds) :]
-    return [Cell(*key, rate, seed) for key, rate in chosen.items() for seed in seeds]
+    every = [(task, method, seed) for task in suite.task_names for method in suite.methods() for seed in seeds]
+    return [
+        Cell(task, method, chosen[task, method], seed)
+        for task, method, seed in (part or Part()).pick(every)
+        if (task, method) in chosen
+    ]
 
 
 def read_suite(path: Path) -> Suite:

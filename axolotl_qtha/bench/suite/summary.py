@@ -64,14 +64,18 @@ def _made(execution: Execution, command: str) -> str:
     system = by[0]["system_info"]
     rates = ", ".join(f"{rate:g}" for rate in suite.learning_rates)
     at = f"at seed {suite.seeds[0]}" if suite.select == "first_seed" else "over all seeds"
+    done, total = execution.progress()
+    unfinished = "" if done == total else f"**Not finished: {done} of {total} runs are done.**\n\n"
     several = f"\n\n**The runs were not all made alike**; {tidy.ALL} has how many by what:\n\n" if len(by) > 1 else ""
     others = "\n".join(f"- {each['runs']} runs: {_versions(each)}" for each in by) if several else ""
     return (
-        f"Made by `{command}` on {system['accelerator']} ({system['cores']} cores, {system['machine']}), {_versions(by[0])}."
+        f"{unfinished}Made by `{command}` on {system['accelerator']} ({system['cores']} cores, {system['machine']}), "
+        f"{_versions(by[0])}."
         f"{several}{others}\n\n"
         f"{suite.max_steps} steps each. Every adapter had the same learning rates ({rates}); the one with the least validation "
         f"loss {at} was run at {len(suite.seeds)} seeds. Test sets chose nothing. Figures are means over "
-        "seeds ± half the 95 % interval (Student's t); losses in nats a token, lower is better."
+        "seeds ± half the 95 % interval (Student's t); losses in nats a token, lower is better. The training loss is "
+        "that of the last tenth of the steps."
     )
 
 
@@ -121,13 +125,15 @@ def _table(execution: Execution, task: str, found: list[Entry]) -> str:
     scoring = execution.prepared(task).scoring
     metrics = list(scoring.metrics) if scoring else []
     lora = {entry.method.rank: entry.parameters for entry in found if entry.method.adapter == LORA}
-    head = ["adapter", "parameters", "of LoRA's", "learning rate", "validation loss", "test loss", *metrics, "seconds", "MiB"]
+    head = ["adapter", "parameters", "of LoRA's", "learning rate", "validation loss", "test loss", *metrics]
+    head += ["training loss", "seconds", "MiB"]
     rows = []
     for entry in found:
         share = f"{entry.parameters / lora[entry.method.rank]:.1%}" if entry.method.rank in lora else ""
         rate = "" if entry.learning_rate is None else f"{entry.learning_rate:g}{' (edge)' if entry.at_edge else ''}"
-        figures = [entry.mean(key) for key in ("valid loss", "test loss", *metrics)]
-        texts = ["" if value is None else value.text(3 if i < 2 else 2) for i, value in enumerate(figures)]
+        figures = [entry.mean(key) for key in ("valid loss", "test loss", *metrics, "train loss")]
+        losses = (0, 1, len(figures) - 1)
+        texts = ["" if value is None else value.text(3 if i in losses else 2) for i, value in enumerate(figures)]
         if entry.incomplete:
             texts[0] = entry.incomplete
         seconds = entry.largest("train_time")
@@ -241,8 +247,10 @@ def _sentence(made: Comparison) -> str:
 
 def _adapters(execution: Execution) -> str:
     meanings = {name: ADAPTERS[name] for name in execution.suite.adapters}
+    common = execution.suite.qtha
     meanings |= {name: f"QTHA with {json.dumps(without_paths(block))}" for name, block in execution.suite.variants.items()}
-    return "Adapters: " + "; ".join(f"`{name}` {meaning}" for name, meaning in meanings.items()) + "."
+    every = f" QTHA, its controls and variants have {json.dumps(without_paths(common))}." if common else ""
+    return "Adapters: " + "; ".join(f"`{name}` {meaning}" for name, meaning in meanings.items()) + "." + every
 
 
 def _files(execution: Execution) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from . import results
 from .adapters import ADAPTERS, CONTROLS, EQUAL, LORA
 from .execution import Execution
-from .spec import Cell, Method, repeats, search
+from .spec import Cell, Method
 from .statistics import Interval, interval, paired
 
 LOSSES = ("valid loss", "test loss")
@@ -26,6 +26,7 @@ class Entry:
     at_edge: bool = False  # of the grid: another rate might be better
     runs: dict[int, dict[str, Any]] = field(default_factory=dict)  # results by seed
     missing: int = 0  # seeds not run
+    unsearched: int = 0  # runs of the grid that are not there: another rate may turn out to be the best
     lost: dict[float, str] = field(default_factory=dict)  # other rates of the grid whose runs did not all come to an end
 
     def values(self, key: str) -> dict[int, float]:
@@ -44,7 +45,11 @@ class Entry:
     def incomplete(self) -> str:
         """Return what is wrong with the runs, in words; empty if nothing is."""
         words = troubles(self.runs.values(), len(self.runs) + self.missing)
-        return ", ".join([*words, *([f"{self.missing} of {len(self.runs) + self.missing} not run"] if self.missing else [])])
+        if self.missing:
+            words.append(f"{self.missing} of {len(self.runs) + self.missing} not run")
+        if self.unsearched:
+            words.append(f"{self.unsearched} of its grid not run")
+        return ", ".join(words)
 
     def curve(self, key: str) -> dict[int, list[float]]:
         """Return a loss over steps, of every seed that came to an end."""
@@ -79,7 +84,7 @@ def troubles(runs: Collection[dict[str, Any]], seeds: int) -> list[str]:
 def entries(execution: Execution) -> list[Entry]:
     """Return every method on every task."""
     suite, chosen = execution.suite, execution.chosen()
-    done = execution.results([*search(suite), *repeats(suite, chosen)])
+    done, left = execution.found(), execution.unsearched()
     found = []
     for task in suite.task_names:
         for method in suite.methods():
@@ -92,6 +97,7 @@ def entries(execution: Execution) -> list[Entry]:
                 if (cell := Cell(task, method, rate, seed)) in done:
                     entry.runs[seed] = done[cell]
             entry.missing = len(suite.seeds) - len(entry.runs)
+            entry.unsearched = left.get((task, method), 0)
             entry.parameters = next(
                 (count for run in entry.runs.values() if (count := run["train_info"].get("num_trainable_params"))),
                 entry.parameters,

@@ -15,7 +15,7 @@ from typing import Any
 from . import results
 from .comparisons import Comparison
 from .execution import Execution, without_paths
-from .spec import Cell, repeats, search
+from .spec import Cell
 
 RUNS, PAIRS, ALL = "results.csv", "comparisons.csv", "results.json"
 SCHEMA = 1
@@ -55,8 +55,7 @@ Runs = dict[Cell, dict[str, Any]]
 
 def runs_of(execution: Execution) -> Runs:
     """Return the result of every run that there is."""
-    suite = execution.suite
-    return execution.results(dict.fromkeys([*search(suite), *repeats(suite, execution.chosen())]))
+    return execution.found()
 
 
 def rows(execution: Execution, done: Runs) -> list[Row]:

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import importlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -88,6 +89,7 @@ class Running:
 
     job: Job
     pid: int
+    started: float  # by time.monotonic
     process: subprocess.Popen[bytes] | None = None  # kept: once forgotten, subprocess itself may take its exit code
 
     def code(self, wait: bool = False) -> int | None:
@@ -105,41 +107,64 @@ class Running:
 
 
 class Processes:
-    """Runs jobs in processes of their own, a number of them at a time."""
+    """Runs jobs in processes of their own, a number of them at a time.
 
-    def __init__(self, count: int, fork: bool) -> None:
-        self.count, self.fork = count, fork
+    Args:
+        count: of jobs at a time; it may be changed between two of them.
+        fork: whether a process is forked or a new one.
+        end: when jobs under way are stopped, as `time.monotonic` has it.
+        expected: how long a job is expected to take at least, in seconds; the longest of those done here counts, too.
+    """
+
+    def __init__(self, count: int, fork: bool, end: float = math.inf, expected: float = 0.0) -> None:
+        self.count, self.fork, self.end, self.expected = count, fork, end, expected
+        self.stopped = 0  # jobs that were under way at the end
         self._running: list[Running] = []
 
     def run(self, jobs: list[Job]) -> Generator[Job]:
-        """Do jobs, and yield each when its process has ended. Left early, those under way are killed."""
+        """Do jobs, and yield each when its process has ended. Left early, or at `end`, those under way are killed.
+
+        A job that is not expected to have ended by then is not started.
+        """
         waiting = list(jobs)
         try:
             while waiting or self._running:
-                while waiting and len(self._running) < self.count:
+                while waiting and len(self._running) < self.count and self.may_start():
                     with held():
                         self._running.append(self._start(waiting.pop(0)))
-                yield self._ended()
+                if (job := self._ended()) is None:
+                    self.stopped += len(self._running)
+                    return
+                yield job
         finally:
             for each in self._running:
                 each.kill()
             self._running.clear()
 
-    def _ended(self) -> Job:
-        """Wait for one of the jobs to end; other children of this process are left alone."""
-        while True:
+    def may_start(self) -> bool:
+        """Return whether a job is expected to end in time."""
+        return time.monotonic() + self.expected < self.end
+
+    def _ended(self) -> Job | None:
+        """Wait for one of the jobs to end, and leave other children alone. None at `end`, or if there is none."""
+        while self._running:
             for each in self._running:
                 if (code := each.code()) is None:
                     continue
                 self._running.remove(each)
+                self.expected = max(self.expected, time.monotonic() - each.started)
                 job = each.job
                 if not Path(job.result).exists():
                     how = f"signal {-code}" if code < 0 else f"code {code}"
                     failed(job, f"its process ended with {how}, see {Path(job.log).name}")
                 return job
+            if time.monotonic() >= self.end:
+                return None
             time.sleep(POLL_SECONDS)
+        return None
 
     def _start(self, job: Job) -> Running:
+        started = time.monotonic()
         Path(job.log).parent.mkdir(parents=True, exist_ok=True)
         for file in (job.result, job.predictions):
             Path(file).unlink(missing_ok=True)
@@ -149,11 +174,11 @@ class Processes:
                 process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
                 )
-            return Running(job, process.pid, process)
+            return Running(job, process.pid, started, process)
         if child := os.fork():
             with contextlib.suppress(OSError):  # the child may have been faster, or be gone
                 os.setpgid(child, child)
-            return Running(job, child)
+            return Running(job, child, started)
         code = 1
         try:
             os.setpgid(0, 0)  # what kills it kills its own processes; a terminal's Ctrl-C is the parent's to handle

@@ -93,4 +93,4 @@ def test_pairs_without_an_interval_are_no_part_of_the_family(execution):
 def test_a_margin_chosen_later_asks_for_no_new_runs(execution, tmp_path):
     other = make(tmp_path, **SUITE)
     assert other.suite.equivalence_margin is None
-    assert other._open(search(other.suite)) == []
+    assert other.open(search(other.suite)) == []

@@ -17,8 +17,11 @@ from axolotl_qtha.bench.tasks import high_rank
 from ...e2e.commands import QUICKSTART
 from ...test_examples import MODELS, SUITES
 
-SHAPES = MODELS | {"base-384": (4, 384, 1056, 384, 192)}  # that make_base.py would make
-HUB = [path for path in SUITES if "-" in path.stem]
+SHAPES = MODELS | {  # the last two: what a make_base.py would make
+    "base-384": (4, 384, 1056, 384, 192),
+    "smollm2/base": (30, 576, 1536, 576, 192),
+}
+HUB = [path for path in SUITES if "-" in path.stem or path.stem == "paper"]
 
 
 @pytest.fixture
@@ -26,11 +29,12 @@ def made(request, monkeypatch):
     """The execution of a suite, which is given the layers of its base if that is not here."""
     path = request.param
     suite = read_suite(path)
-    if (name := suite.base_model.split("/")[-1]) in SHAPES:
-        _, hidden, inter, query, kv = SHAPES[name]
+    if name := next((name for name in SHAPES if suite.base_model.endswith(f"/{name}")), None):
+        count, hidden, inter, query, kv = SHAPES[name]
         sizes = [(hidden, query), (hidden, kv), (hidden, kv), (query, hidden), (hidden, inter), (hidden, inter), (inter, hidden)]
-        layers = {name: nn.Linear(*size, device="meta") for name, size in zip(LINEAR, sizes, strict=True)}
-        monkeypatch.setattr(module, "read_base", lambda _: nn.ModuleDict(layers))  # one block of it: the others are the same
+        each = count if suite.variants else 1  # what layers share depends on their number; else one block is as all others
+        layers = [{name: nn.Linear(*size, device="meta") for name, size in zip(LINEAR, sizes, strict=True)} for _ in range(each)]
+        monkeypatch.setattr(module, "read_base", lambda _: nn.ModuleDict({"layers": nn.ModuleList(map(nn.ModuleDict, layers))}))
     if path not in HUB:
         monkeypatch.chdir(QUICKSTART.parents[1])
     for split in high_rank.COUNTS:
@@ -57,6 +61,8 @@ def test_every_run_is_valid(made, tmp_path):
             assert valid.test_datasets[0].split in raw["test_datasets"][0]["split"]
     assert len(seen) == len(made.suite.task_names) * len(made.sizes)
     counts = {(method.adapter, method.rank): size.parameters for method, size in made.sizes.items()}
+    if made.suite.qtha:  # sizes of its own
+        return
     for rank in made.suite.ranks:
         assert counts["qtha", rank] <= 0.24 * counts["lora", rank]
         assert counts["lora-equal", rank] >= counts["qtha", rank] if "lora-equal" in made.suite.adapters else True
@@ -64,7 +70,7 @@ def test_every_run_is_valid(made, tmp_path):
 
 # Rows with the fields of the Hub's data sets: question, answer, others.
 ROWS = {
-    "openai/gsm8k": {"question": "What is 3 + 4?", "answer": "3 + 4 = <<3+4=7>>7\n#### 7"},
+    "gsm8k": {"question": "What is 3 + 4?", "answer": "3 + 4 = <<3+4=7>>7\n#### 7"},
     "CAS-SIAT-XinHai/CPsyCoun": {"instruction": "我睡不好。", "output": "从什么时候开始的。", "input": "", "history": []},
     "meta-math/MetaMathQA": {"query": "What is 3 + 4?", "response": "3 + 4 = 7. The answer is: 7", "type": "GSM_Rephrased"},
 }
@@ -75,7 +81,7 @@ def test_rows_of_the_hub_become_questions_and_answers(path):
     tokenizer = AutoTokenizer.from_pretrained(QUICKSTART / "base")
     (task,) = read_suite(path).tasks
     for entry in [task.train, task.validation, task.test]:
-        row = ROWS[entry["path"]]
+        row = next(row for name, row in ROWS.items() if name in entry["path"])
         config = DictDefault({**task.settings, "datasets": [entry], "dataset_num_proc": 1})
         data = config.datasets[0]
         kind = data.type if isinstance(data.type, str) else None

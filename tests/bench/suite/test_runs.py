@@ -14,7 +14,7 @@ import yaml
 from click.testing import CliRunner
 
 from axolotl_qtha.bench.suite import worker
-from axolotl_qtha.bench.suite.execution import apart, stoppable
+from axolotl_qtha.bench.suite.apart import apart, stoppable
 from axolotl_qtha.bench.suite.worker import Job, Processes
 from axolotl_qtha.cli.bench import bench
 
@@ -117,6 +117,28 @@ def test_the_same_seed_gives_the_same_losses(done, tmp_path):
     losses = [[row["valid loss"] for row in info["metrics"] if "valid loss" in row] for info in (first, second)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert second["test loss"] == pytest.approx(first["test loss"], rel=1e-4)
+
+
+def test_another_machine_takes_all_of_it_over(done, tmp_path):
+    suite = write(tmp_path)
+    added = CliRunner().invoke(bench, [str(suite), "--add", str(done[0] / "out"), "--minutes", "5"])
+    assert added.exit_code == 0, added.output
+    assert "6 results taken over." in added.output.replace("\n", " ")
+    assert results_of(tmp_path) == results_of(done[0])
+    summaries = [(folder / "out" / "summary.md").read_text().splitlines() for folder in (tmp_path, done[0])]
+    assert [line for line in summaries[0] if "|" in line] == [line for line in summaries[1] if "|" in line]
+    assert len(list((tmp_path / "out" / "predictions").iterdir())) == 4
+
+
+@pytest.mark.slow
+def test_a_training_is_stopped_at_the_limit(tmp_path):
+    suite = write(tmp_path, max_steps=10_000, evaluations=1, learning_rates=[0.01], seeds=[1], adapters=["lora"])
+    done = run(["axolotl", "qtha-bench", str(suite), "--minutes", "0.5", "--jobs", "1"], tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "The limit of 0.5 minutes: 0 of 1 runs are done" in done.stdout
+    assert "Traceback" not in done.stdout
+    assert results_of(tmp_path) == {}
+    assert not (tmp_path / "out" / "summary.md").exists()
 
 
 def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path):

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 from axolotl_qtha import QTHAConfig
 from axolotl_qtha.bench.suite.adapters import ADAPTERS, QTHA, equal_rank, settings
 from axolotl_qtha.bench.suite.execution import Execution
+from axolotl_qtha.bench.suite.spec import search
 from axolotl_qtha.tuner.sizes import count_lora_parameters
 
 from ...e2e.commands import QUICKSTART
@@ -56,6 +57,23 @@ def test_budgets_are_kept_and_lora_equal_is_not_handicapped(execution):
 def test_what_qtha_cannot_have_is_no_matter_of_pefts_adapters(tmp_path, rank, budget):
     execution = Execution(suite(tmp_path, adapters=["lora", "dora"], ranks=[rank], budgets=[budget]))
     assert [size.parameters for size in execution.sizes.values()] == [9344 * rank, 9344 * rank + 4864]
+
+
+def test_the_authors_sizes_at_each_rank(tmp_path):
+    """Keys of all, with the rank of the run: circuits and matrices are counted by hand, for the base's four layers."""
+    common = {"bond_dim": 2, "mid_dim": 16, "num_cores": 4, "circuit_layers": "rank", "qubits": "rank", "angle_scale": "raw"}
+    adapters = ["lora", "lora-equal", "qtha", "mpo-only", "silu"]
+    made = Execution(suite(tmp_path, adapters=adapters, ranks=[4, 6], qtha=common, target_modules=["q_proj"]))
+    counts = {(method.adapter, method.rank): size.parameters for method, size in made.sizes.items()}
+    for rank in (4, 6):
+        circuit = 4 * rank * rank + rank * rank  # angles of as many layers as qubits, and W_Q
+        assert counts["qtha", rank] == counts["silu", rank] == counts["mpo-only", rank] + 4 * circuit
+        assert counts["lora-equal", rank] >= counts["qtha", rank]
+    # W_A and W_B of width 16, and W_C
+    assert counts["mpo-only", 6] - counts["mpo-only", 4] == 4 * (2 * 16 * (6 - 4) + 6**2 - 4**2)
+    keys = made.keys(search(made.suite)[-1])["qtha"]
+    assert (keys["rank"], keys["circuit_layers"], keys["alpha"]) == (6, 6, 12)
+    assert "param_budget" not in keys
 
 
 def test_equal_rank():

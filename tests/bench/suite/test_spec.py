@@ -173,3 +173,35 @@ def test_settings_are_recorded_without_local_paths(tmp_path):
     recorded = without_paths({"a": str(tmp_path), "b": [{"path": "/home/me/data/x.jsonl"}], "c": "org/model", "d": 1e-3})
     assert recorded == {"a": "/".join(tmp_path.parts[-2:]), "b": [{"path": "data/x.jsonl"}], "c": "org/model", "d": 1e-3}
     assert not re.search("home", str(recorded))
+
+
+@pytest.mark.parametrize(
+    ("block", "words"),
+    [
+        ({"rank": 4}, "qtha: 'rank' is set by the suite. What works: `ranks` of the suite, and no `rank` here."),
+        ({"param_budget": 0.2}, "qtha: 'param_budget' is set by the suite. What works: `budgets`"),
+        ({"circuit_layers": 0}, "qtha, at rank 4: "),
+        ({"bond_dim": "rnak"}, "qtha, at rank 4: "),
+    ],
+)
+def test_keys_of_all_that_cannot_work(tmp_path, block, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        suite(tmp_path, qtha=block)
+
+
+def test_keys_of_all_are_of_those_that_have_a_use_for_them(tmp_path):
+    common = {"circuit_layers": "rank", "bond_dim": 2, "mid_dim": 32}
+    found = suite(tmp_path, qtha=common, adapters=["lora", "qtha", "mpo-only", "lora-circuit"], variants={"two": {"bond_dim": 3}})
+    assert found.block("lora", 8) is None
+    assert found.block("qtha", 8) == {"quantum": "qtha", "circuit_layers": 8, "bond_dim": 2, "mid_dim": 32}
+    assert found.block("mpo-only", 8) == {"quantum": "none", "bond_dim": 2, "mid_dim": 32}
+    assert found.block("lora-circuit", 4) == {"quantum": "qtha", "mpo": "none", "circuit_layers": 4}
+    assert found.block("two", 4) == {"circuit_layers": 4, "bond_dim": 3, "mid_dim": 32}
+    assert {method.budget for method in found.methods()} == {None}
+
+
+def test_a_base_that_was_not_made_names_the_script_that_makes_it(tmp_path):
+    (tmp_path / "make_base.py").touch()
+    found = suite(tmp_path, base_model=str(tmp_path / "base"))
+    with pytest.raises(ValueError, match=r"^base_model: .* has not been made\. What works: `python .*make_base\.py`"):
+        Execution(found)

@@ -47,7 +47,7 @@ def execution(tmp_path):
 
 
 def put(execution, cell, loss, **changes):
-    job = execution._job(cell, 1)
+    job = execution.job(cell, 1)
     results.write(results.make(job.cell, job.settings, job.config, info(loss, **changes), "now"), execution.result_path(cell))
 
 
@@ -84,6 +84,16 @@ def test_figures_and_verdicts(execution):
     assert "no difference (" not in text
     assert "Of 4 such intervals 0.2 would exclude zero by chance" in text
     assert "rouge1: F1 of words" in text
+
+
+def test_the_training_loss_is_that_of_the_last_tenth_of_the_steps(execution):
+    assert row(text_of(execution), "qtha, r 8, 0.24 |").split(" | ")[-3] == "3.900 ± 0.000"
+    assert "The training loss is that of the last tenth of the steps." in text_of(execution)
+    losses = [{"step": step, "train loss": float(step)} for step in range(1, 31)]
+    made = {"train_info": {"status": "success", "metrics": losses}}
+    assert results.final(made, "train loss") == 29.0, "the mean of 28, 29 and 30"
+    made["train_info"]["metrics"] = [{"step": 0, "valid loss": 3.0}]
+    assert results.final(made, "train loss") is None
 
 
 def test_the_files_beside_it(execution):
@@ -180,15 +190,15 @@ def test_results_of_others_are_refused(tmp_path, content, words):
 def test_results_of_other_settings_are_refused(execution, tmp_path):
     other = suite(tmp_path, **{**execution.suite.model_dump(), "max_steps": 11})
     with pytest.raises(ValueError, match=r"was run with other settings.*What works: another output_dir, or `--overwrite`"):
-        Execution(other)._open(search(other))
+        Execution(other).open(search(other))
 
 
 def test_what_is_done_is_not_done_again_but_what_failed_is(execution):
     cells = search(execution.suite)
-    assert execution._open(cells) == []
+    assert execution.open(cells) == []
     put(execution, cells[0], 0, status="failed")
     put(execution, cells[1], 9.0, status="diverged")
-    assert execution._open(cells) == [cells[0]]
+    assert execution.open(cells) == [cells[0]]
 
 
 def test_errors_are_kept_without_local_paths():

@@ -24,7 +24,7 @@ def put(execution, cell, *losses, status="success", parameters=None):
     info = {"status": status, "metrics": metrics, "error_msg": "", "test loss": losses[-1], "test": METRICS}
     if parameters is not None:
         info["num_trainable_params"] = parameters
-    job = execution._job(cell, 1)
+    job = execution.job(cell, 1)
     results.write(results.make(job.cell, job.settings, job.config, info, "now"), execution.result_path(cell))
 
 
