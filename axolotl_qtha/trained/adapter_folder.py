@@ -12,6 +12,7 @@ from ..errors import refusal
 from ..tuner.config import QTHAConfig
 from ..tuner.running import SIMULATION_KEYS
 from ..tuner.saving import WEIGHTS
+from ..tuner.table import LARGEST_RANK
 from ..tuner.targets import HEADED, HEADS
 
 if TYPE_CHECKING:
@@ -149,6 +150,8 @@ def differences(saved: QTHAConfig, wanted: dict[str, Any]) -> list[str]:
             have = [name for name in dict.fromkeys(have) if name in (value or []) or name not in HEADS]
         if key == "share" and have and value and value["layers"] == "auto":  # the adapter has the number that it became
             value = {**value, "layers": have["layers"]}
+        if key == "core_gain" and {have, value} == {"balanced", "by_rank"} and max(saved.ranks) <= LARGEST_RANK:
+            continue  # the same up to this rank; adapters of earlier versions have the first
         if isinstance(have, list) and isinstance(value, list):
             have, value = sorted(have), sorted(value)
         if have != value:

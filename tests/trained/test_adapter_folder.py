@@ -3,7 +3,7 @@
 import pytest
 
 from axolotl_qtha import QTHAConfig
-from axolotl_qtha.trained.adapter_folder import FREE_WHEN_LOADED, check_fits, refuse_unsaid_share
+from axolotl_qtha.trained.adapter_folder import FREE_WHEN_LOADED, FREE_WHEN_RESUMED, check_fits, refuse_unsaid_share
 
 from ..models import adapted, llama
 
@@ -29,3 +29,15 @@ def test_the_number_that_auto_became_is_no_difference(tmp_path):
     for share in ({"layers": "auto", "inputs": False}, {"layers": 5, "inputs": True}):
         with pytest.raises(ValueError, match=r"qtha\.share: the adapter was made with"):
             check_fits("lora_model_dir", tmp_path, {**keys, "share": share}, FREE_WHEN_LOADED)
+
+
+@pytest.mark.parametrize("rank", [8, 16])
+def test_gains_of_earlier_versions_are_those_of_today_up_to_rank_8(rank, tmp_path):
+    sizes = {"rank": rank, "mid_dim": 16, "target_modules": ["up_proj"]}
+    adapted(llama(), core_gain="balanced", **sizes).save_pretrained(tmp_path)
+    wanted = QTHAConfig(bond_dim=4, **sizes).to_dict()
+    if rank == 8:
+        check_fits("resume_from_checkpoint", tmp_path, {"core_gain": wanted["core_gain"]}, FREE_WHEN_RESUMED)
+        return
+    with pytest.raises(ValueError, match=r"qtha\.core_gain: the adapter was made with 'balanced', the YAML says 'by_rank'"):
+        check_fits("resume_from_checkpoint", tmp_path, {"core_gain": wanted["core_gain"]}, FREE_WHEN_RESUMED)
