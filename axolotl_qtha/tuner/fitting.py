@@ -23,17 +23,15 @@ def fitted(config: QTHAConfig, sizes: Mapping[str, LayerSize]) -> Share:
         ValueError: if no number of layers meets a budget that was asked for; or as `share.owners`.
     """
     assert config.share is not None
-    limit = (config.param_budget or DEFAULT_BUDGET) * count_lora_parameters(config.rank, sizes.values())
+    lora = count_lora_parameters(config.rank, sizes.values())
     most = max(len(same) for same in groups(sizes).values())
-    total, first, last = 0, 1 if config.share.inputs else 2, max(most, 2)
-    for layers in range(first, last + 1):
+    for layers in range(1 if config.share.inputs else 2, max(most, 2) + 1):
         share = Share(layers=layers, inputs=config.share.inputs)
         total = count_parameters(config, owned(share, sizes).values())
-        if total <= limit:
+        if total <= (config.param_budget or DEFAULT_BUDGET) * lora:
             return share
     if config.param_budget is None:
         return share
-    lora = count_lora_parameters(config.rank, sizes.values())
     raise refusal(
         "param_budget",
         config.param_budget,

@@ -186,10 +186,10 @@ def owned(share: Share, sizes: Mapping[str, LayerSize]) -> dict[str, LayerSize]:
 
 def groups(names: Iterable[str]) -> dict[str, list[str]]:
     """Return the names of the same module in all layers of the transformer, in their order."""
-    groups: dict[str, list[str]] = {}
+    found: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(re.sub(r"\.\d+\.", ".*.", f".{name}", count=1), []).append(name)
-    return groups
+        found.setdefault(re.sub(r"\.\d+\.", ".*.", f".{name}", count=1), []).append(name)
+    return found
 
 
 def in_words(share: Share | None, names: Iterable[str]) -> str:

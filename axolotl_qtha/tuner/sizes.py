@@ -173,7 +173,8 @@ def resolve(config: QTHAConfig, sizes: Sequence[Size]) -> QTHAConfig:
                 key, {size: named[size] for size in unused}, "names sizes no adapted layer has", f"sizes of {sorted(present)}"
             )
     if config.mpo == "none":
-        _check_budget(config, sizes)
+        if config.param_budget is not None:
+            _check_budget(config, config.param_budget, sizes)
         return config
     found, total = _settled(config, sizes)
     if found is not None:
@@ -190,13 +191,13 @@ def resolve(config: QTHAConfig, sizes: Sequence[Size]) -> QTHAConfig:
     raise refusal("param_budget", config.param_budget, why, _advice(config, sizes, total, lora, otherwise))
 
 
-def _check_budget(config: QTHAConfig, sizes: Sequence[Size]) -> None:
+def _check_budget(config: QTHAConfig, budget: float, sizes: Sequence[Size]) -> None:
     """Refuse a param_budget that full matrices do not keep to."""
     total, lora = count_parameters(config, sizes), count_lora_parameters(config.rank, sizes)
-    if config.param_budget is not None and total > config.param_budget * lora:
+    if total > budget * lora:
         shared = f" and `share: {config.share.model_dump()}`" if config.share else ""
         why = f"is not kept to with `mpo: none`{shared}: {total:,} parameters of LoRA's {lora:,}"
-        raise refusal("param_budget", config.param_budget, why, "`share: {layers: auto, inputs: true}`, or no param_budget")
+        raise refusal("param_budget", budget, why, "`share: {layers: auto, inputs: true}`, or no param_budget")
 
 
 def _settled(config: QTHAConfig, sizes: Sequence[Size]) -> tuple[QTHAConfig | None, int]:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from . import results
 from .execution import Execution
-from .spec import Cell, Suite
+from .spec import Cell, grid
 
 
 @dataclass
@@ -46,12 +46,10 @@ def add(execution: Execution, folders: Sequence[Path], out: Console) -> None:
     Raises:
         ValueError: naming the folder or file, if one is damaged, of another version or of other settings; then nothing is taken.
     """
-    cells = {cell.name: cell for cell in every(execution.suite)}
+    # all runs that the suite could have, whatever the rates that it chooses
+    cells = {cell.name: cell for cell in grid(execution.suite, execution.suite.seeds)}
     here = {cell: run for cell, run in execution.results(cells.values()).items() if run["train_info"]["status"] != "failed"}
-    found = []
-    for folder in folders:
-        found.append(_look(execution, folder, cells, here))
-    for each in found:
+    for each in [_look(execution, folder, cells, here) for folder in folders]:
         for cell, path in each.taken.items():
             answers = _answers(path, cell)
             kept = execution.predictions_path(cell)
@@ -60,17 +58,6 @@ def add(execution: Execution, folders: Sequence[Path], out: Console) -> None:
                 results.write_text(answers.read_text(encoding="utf-8"), kept)
             results.write_text(path.read_text(encoding="utf-8"), execution.result_path(cell))
         out.print(each.words(), markup=False, highlight=False)
-
-
-def every(suite: Suite) -> list[Cell]:
-    """Return all runs that a suite could have, whatever the rates that it chooses."""
-    return [
-        Cell(task, method, rate, seed)
-        for task in suite.task_names
-        for method in suite.methods()
-        for rate in suite.learning_rates
-        for seed in suite.seeds
-    ]
 
 
 def _look(execution: Execution, folder: Path, cells: dict[str, Cell], here: dict[Cell, dict[str, Any]]) -> Found:

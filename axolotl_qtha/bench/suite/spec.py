@@ -240,12 +240,17 @@ class Cell:
 
 def search(suite: Suite) -> list[Cell]:
     """Return the runs that choose the learning rates: the whole grid at the first seed, or at all."""
+    return grid(suite, suite.search_seeds)
+
+
+def grid(suite: Suite, seeds: list[int]) -> list[Cell]:
+    """Return the runs of each method on each task, at each learning rate and these seeds."""
     return [
         Cell(task, method, rate, seed)
         for task in suite.task_names
         for method in suite.methods()
         for rate in suite.learning_rates
-        for seed in suite.search_seeds
+        for seed in seeds
     ]
 
 
