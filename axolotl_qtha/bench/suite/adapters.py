@@ -34,7 +34,7 @@ ADAPTERS = {
     "qwthn": "the paper's first version: product in place of the sum",
     "sine": "as `silu`, with a periodic nonlinearity",
 }
-NETWORKS = ("bond_dim", "mid_dim", "num_cores", "core_gain")  # what does nothing with `mpo: none`
+NETWORKS = ("bond_dim", "mid_dim", "num_cores")  # what does nothing with `mpo: none`
 CONTROLS = ("mpo-only", "silu", "sine", "frozen", "product")  # what says whether a trained circuit adds anything
 
 
@@ -51,6 +51,8 @@ def joined(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
     >>> joined({"circuit_layers": 4, "num_cores": 4}, {"quantum": "none"})
     {'num_cores': 4, 'quantum': 'none'}
+    >>> joined({"core_gain": "none", "num_cores": 4}, {"mpo": "none"})  # W_C and W_Q have a gain, too
+    {'core_gain': 'none', 'mpo': 'none'}
     """
     quantum = own.get("quantum", common.get("quantum"))
     idle = {key for key, values in IDLE.items() if quantum in values}
