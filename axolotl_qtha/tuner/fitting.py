@@ -32,9 +32,12 @@ def fitted(config: QTHAConfig, sizes: Mapping[str, LayerSize]) -> Share:
             return share
     if config.param_budget is None:
         return share
+    works = ["a smaller rank", "no param_budget"]
+    works += [] if config.share.inputs else ["`share: {layers: auto, inputs: true}`"]
+    works += ["`quantum: none`"] if config.quantum != "none" else []
     raise refusal(
         "param_budget",
         config.param_budget,
         f"cannot be met at rank {config.rank} with one A and B for each kind of layer: {total:,} parameters of LoRA's {lora:,}",
-        "a smaller rank, `share: {layers: auto, inputs: true}`, fewer circuit_layers, or no param_budget",
+        ", or ".join(works),
     )
