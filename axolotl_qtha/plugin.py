@@ -84,8 +84,9 @@ class QTHAPlugin(BasePlugin):
         if cfg.merge_lora and not training:  # here rather than after loading the base
             guards.refuse_merge(settings.parsed, cfg.axolotl_config_path, cfg.lora_model_dir, cfg.output_dir)
         if training:
-            refuse_unsaid_share(cfg.lora_model_dir, settings.parsed)
             if cfg.lora_model_dir:  # the plan is of the YAML's circuit
+                settings = self._like(cfg, cfg.lora_model_dir)
+                refuse_unsaid_share(cfg.lora_model_dir, settings.parsed)
                 refuse_other_circuits("lora_model_dir", Path(cfg.lora_model_dir), settings.parsed)
             self._before_training(cfg, settings)
 
@@ -185,6 +186,11 @@ class QTHAPlugin(BasePlugin):
             self._parsed = cfg, AdapterSettings.of(cfg)
         return self._parsed[1]
 
+    def _like(self, cfg: DictDefault, folder: str) -> AdapterSettings:
+        """Return the `qtha:` block, from now on with the form of the adapter that the training goes on from."""
+        self._parsed = cfg, self._settings(cfg).like(folder)
+        return self._parsed[1]
+
     def _before_training(self, cfg: DictDefault, settings: AdapterSettings) -> None:
         if settings.parsed.quantum_backend == "ibm":
             from .training.device_callback import refuse_untrainable
@@ -197,6 +203,7 @@ class QTHAPlugin(BasePlugin):
             changed = checkpoints.prepare(Path(chosen), cfg.output_dir, cfg.deepspeed, bool(cfg.fsdp_config), resumes)
             if changed is not None:
                 cfg.deepspeed = changed
+            settings = self._like(cfg, chosen)
         if is_main_process():
             from .planner.show import show_before_training
 

@@ -203,6 +203,7 @@ def find_settings(run: TrainingRun, budget: float) -> list[Setting]:
     """
     base = run.base()
     config = run.adapter_settings.config_for(base)
+    config.mpo = "tt" if config.mpo == "auto" else config.mpo
     if config.mpo == "none":
         why = "leaves out the tensor networks, whose bond_dim and mid_dim would be found"
         raise refusal("mpo", config.mpo, why, "`mpo: tt`, or `share: {layers: auto}`, which keeps to param_budget by itself")

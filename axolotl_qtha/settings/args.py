@@ -17,7 +17,7 @@ from ..ibm.options import refuse_too_wide
 from ..tuner.arguments import LORA_NAMES, check_patterns
 from ..tuner.config import QTHAConfig
 from ..tuner.table import CIRCUIT
-from . import checkpointing, optimisers, parallel, private, quantization, trainers
+from . import optimisers, parallel, private, quantization, sharing, trainers
 
 # LoRA keys that `adapter: qtha` does not read, and what to write instead.
 LORA_KEYS = {
@@ -169,7 +169,7 @@ class QTHAArgs(BaseModel):
         block = data.get("qtha")
         block = block if isinstance(block, dict) else {}
         parallel.connect(data)
-        checkpointing.connect(data, block)
+        sharing.connect(data, block)
         quantization.connect(data)
         data["merge_method"] = "legacy"  # the other method reads the adapter as LoRA and may write an unmerged base
         if block.get("modules_to_save"):  # Axolotl asks for this key when tokens are added
@@ -205,4 +205,4 @@ def _refuse(data: dict[str, Any], block: dict[str, Any]) -> None:
             raise ValueError(f"{key}: {value!r} does not work with `adapter: qtha`: {advice}.")
     optimisers.refuse(data)
     trainers.refuse(data, block)
-    checkpointing.refuse_reentrant(data)
+    trainers.refuse_reentrant(data)

@@ -124,12 +124,6 @@ def _connect_fsdp(data: dict[str, Any]) -> None:
             "fsdp_config: {cpu_ram_efficient_loading: true} makes the frozen angles of `quantum: frozen` trainable. What works: "
             "`cpu_ram_efficient_loading: false`."
         )
-    share = (block or {}).get("share")
-    if isinstance(share, dict) and share.get("layers", 1) != 1:
-        raise ValueError(
-            f"qtha: {{share: {share}}} does not work with FSDP2, which shards block by block, where each tensor is of one block. "
-            "What works: `share: {inputs: true}`, no `share:`, or DDP, ZeRO-1, 2 or 3."
-        )
     data["fsdp_config"] = {**(data.get("fsdp_config") or {}), "state_dict_type": "FULL_STATE_DICT"}
 
 

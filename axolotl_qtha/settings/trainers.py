@@ -40,3 +40,15 @@ def refuse(data: dict[str, Any], block: dict[str, Any]) -> None:
             "`use_vllm: false`, which generates with the model as it is trained; or `qtha: {quantum: none}` on a base in full "
             "precision."
         )
+
+
+def refuse_reentrant(data: dict[str, Any]) -> None:
+    """Refuse what Axolotl refuses for `adapter: qlora` alone: the limit is TRL's, so it holds here too."""
+    checkpointing = data.get("gradient_checkpointing_kwargs") or {}
+    gpus = (data.get("capabilities") or {}).get("n_gpu") or 1
+    reentrant = data.get("gradient_checkpointing") and checkpointing.get("use_reentrant")
+    if data.get("rl") and data.get("load_in_4bit") and reentrant and gpus > 1:
+        raise ValueError(
+            f"gradient_checkpointing_kwargs: {dict(checkpointing)!r} does not work with `rl:` and `load_in_4bit: true` on "
+            f"{gpus} GPUs. What works: `gradient_checkpointing_kwargs: {{use_reentrant: false}}`."
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,6 +72,20 @@ class AdapterSettings:
     def config(self) -> QTHAConfig:
         """The adapter, as a copy of its own: PEFT writes names of modules and sizes into the one it is given."""
         return copy.deepcopy(self.parsed)
+
+    def like(self, folder: str) -> AdapterSettings:
+        """Return them with the form, full matrices or tensor networks, of the adapter in a folder, if it is left open.
+
+        Args:
+            folder: what the training goes on from; one that is not here, a name on the Hub, changes nothing.
+        """
+        if self.parsed.mpo != "auto" or not (Path(folder) / "adapter_config.json").is_file():
+            return self
+        saved = QTHAConfig.from_pretrained(folder)
+        if not isinstance(saved, QTHAConfig):  # said where it is loaded
+            return self
+        form = {key: getattr(saved, key) for key in ("mpo", "share", "bond_dim", "mid_dim")}
+        return dataclasses.replace(self, parsed=self.parsed.changed(**form))
 
     def config_for(self, model: nn.Module) -> QTHAConfig:
         """Return the adapter for a base as it was loaded: with a classification head, that is trained and saved as well."""

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from ..tuner.adapter import QTHAAdapter
 
-# Keys that a trained adapter may have otherwise than the YAML: how random numbers are drawn and circuits run is no part of it.
-_ANYWAY = ("seed", "dropout", *SIMULATION_KEYS)
+# Keys that a trained adapter may have otherwise than the YAML: what it started with and how circuits are run is no part of it.
+_ANYWAY = ("seed", "branch_init", "dropout", *SIMULATION_KEYS)
 FREE_WHEN_LOADED = ("target_modules", *_ANYWAY)  # by lora_model_dir: the adapter's own folder says which modules it has
 FREE_WHEN_RESUMED = ("param_budget", *_ANYWAY)  # from a checkpoint: the sizes that the budget led to are compared instead
 
@@ -150,6 +150,8 @@ def differences(saved: QTHAConfig, wanted: dict[str, Any]) -> list[str]:
             have = [name for name in dict.fromkeys(have) if name in (value or []) or name not in HEADS]
         if key == "share" and have and value and value["layers"] == "auto":  # the adapter has the number that it became
             value = {**value, "layers": have["layers"]}
+        if key == "mpo" and value == "auto":
+            continue
         if key == "core_gain" and {have, value} == {"balanced", "by_rank"} and max(saved.ranks) <= LARGEST_RANK:
             continue  # the same up to this rank; adapters of earlier versions have the first
         if isinstance(have, list) and isinstance(value, list):

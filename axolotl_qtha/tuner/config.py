@@ -60,8 +60,8 @@ class QTHAConfig(Running, OwnCircuits, PeftConfig):
     dropout: float = _key(0.0, "Dropout probability on the adapter's input, in [0, 1).")
     param_budget: float | None = _key(
         None,
-        "Trainable parameters as a share of LoRA of the same rank on the same modules. Picks bond_dim and mid_dim, "
-        "whichever is not set; with `share: {layers: auto}` how many layers share. Default 0.24 (the paper's 76 % fewer) unless "
+        "Trainable parameters as a share of LoRA of the same rank on the same modules. Picks how many layers share, or with "
+        "`mpo: tt` bond_dim and mid_dim, whichever is not set. Default 0.24 (the paper's 76 % fewer) unless "
         "both are set; where that cannot be met, as on narrow layers, the least that can. One that is set and cannot be met is "
         "refused.",
     )
@@ -94,7 +94,7 @@ class QTHAConfig(Running, OwnCircuits, PeftConfig):
     share: Share | None = _key(
         None,
         "Tensors that layers share: `{layers: 4}` one A and B for the same module of 4 neighbouring layers of the transformer, "
-        "each with its own r x r matrices and angles, `auto` with `mpo: none` as few as keep to param_budget; `{inputs: true}` "
+        "each with its own r x r matrices and angles, `auto` as few as keep to param_budget; `{inputs: true}` "
         "one A and one circuit for modules that read the same input (q, k, v; gate, up). Both together work. Not with `init: "
         "tt_svd`.",
     )
@@ -105,7 +105,12 @@ class QTHAConfig(Running, OwnCircuits, PeftConfig):
         "the sum of its trained angles), `silu` classical network of the same wiring and size, `sine` the same with a periodic "
         "nonlinearity, `none` no branch (exactly a low-rank adapter), `qwthn` the paper's first version (product, not sum).",
     )
-    mpo: TensorNetwork = _key("tt", "`tt`: matrix product operators; `none`: full r-wide matrices, as LoRA.")
+    mpo: TensorNetwork = _key(
+        "auto",
+        "The two large matrices: `tt` tensor networks (matrix product operators), `none` full r-wide matrices, as LoRA, `auto` "
+        "full ones that layers share, as with `share: {layers: auto, inputs: true}`; but `tt` beside a key of tensor networks, "
+        "where layers cannot share, or not within param_budget, and with FSDP2 or ZeRO-3 with gradient checkpointing.",
+    )
     circuit_layers: int = _key(
         2, "Layers L of each circuit: 4 * rank * L angles in all, `product` 2 * rank * L. The authors use L = rank."
     )
@@ -130,9 +135,9 @@ class QTHAConfig(Running, OwnCircuits, PeftConfig):
         "leading singular directions of the pre-trained weight (TensorLy). Both start as an exact no-op.",
     )
     branch_init: BranchInit = _key(
-        "kaiming",
-        "What W_Q starts with: `kaiming`, as the authors, where the branch starts larger than the linear path; `zero`, where it "
-        "comes in as it learns, which bears larger learning rates. Not with `quantum: qwthn`.",
+        None,
+        "What W_Q starts with: `zero`, where the branch comes in as it learns, which bears larger learning rates; `kaiming`, as "
+        "the authors, where it starts larger than the linear path. Default: zero; `quantum: qwthn` knows `kaiming` alone.",
     )
     core_gain: CoreGain = _key(
         "by_rank",
@@ -210,6 +215,7 @@ class QTHAConfig(Running, OwnCircuits, PeftConfig):
         if self.seed is None:
             self.seed = 42
         self._check_values()
+        self.mpo = choices.form(vars(self))
         self._check_combinations()
 
     def _complete_saved(self) -> None:
@@ -321,13 +327,7 @@ class QTHAConfig(Running, OwnCircuits, PeftConfig):
             arguments.check_factors(key, getattr(self, key), self.num_cores)
         if self.share:
             self.share.check(self.mpo, self.init)
-        if self.mpo == "none":
-            for key in ("bond_dim", "mid_dim", "in_factors", "out_factors"):
-                if (value := getattr(self, key)) is not None:
-                    why = "needs the matrix product operators, which `mpo: none` leaves out"
-                    raise refusal(key, value, why, f"no `{key}`, or `mpo: tt`")
-            if self.init == "tt_svd":
-                raise refusal("init", self.init, "decomposes into cores, which `mpo: none` leaves out", "`mpo: tt`")
+        choices.check_form(self)
         self._check_simulation()
         is_regex = isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear"
         if is_regex and self.layers_to_transform is not None:

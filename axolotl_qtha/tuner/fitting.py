@@ -1,4 +1,4 @@
-"""How many layers share their matrices, where `param_budget` says how many parameters there may be: `share: {layers: auto}`."""
+"""What is left to `param_budget`: whether layers share their matrices (`mpo: auto`), and how many (`share: {layers: auto}`)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,30 @@ from ..errors import refusal
 from .config import QTHAConfig
 from .share import LayerSize, Share, groups, owned
 from .sizes import DEFAULT_BUDGET, count_lora_parameters, count_parameters
+
+
+def settle(config: QTHAConfig, sizes: Mapping[str, LayerSize]) -> None:
+    """Set `mpo` and `share` in the configuration where they are left to the budget.
+
+    Full matrices that layers share train to a lower loss than tensor networks of that size (docs/benchmarks.md). Tensor networks
+    are taken where none of the layers can share, or not within the budget, or ranks and sizes differ within a group.
+
+    Args:
+        config: the adapter's configuration; completed in place.
+        sizes: of the adapted layers, by name.
+
+    Raises:
+        ValueError: as `fitted`, for a `share:` that was asked for.
+    """
+    if config.mpo == "auto":
+        share = Share(layers="auto", inputs=True)
+        shared = config.changed(mpo="none", share=share, param_budget=config.param_budget or DEFAULT_BUDGET)
+        try:
+            config.share, config.mpo = fitted(shared, sizes), "none"
+        except ValueError:
+            config.mpo = "tt"
+    elif config.share and config.share.layers == "auto":
+        config.share = fitted(config, sizes)
 
 
 def fitted(config: QTHAConfig, sizes: Mapping[str, LayerSize]) -> Share:

@@ -41,8 +41,8 @@ class Share(BaseModel):
     layers: Annotated[int, Field(strict=True, ge=1)] | Literal["auto"] = Field(
         default=1,
         description="How many neighbouring layers of the transformer have one A and one B for the same module, each with its own "
-        "r x r matrices and angles. Counted among the adapted layers; the last group may be smaller. `auto`, with "
-        "`mpo: none`: as few as keep to param_budget.",
+        "r x r matrices and angles. Counted among the adapted layers; the last group may be smaller. `auto`, with full "
+        "matrices (`mpo: none`): as few as keep to param_budget.",
     )
     inputs: bool = Field(
         default=False,

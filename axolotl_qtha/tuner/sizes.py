@@ -108,6 +108,7 @@ def _shape(config: QTHAConfig, layer: LayerSize, mid_dim: int | None, bond_dim: 
     in_features, out_features, owned, rank = layer
     rank = rank or config.rank
     mpo_a = mpo_b = None
+    assert config.mpo != "auto"  # `fitting.py` has settled it
     if config.mpo == "tt":
         assert bond_dim is not None
         assert mid_dim is not None

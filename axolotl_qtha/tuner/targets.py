@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import cast
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -14,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import alternatives, refusal
 from .arguments import refuse_unmatched
 from .config import QTHAConfig
-from .fitting import fitted
+from .fitting import settle
 from .layer import QTHALinear, layer_sizes
 from .quantised import is_quantised
 from .share import LayerSize, owned
@@ -27,7 +28,8 @@ HEADS = ("classifier", "score")
 def select_targets(config: QTHAConfig, model: nn.Module) -> dict[str, LayerSize]:
     """Return the size of every layer an adapter will be placed on, and what it has of its own, by name.
 
-    `all-linear` in the configuration is replaced by the names it stands for, `share: {layers: auto}` by a number.
+    In the configuration `all-linear` is replaced by the names it stands for, `mpo: auto` and `share: {layers: auto}` by what the
+    budget makes of them.
 
     Raises:
         ValueError: if a name matches nothing, or a layer cannot carry an adapter.
@@ -40,9 +42,14 @@ def select_targets(config: QTHAConfig, model: nn.Module) -> dict[str, LayerSize]
     ranks = {name: rank for name in matched if (rank := config.of_layer(name).rank) != config.rank}
     found = {name: layer_sizes(_supported(name, candidates[name], model)) for name in matched}
     sizes = {name: LayerSize(*size, rank=ranks.get(name)) for name, size in found.items()}
-    if config.share and config.share.layers == "auto":
-        config.share = fitted(config, sizes)
+    if config.mpo == "auto" and len({_device(candidates[name]) for name in matched}) > 1:
+        config.mpo = "tt"  # tensors that layers share are on one device
+    settle(config, sizes)
     return owned(config.share, sizes) if config.share else sizes
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:

@@ -1,4 +1,4 @@
-"""`share: {layers: auto}`: as few layers share as keep to param_budget."""
+"""`mpo: auto` and `share: {layers: auto}`: as few layers share as keep to param_budget."""
 
 import json
 
@@ -7,10 +7,11 @@ import torch
 from peft import PeftModel
 
 from axolotl_qtha.tuner.config import QTHAConfig
-from axolotl_qtha.tuner.fitting import fitted
+from axolotl_qtha.tuner.fitting import fitted, settle
 from axolotl_qtha.tuner.layer import adapted_sizes
 from axolotl_qtha.tuner.share import LayerSize, Share, owned
 from axolotl_qtha.tuner.sizes import count_lora_parameters, count_parameters, resolve
+from axolotl_qtha.tuner.targets import select_targets
 
 from ..models import adapted, llama, logits, train, trainable
 
@@ -73,6 +74,58 @@ def test_a_model_has_and_saves_the_number(tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
+def settled(sizes=SIZES, **settings):
+    """Return what is made of a configuration that leaves the form to the budget."""
+    config = QTHAConfig(**settings)
+    assert config.mpo == "auto"
+    settle(config, sizes)
+    return config.mpo, config.share
+
+
+@pytest.mark.parametrize(
+    ("settings", "layers"), [({}, 4), ({"quantum": "none"}, 4), ({"param_budget": 0.5}, 2), ({"rank": 32}, 5)]
+)
+def test_a_form_that_is_left_open_is_full_matrices_that_layers_share(settings, layers):
+    share = Share(layers=layers, inputs=True)
+    assert settled(**settings) == ("none", share)
+    assert fitted(auto(**settings), SIZES) == share  # as where it was asked for
+
+
+@pytest.mark.parametrize(
+    ("sizes", "settings"),
+    [
+        ({"layers.0.o_proj": LayerSize(576, 576)}, {}),  # nothing to share with
+        ({f"layers.{k}.o_proj": LayerSize(576, 576 * (k + 1)) for k in range(4)}, {}),  # other sizes
+        ({f"layers.{k}.o_proj": LayerSize(576, 576, rank=8 - k) for k in range(4)}, {}),  # other ranks
+        ({f"layers.{k}.o_proj": LayerSize(48, 48) for k in range(2)}, {"quantum": "none"}),  # above the budget
+        (SIZES, {"rank": 64, "param_budget": 0.01}),
+    ],
+)
+def test_and_tensor_networks_where_layers_cannot_share_or_not_within_the_budget(sizes, settings):
+    assert settled(sizes, **settings) == ("tt", None)
+
+
+def test_layers_on_several_devices_share_nothing():
+    model = llama(2)
+    model.model.layers[1].to("meta")
+    config = QTHAConfig(rank=4, param_budget=0.9)
+    select_targets(config, model)
+    assert (config.mpo, config.share) == ("tt", None)
+    select_targets(config := QTHAConfig(rank=4, param_budget=0.9), llama(2))
+    assert config.mpo == "none"
+    assert config.share
+
+
+@pytest.mark.parametrize("settings", [{"bond_dim": 4}, {"mid_dim": 8}, {"num_cores": 3}, {"init": "tt_svd"}], ids=str)
+def test_keys_of_tensor_networks_ask_for_them(settings):
+    assert QTHAConfig(**settings).mpo == "tt"
+
+
+def test_what_is_shared_says_of_what():
+    assert QTHAConfig(share={"layers": "auto"}).mpo == "none"
+    assert QTHAConfig(share={"layers": 4}).mpo == QTHAConfig(share={"inputs": True}).mpo == "tt"
+
+
 def vars_of(**settings):
     """Return settings of `tests.models.adapted` for full matrices that share."""
     return {"mpo": "none", "share": {"layers": "auto", "inputs": True}, "quantum": "none", **settings}
@@ -80,7 +133,7 @@ def vars_of(**settings):
 
 def test_tensor_networks_have_their_bond_from_the_budget():
     with pytest.raises(ValueError, match=r"qtha\.share: .*auto.* is by param_budget, .* What works: `mpo: none`"):
-        QTHAConfig(share={"layers": "auto"})
+        QTHAConfig(share={"layers": "auto"}, mpo="tt")
 
 
 @pytest.mark.parametrize("layers", [0, "all", 2.0, True])

@@ -62,7 +62,7 @@ def test_shared_tensors_are_those_of_layers_of_one_rank():
 @pytest.mark.parametrize("budget", [0.24, 0.5])
 def test_a_budget_counts_each_layer_s_rank(budget):
     sizes = [LayerSize(3584, 3584), LayerSize(3584, 512, rank=2), LayerSize(3584, 18944, rank=32)]
-    settled = resolve(QTHAConfig(rank=8, param_budget=budget, rank_pattern={"k_proj": 2, "up_proj": 32}), sizes)
+    settled = resolve(QTHAConfig(rank=8, mpo="tt", param_budget=budget, rank_pattern={"k_proj": 2, "up_proj": 32}), sizes)
     lora = 8 * 2 * 3584 + 2 * (3584 + 512) + 32 * (3584 + 18944)
     assert count_lora_parameters(8, sizes) == lora
     assert budget * lora * 0.9 < count_parameters(settled, sizes) <= budget * lora

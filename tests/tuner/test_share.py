@@ -76,7 +76,7 @@ def test_it_computes_what_layers_of_their_own_compute_with_these_values(share, q
         sums[key] = sums.get(key, 0) + gradient
     for (name, part), gradient in own.items():
         expected = sums[id(getattr(adapters(model)[name], adapters(model)[name].table[part].tensor)), part]
-        assert (gradient - expected).norm() <= 2e-5 * expected.norm() + 1e-9, (name, part)  # float32 sums of several layers
+        assert (gradient - expected).norm() <= 4e-5 * expected.norm() + 1e-9, (name, part)  # float32 sums of several layers
 
 
 @pytest.mark.parametrize("share", SHARES, ids=str)

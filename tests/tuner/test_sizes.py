@@ -117,7 +117,7 @@ SETTINGS = {
 @given(**SETTINGS)
 def test_a_budget_is_met_and_used(rank, sizes, cores, quantum, layers, budget):
     layers = 2 if quantum == "none" else layers
-    config = QTHAConfig(rank=rank, num_cores=cores, quantum=quantum, circuit_layers=layers, param_budget=budget)
+    config = QTHAConfig(rank=rank, mpo="tt", num_cores=cores, quantum=quantum, circuit_layers=layers, param_budget=budget)
     try:
         settled = resolve(config, sizes)
     except ValueError:
@@ -135,7 +135,7 @@ def test_a_budget_is_met_and_used(rank, sizes, cores, quantum, layers, budget):
 @given(**SETTINGS)
 def test_an_impossible_budget_names_the_smallest_that_works(rank, sizes, cores, quantum, layers, budget):
     layers = 2 if quantum == "none" else layers
-    config = QTHAConfig(rank=rank, num_cores=cores, quantum=quantum, circuit_layers=layers, param_budget=budget)
+    config = QTHAConfig(rank=rank, mpo="tt", num_cores=cores, quantum=quantum, circuit_layers=layers, param_budget=budget)
     try:
         resolve(config, sizes)
         assume(False)
@@ -155,7 +155,7 @@ def test_an_impossible_budget_names_the_smallest_that_works(rank, sizes, cores, 
 
 
 def test_an_impossible_budget_of_a_real_size():
-    config = QTHAConfig(rank=8, param_budget=0.01)
+    config = QTHAConfig(rank=8, mpo="tt", param_budget=0.01)
     with pytest.raises(ValueError, match=r"qtha.param_budget: 0.01 cannot be met at rank 8 on these 56 modules") as caught:
         resolve(config, 28 * [Q, V])
     (share,) = printed_budgets(caught.value)
@@ -169,7 +169,7 @@ NARROW = [(5, [(74, 118)]), (8, [(32, 64)]), (8, [(64, 32), (32, 32)]), (4, [(10
 
 @pytest.mark.parametrize(("rank", "sizes"), NARROW)
 def test_a_default_budget_gives_way_to_the_least_there_is_and_says_so(rank, sizes):
-    settled = resolve(QTHAConfig(rank=rank), sizes)
+    settled = resolve(QTHAConfig(rank=rank, mpo="tt"), sizes)
     total, lora = count_parameters(settled, sizes), count_lora_parameters(rank, sizes)
     assert total > DEFAULT_BUDGET * lora
     assert total == min(count_parameters(replace(settled, mid_dim=mid), sizes) for mid in even_widths(rank, 2))
@@ -183,7 +183,7 @@ def test_a_default_budget_gives_way_to_the_least_there_is_and_says_so(rank, size
 @pytest.mark.parametrize("fixed", [{}, {"bond_dim": 2}, {"mid_dim": 16}, {"bond_dim": 3, "mid_dim": 16}])
 @pytest.mark.parametrize(("rank", "sizes"), [*NARROW, (8, [(128, 128), (128, 384)]), (2, [(512, 512)])])
 def test_what_the_refusal_of_a_budget_names_has_been_tried(rank, sizes, fixed):
-    config = QTHAConfig(rank=rank, param_budget=0.03, **fixed)
+    config = QTHAConfig(rank=rank, mpo="tt", param_budget=0.03, **fixed)
     with pytest.raises(ValueError, match=r"qtha.param_budget: 0.03 .*What works: ") as caught:
         resolve(config, sizes)
     choices = str(caught.value).partition("What works: ")[2].rstrip(".").split(", or ")
@@ -266,7 +266,7 @@ def test_describe_tells_what_was_chosen():
 def test_describe_tells_where_a_budget_leaves_the_tensor_networks_little(width, told):
     inner = 11 * width // 4
     sizes = 2 * [(width, width), (width, width // 2), (width, inner)] + [(inner, width)]
-    config = resolve(QTHAConfig(rank=8, param_budget=0.24), sizes)
+    config = resolve(QTHAConfig(rank=8, mpo="tt", param_budget=0.24), sizes)
     parts = [adapter_shape(config, *size).parts for size in sizes]
     small = sum(value for each in parts for name, value in each.items() if not name.startswith("mpo")) / sum(
         sum(each.values()) for each in parts

@@ -1,4 +1,4 @@
-"""`share:` in a YAML: the kind of checkpointing, FSDP2, and errors that name the key."""
+"""`share:` and `mpo: auto` in a YAML: the kind of checkpointing, FSDP2, and errors that name the key."""
 
 import pytest
 
@@ -21,8 +21,17 @@ def test_checkpointing_does_not_reenter_where_the_yaml_says_nothing():
     assert validated(qtha=SHARE).gradient_checkpointing_kwargs is None
 
 
-def test_axolotl_own_default_stays_without_sharing():
-    assert validated(qtha={"rank": 8}, **CHECKPOINTED).gradient_checkpointing_kwargs is None  # it is set later, to reenter
+@pytest.mark.parametrize("keys", [{"mpo": "tt"}, {"mpo": "none"}, {"bond_dim": 4}, {"num_cores": 3}], ids=str)
+def test_axolotl_own_default_stays_without_sharing(keys):
+    found = validated(qtha={"rank": 8, **keys}, **CHECKPOINTED)
+    assert found.gradient_checkpointing_kwargs is None  # it is set later, to reenter
+
+
+@pytest.mark.parametrize("qtha", [None, {"rank": 8}, {"mpo": "auto"}], ids=str)
+def test_layers_that_may_come_to_share_have_it_too(qtha):
+    found = validated(qtha=qtha, **CHECKPOINTED)
+    assert found.gradient_checkpointing_kwargs == {"use_reentrant": False}
+    assert found.qtha is None or found.qtha["mpo"] == "auto"
 
 
 @pytest.mark.parametrize(
@@ -43,7 +52,8 @@ def test_other_kinds_are_refused(share, keys):
     )
     with pytest.raises(ValueError, match=message):
         validated(qtha={"share": share}, **keys)
-    assert validated(qtha={"rank": 8}, **keys).adapter == "qtha"
+    assert validated(qtha={"rank": 8}, **keys).qtha["mpo"] == "tt"  # which was left open
+    assert validated(qtha=None, **keys).qtha["mpo"] == "tt"
 
 
 def test_fsdp2_shares_no_tensor_of_several_blocks():
@@ -52,6 +62,8 @@ def test_fsdp2_shares_no_tensor_of_several_blocks():
     ):
         validated(qtha=SHARE, **FSDP2)
     assert validated(qtha={"share": {"inputs": True}}, **FSDP2).adapter == "qtha"
+    assert validated(qtha={"rank": 8}, **FSDP2).qtha["mpo"] == "tt"
+    assert validated(qtha={"rank": 8, "mpo": "none"}, **FSDP2).qtha["mpo"] == "none"
 
 
 @pytest.mark.parametrize(
@@ -74,4 +86,5 @@ def test_zero3_and_checkpointing_do_not_go_with_it():
     ):
         validated(qtha=SHARE, **zero3, **CHECKPOINTED)
     assert validated(qtha=SHARE, **zero3).adapter == "qtha"
-    assert validated(qtha={"rank": 8}, **zero3, **CHECKPOINTED).adapter == "qtha"
+    assert validated(qtha={"rank": 8}, **zero3, **CHECKPOINTED).qtha["mpo"] == "tt"
+    assert validated(qtha={"rank": 8}, **zero3).qtha["mpo"] == "auto"
