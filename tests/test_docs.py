@@ -9,6 +9,8 @@ import yaml
 
 from axolotl_qtha import QTHAConfig
 from axolotl_qtha.settings.reference import markdown
+from axolotl_qtha.tuner.fitting import settle
+from axolotl_qtha.tuner.share import LayerSize, owned
 from axolotl_qtha.tuner.sizes import count_lora_parameters, count_parameters, resolve
 
 from .e2e.commands import REPOSITORY
@@ -112,11 +114,15 @@ def test_pre_commit_checks_what_ci_checks():
 @pytest.mark.parametrize("model", MODELS)
 def test_table_of_parameters(model):
     layers, hidden, inter, query, kv = MODELS[model]
-    block = [(hidden, query), (hidden, kv), (hidden, kv), (query, hidden), (hidden, inter), (hidden, inter), (inter, hidden)]
-    sizes = block * layers
-    config = resolve(QTHAConfig(rank=8), sizes)
-    ours, lora = count_parameters(config, sizes), count_lora_parameters(8, sizes)
-    row = f"| {model} | {lora:,} | {ours:,} | {1 - ours / lora:.1%} | {config.bond_dim} | {config.mid_dim} |"
+    block = {"q": (hidden, query), "k": (hidden, kv), "v": (hidden, kv), "o": (query, hidden)}
+    block |= {"gate": (hidden, inter), "up": (hidden, inter), "down": (inter, hidden)}
+    sizes = {f"layers.{k}.{name}_proj": LayerSize(*size) for k in range(layers) for name, size in block.items()}
+    config = QTHAConfig(rank=8)
+    settle(config, sizes)
+    ours, lora = count_parameters(config, owned(config.share, sizes).values()), count_lora_parameters(8, sizes.values())
+    networks = resolve(QTHAConfig(rank=8, mpo="tt"), list(sizes.values()))
+    theirs = f"{count_parameters(networks, sizes.values()):,} | {networks.bond_dim} |"
+    row = f"| {model} | {lora:,} | {ours:,} | {1 - ours / lora:.1%} | {config.share.layers} | {theirs}"
     assert row in README
     assert ours <= 0.24 * lora
 

@@ -42,6 +42,7 @@ def test_the_plugin_holds_hooks_and_nothing_else():
     assert {node.name for node in hooks.body if isinstance(node, ast.FunctionDef) and node.name.startswith("_")} == {
         "__init__",
         "_settings",
+        "_like",
         "_before_training",
         "_take_over",
     }

@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..errors import refusal
+from .choices import Quantum
 from .config import QTHAConfig
 from .share import LayerSize, Share, groups, owned
 from .sizes import DEFAULT_BUDGET, count_lora_parameters, count_parameters
+
+# Branches of the size of a trained circuit, in place of smaller ones; `silu` needs no number of qubits.
+FULL: dict[str, Quantum] = {"none": "silu", "frozen": "qtha", "product": "qtha"}
 
 
 def settle(config: QTHAConfig, sizes: Mapping[str, LayerSize]) -> None:
     """Set `mpo` and `share` in the configuration where they are left to the budget.
 
     Full matrices that layers share train to a lower loss than tensor networks of that size (docs/benchmarks.md). Tensor networks
-    are taken where none of the layers can share, or not within the budget, or ranks and sizes differ within a group.
+    are taken where none of the layers can share, or not within the budget, or ranks and sizes differ within a group. Without a
+    branch, or with a smaller one, the form is that of a trained circuit, so that what controls it differs in nothing else.
 
     Args:
         config: the adapter's configuration; completed in place.
@@ -27,9 +32,11 @@ def settle(config: QTHAConfig, sizes: Mapping[str, LayerSize]) -> None:
         share = Share(layers="auto", inputs=True)
         shared = config.changed(mpo="none", share=share, param_budget=config.param_budget or DEFAULT_BUDGET)
         try:
-            config.share, config.mpo = fitted(shared, sizes), "none"
+            fitted(shared.changed(quantum=FULL.get(config.quantum, config.quantum)), sizes)
         except ValueError:
             config.mpo = "tt"
+        else:
+            config.share, config.mpo = fitted(shared, sizes), "none"
     elif config.share and config.share.layers == "auto":
         config.share = fitted(config, sizes)
 

@@ -85,17 +85,18 @@ def run(tmp_path, *arguments, ibm=None, **changes):
 def test_the_command_counts_and_submits_nothing(tmp_path):
     done = run(tmp_path, "--steps", 5, "--tokens", 20)
     assert done.exit_code == 0, done.output
-    # 21 adapted layers, 2 micro-batches, 8 of 512 tokens: a job for the forward and one for the gradient's 28 circuits a token
-    step = 21 * 2 * 8 * 29
+    # In each of 3 blocks 4 circuits (q, k, v share one, and gate, up), 2 micro-batches, 8 of 512 tokens: a job for the forward
+    # and one for the gradient's 28 circuits a token
+    step = 12 * 2 * 8 * 29
     price = rate(ISACircuit(Ansatz(2, 1), MANILA), options(), MANILA)
-    seconds = 42 * (price.job(8).qpu_seconds + price.job(8 * 28).qpu_seconds)
+    seconds = 24 * (price.job(8).qpu_seconds + price.job(8 * 28).qpu_seconds)
     rows = {cells[0]: cells[1:] for line in done.output.splitlines() if len(cells := [c.strip() for c in line.split("│")[1:-1]])}
-    assert rows["a training step"] == [f"{step:,}", "84", f"{1000 * step:,}", f"{seconds:,.1f}"]
-    assert rows["the run, 5 steps"] == [f"{5 * step:,}", "420", f"{5000 * step:,}", f"{5 * seconds:,.1f}"]
+    assert rows["a training step"] == [f"{step:,}", "48", f"{1000 * step:,}", f"{seconds:,.1f}"]
+    assert rows["the run, 5 steps"] == [f"{5 * step:,}", "240", f"{5000 * step:,}", f"{5 * seconds:,.1f}"]
     # the evaluations while training are exact; those of `axolotl evaluate` have no gradient
-    assert rows["a batch of `axolotl evaluate`"][:2] == [f"{21 * 8}", "21"]
-    assert rows["reading 20 tokens in one pass"][:2] == [f"{21 * 8}", "21"]
-    assert rows["writing 20 tokens, one after the other"][:2] == [f"{21 * 20}", f"{21 * 20}"]
+    assert rows["a batch of `axolotl evaluate`"][:2] == [f"{12 * 8}", "12"]
+    assert rows["reading 20 tokens in one pass"][:2] == [f"{12 * 8}", "12"]
+    assert rows["writing 20 tokens, one after the other"][:2] == [f"{12 * 20}", f"{12 * 20}"]
     text = " ".join(done.output.split())
     assert "nothing was submitted" in text
     assert "https://quantum.cloud.ibm.com/docs/guides/estimate-job-run-time" in text
@@ -141,7 +142,7 @@ def test_the_command_counts_what_the_journal_has_used(tmp_path):
     journal.record("done", tag="a", qpu_seconds=30.0)
     journal.record("intent", tag="real", **JOB)  # on a real device: another purse
     before = sorted((path, path.read_bytes()) for path in tmp_path.rglob("journal/*") if path.is_file())
-    seconds = 2 * 42 * (2 * 2 + 232 * 1000 * rate(ISACircuit(Ansatz(2, 1), MANILA), options(), MANILA).seconds)
+    seconds = 2 * 24 * (2 * 2 + 232 * 1000 * rate(ISACircuit(Ansatz(2, 1), MANILA), options(), MANILA).seconds)
     for short in (1, 0):
         cap = round(seconds + 34 - short, 1) + 0.1
         done = run(tmp_path, ibm={"max_qpu_seconds": cap}, max_steps=2)

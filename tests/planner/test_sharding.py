@@ -14,7 +14,7 @@ from axolotl_qtha.planner.sharding import shards
 from axolotl_qtha.planner.show import show_plan
 from axolotl_qtha.terminal import console
 
-from .bases import CONFIGS, SIZES, run_on
+from .bases import CONFIGS, RUN, SIZES, run_on
 
 EXAMPLES = Path(__file__).parents[2] / "example_configs" / "deepspeed"
 MATRICES = 2 * 192 * 192 + 2 * 192 * 64 + 3 * 192 * 448  # of a block: q and o, k and v, gate, up and down
@@ -31,8 +31,13 @@ FSDP = {
 }
 
 
+def training(tmp_path, **changes):
+    """Return a run whose layers share nothing, in any way of sharing it among ranks: what DeepSpeed was watched with."""
+    return run_on(tmp_path, CONFIGS["llama"], **{"qtha": {**RUN["qtha"], "mpo": "tt"}, **changes})
+
+
 def memory(tmp_path, ranks, **changes):
-    plan = make_plan(run_on(tmp_path, CONFIGS["llama"], bf16=True, **changes), [], ranks=ranks)
+    plan = make_plan(training(tmp_path, bf16=True, **changes), [], ranks=ranks)
     assert plan.memory is not None, plan.memory_unknown
     assert plan.ranks == ranks
     return plan.memory, plan
@@ -155,7 +160,7 @@ SEEN = [
 def test_zero3_gathers_what_deepspeed_was_seen_to_gather(tmp_path, settings, checkpointing, gathered, calls, alive):
     names = ("prefetch_bucket_size", "param_persistence_threshold", "max_reuse_distance", "max_live_parameters")
     given = {f"stage3_{name}": value for name, value in zip(names, settings, strict=True)}
-    run = run_on(tmp_path, CONFIGS["llama"], gradient_checkpointing=checkpointing, **zero(3, **given))
+    run = training(tmp_path, gradient_checkpointing=checkpointing, **zero(3, **given))
     model, _ = adapted(run)
     found = shards(run, model)
     assert found.gathers.total == 4 * gathered

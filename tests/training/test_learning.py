@@ -27,8 +27,8 @@ class Skips(torch.optim.Adam):
         return super().step(closure)
 
 
-def trainer_of(tmp_path, optimizer=None, circuit_lr=None, scheduler="constant", compute_loss=None, quantum="qtha", **arguments):
-    model = adapted(llama(1), quantum=quantum)
+def trainer_of(tmp_path, optimizer=None, circuit_lr=None, scheduler="constant", compute_loss=None, settings=None, **arguments):
+    model = adapted(llama(1), **(settings or {}))
     arguments = {"max_steps": 4, "logging_steps": 1, "learning_rate": 0.02, "save_strategy": "no", "use_cpu": True, **arguments}
     arguments |= {"report_to": "none", "disable_tqdm": True, "per_device_train_batch_size": 2}
     rows = [{"input_ids": row, "labels": row} for row in ROWS]
@@ -92,7 +92,8 @@ def test_tensors_that_are_in_the_optimiser_and_do_not_move(tmp_path):
     class SkipsSmall(Skips):
         few = 32  # the circuit's angles, W_C and W_Q
 
-    trainer, _ = trainer_of(tmp_path, SkipsSmall, save_strategy="steps", save_steps=12, max_steps=12)
+    kaiming = {"branch_init": "kaiming"}  # else W_Q, which did not move, would keep the angles' gradient at zero
+    trainer, _ = trainer_of(tmp_path, SkipsSmall, settings=kaiming, save_strategy="steps", save_steps=12, max_steps=12)
     with pytest.raises(NotTrained, match=r"14 of 21 tensors .* did not change in 8 steps that had a gradient .*angles"):
         trainer.train()
     assert trainer.state.global_step == 9  # in the first B is zero, and the others have no gradient
@@ -112,7 +113,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(tmp_p
     """Of the third step on; transformers would log the mean of the losses before."""
     trainer, _ = trainer_of(
         tmp_path,
-        quantum="none",  # the engine for CPUs refuses angles that are NaN by itself
+        settings={"quantum": "none"},  # the engine for CPUs refuses angles that are NaN by itself
         compute_loss=lambda loss, step: loss * bad if step >= 2 else loss,
         logging_steps=every,
         save_strategy="steps",

@@ -105,6 +105,19 @@ def test_and_tensor_networks_where_layers_cannot_share_or_not_within_the_budget(
     assert settled(sizes, **settings) == ("tt", None)
 
 
+@pytest.mark.parametrize("rank", [8, 37])  # 37 qubits are too many for a circuit
+def test_controls_have_the_form_of_the_circuit(rank):
+    sizes = {f"layers.{k}.{name}": LayerSize(*size) for k in range(4) for name, size in SMOLLM2.items()}
+    controls = ("none", "silu", "sine", "frozen", "product", "qwthn") if rank == 8 else ("none",)
+    lora = count_lora_parameters(rank, sizes.values())
+    full = count_parameters(
+        QTHAConfig(rank=rank, mpo="none", quantum="silu"), owned(Share(layers=4, inputs=True), sizes).values()
+    )
+    for budget, form in ((1.001 * full / lora, "none"), (0.999 * full / lora, "tt")):
+        for quantum in controls:
+            assert settled(sizes, rank=rank, quantum=quantum, param_budget=budget)[0] == form, quantum
+
+
 def test_layers_on_several_devices_share_nothing():
     model = llama(2)
     model.model.layers[1].to("meta")
