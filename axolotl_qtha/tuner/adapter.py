@@ -40,6 +40,8 @@ class QTHAAdapter(nn.Module):
     """
 
     cores: Tensor
+    cores_a: Tensor
+    cores_b: Tensor
     fusion: Tensor
     angles: Tensor
     units: Tensor
@@ -73,17 +75,20 @@ class QTHAAdapter(nn.Module):
                 self.register_parameter(name, nn.Parameter(torch.cat(parts)))
         of_sides = self.table, shape.rank, shape.in_features, shape.out_features, config.scaling
         self._sides, self._fused_sides = sides(*of_sides, fused=False), sides(*of_sides, fused=True)
+        self._plain = shape.mpo_a is None and "cores_a" in self.sizes  # full matrices in tensors of their own: nothing to fold
         self._joint = self._joined() if shape.has_branch else None
         self._scale_z()
         self.register_state_dict_post_hook(_check_saved)
         self.register_load_state_dict_pre_hook(_check_loaded)
 
     def _joined(self) -> Joint:
-        """Return what the operator from z to h needs to know."""
-        config, gain = self.config, self.table["w_c"].gain
+        """Return what the operator from z to h needs to know; where B is taken as it is stored, h is times alpha / r."""
+        config, gain, product = self.config, self.table["w_c"].gain, self.config.quantum == "qwthn"
+        self._scaled = self._plain and not product
+        gain *= config.scaling if self._scaled else 1.0
         if not config.has_circuit:
             return Joint(None, gain=gain, ring=config.circuit_qubits, activation=config.quantum)
-        bounded, product = config.angle_scale == "tanh", config.quantum == "qwthn"
+        bounded = config.angle_scale == "tanh"
         return Joint(ansatz(config), bounded=bounded, product=product, gain=gain)
 
     def _scale_z(self) -> None:
@@ -139,10 +144,26 @@ class QTHAAdapter(nn.Module):
 
     def _folded(self, dtype: torch.dtype, fused: bool = False) -> list[Tensor]:
         """Return A (r, d) and the transposed B (r, o)."""
+        return [matrix for name in self._sides for matrix in self._side(name, dtype, fused)]
+
+    def _side(self, name: str, dtype: torch.dtype, fused: bool) -> list[Tensor]:
+        """Return what the tensor of this name holds of A and B, folded."""
         w_c, by_tensor = None, self._sides
         if fused:  # without a branch all of `fusion`: no view, whose backward would be two operators more
             w_c, by_tensor = self.fusion[: self.shape.rank**2] if self.shape.has_branch else self.fusion, self._fused_sides
-        return [matrix for name, both in by_tensor.items() for matrix in fold(getattr(self, name), w_c, both, dtype)]
+        return fold(getattr(self, name), w_c, by_tensor[name], dtype)
+
+    def _ready(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return A (r, d) and the transposed B (r, o) for the products with tokens; B without alpha / r, where h has it."""
+        fused = not self.shape.has_branch
+        if not self._plain:
+            a, b = self._folded(dtype, fused)
+            return a, b
+        a = self.cores_a.view(self.shape.rank, -1).to(dtype)
+        if self._joint is not None and self._scaled:
+            return a, self.cores_b.view(-1, self.shape.rank).to(dtype).T
+        (b,) = self._side("cores_b", dtype, fused)
+        return a, b
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the change of the output, (.., o), in the dtype of the products with x."""
@@ -171,13 +192,13 @@ class QTHAAdapter(nn.Module):
 
     def _fold(self, x: Tensor, kept: bool = False) -> Fold:
         """Compute all that depends on x's dtype and device only; if it is `kept`, for use without gradients."""
-        a, b = self._folded(product_dtype(x), fused=not self.shape.has_branch)
-        if not self.shape.has_branch:
+        a, b = self._ready(product_dtype(x))
+        if self._joint is None:
             return Fold(a, b)
         if not kept and self.config.quantum_backend == "torch":
             return Fold(a, b, self._join if self.shared.reading is None else self._only_branch)
         with maybe_autocast(x.device.type, enabled=False):  # also knows the meta device
-            join = self.bottleneck()
+            join = self._bottleneck(self._joint.gain)
             if self.shared.reading is not None:
                 return Fold(a, b, alone(join, kept))
             return Fold(a, b, prepared(join) if kept else join)
@@ -203,8 +224,11 @@ class QTHAAdapter(nn.Module):
 
     def bottleneck(self) -> Bottleneck:
         """Return the function from z (.., r) to h (.., r); for an adapter with a branch."""
-        product = self.config.quantum == "qwthn"
-        return Bottleneck(self.effective("w_c"), self.effective("w_q"), self._branch(), product)
+        return self._bottleneck(self.table["w_c"].gain)
+
+    def _bottleneck(self, gain: float) -> Bottleneck:
+        w_c, w_q = (precise(self.stored(name)) for name in ("w_c", "w_q"))
+        return Bottleneck(w_c, w_q, self._branch(), self.config.quantum == "qwthn", gain)
 
     def _branch(self) -> Callable[[Tensor], Tensor]:
         """Return the function from z to q (.., r): <Z_i> of the circuit, or a classical network."""

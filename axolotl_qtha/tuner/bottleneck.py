@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils.generic import maybe_autocast
 
@@ -72,6 +71,7 @@ class Bottleneck:
     w_q: Tensor  # (r, r)
     branch: Callable[[Tensor], Tensor]  # z to q
     product: bool = False  # h is the product of the two paths, not the sum
+    gain: float = 1.0  # of both matrices
 
     def __call__(self, z: Tensor) -> Tensor:
         """Return h, (.., r), in z's dtype."""
@@ -81,8 +81,25 @@ class Bottleneck:
 
     def fuse(self, z: Tensor, q: Tensor) -> Tensor:
         """Join the linear path and the branch: h (.., r)."""
-        linear, branch = F.linear(z, self.w_c), F.linear(q, self.w_q)
-        return linear * branch if self.product else linear + branch
+        rank = z.shape[-1]
+        return fused(z.reshape(-1, rank), q.reshape(-1, rank), self.w_c, self.w_q, self.gain, self.product).view(z.shape)
+
+
+def fused(z: Tensor, q: Tensor, w_c: Tensor, w_q: Tensor, gain: float, product: bool) -> Tensor:
+    """Return h (tokens, r) of z and q (tokens, r): the two paths, summed or multiplied; in as few launches as there can be.
+
+    Args:
+        z: what the linear path takes.
+        q: what the branch gives.
+        w_c: the linear path's matrix, (r, r), as stored.
+        w_q: the branch's, (r, r), as stored.
+        gain: of both.
+        product: whether h is the product of the paths.
+    """
+    linear = z @ w_c.T
+    if product:
+        return (linear * gain) * (q @ w_q.T * gain)
+    return torch.addmm(linear, q, w_q.T, beta=gain, alpha=gain)
 
 
 def prepared(bottleneck: Bottleneck) -> Callable[[Tensor], Tensor]:
@@ -106,7 +123,8 @@ def prepared(bottleneck: Bottleneck) -> Callable[[Tensor], Tensor]:
     with torch_engine.exactly(angles.device.type):
         tables = kernel.Tables(angles, circuit.ansatz)
     if kernel is native:
-        few = native.Few(tables, bottleneck.w_c, bottleneck.w_q, circuit.scale, circuit.bounded, bottleneck.product)
+        w_c, w_q = bottleneck.w_c * bottleneck.gain, bottleneck.w_q * bottleneck.gain
+        few = native.Few(tables, w_c, w_q, circuit.scale, circuit.bounded, bottleneck.product)
 
     def run(z: Tensor) -> Tensor:
         if torch_engine.plain():

@@ -28,8 +28,8 @@ class Fold(NamedTuple):
     """An adapter made ready for tokens x (.., d)."""
 
     a: Tensor  # (r, d), in x's dtype
-    b: Tensor  # (r, o), transposed, times alpha / r; without a branch also times W_C
-    join: Callable[[Tensor], Tensor] | None = None  # z (.., r) to h (.., r), where there is a branch
+    b: Tensor  # (r, o), transposed, times alpha / r, unless `join` has that; without a branch also times W_C
+    join: Callable[[Tensor], Tensor] | None = None  # z (.., r) to h (.., r), where there is a branch; or to q, see `reading`
 
 
 @contextmanager

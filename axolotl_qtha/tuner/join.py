@@ -16,7 +16,7 @@ from torch import Tensor
 from ..circuit import torch_engine
 from ..circuit.operators import differentiable, operator
 from . import join_kernel, rings
-from .bottleneck import bounded
+from .bottleneck import bounded, fused
 from .joint import Joint, joint_of
 from .side import precise
 
@@ -41,7 +41,7 @@ def _join(z: Tensor, fusion: Tensor, angles: Tensor, scale: Tensor | None, *othe
         if _on_kernel(z, joint):
             return join_kernel.forward(_rows(z), *_whole(fusion, angles, scale), joint).view(z.shape)
         run = _Run(z, angles, scale, joint)
-        return _fused(run.z, run.values(), fusion, joint).to(z.dtype).view(z.shape)
+        return fused(run.z, run.values(), *_matrices(fusion, run.z), joint.gain, joint.product).to(z.dtype).view(z.shape)
 
 
 @operator(f"join_grad(Tensor grad, {TENSORS}, {OTHERS}) -> (Tensor, Tensor, Tensor, Tensor)", _empty_grad)
@@ -53,8 +53,9 @@ def _join_grad(grad: Tensor, z: Tensor, fusion: Tensor, angles: Tensor, scale: T
             return _returned(found, z, fusion, angles, scale)
         run = _Run(z, angles, scale, joint)
         grad = grad.reshape(run.z.shape).to(run.z.dtype)
-        w_c, w_q = _matrices(fusion, run.z, joint)
-        q, of_z, *of_branch = run.gradients((grad * (run.z @ w_c.T) if joint.product else grad) @ w_q)
+        w_c, w_q = _matrices(fusion, run.z)
+        of_h = grad * joint.gain
+        q, of_z, *of_branch = run.gradients((of_h * (run.z @ w_c.T * joint.gain) if joint.product else of_h) @ w_q)
         direct, _, of_fusion = _fused_grad(grad, run.z, q, fusion, joint)
         return (of_z.add_(direct).to(z.dtype).view(z.shape), of_fusion, *of_branch)
 
@@ -89,7 +90,8 @@ def _branch_grad(grad: Tensor, z: Tensor, angles: Tensor, scale: Tensor | None, 
 def _fuse(z: Tensor, q: Tensor, fusion: Tensor, *others: Any) -> Tensor:
     with torch_engine.exactly(z.device.type):
         flat, inner = (x.reshape(-1, x.shape[-1]).to(precise(fusion).dtype) for x in (z, q))
-        return _fused(flat, inner, fusion, joint_of(*others)).to(z.dtype).view(z.shape)
+        joint = joint_of(*others)
+        return fused(flat, inner, *_matrices(fusion, flat), joint.gain, joint.product).to(z.dtype).view(z.shape)
 
 
 @operator(
@@ -178,24 +180,22 @@ def _alone(joint: Joint) -> Joint:
     return replace(joint, product=False, gain=1.0)
 
 
-def _matrices(fusion: Tensor, z: Tensor, joint: Joint) -> tuple[Tensor, Tensor]:
-    """Return W_C and W_Q, (r, r), in the dtype of z (tokens, r)."""
-    w_c, w_q = (fusion.to(z.dtype) * joint.gain).view(2, z.shape[1], z.shape[1])
+def _matrices(fusion: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return W_C and W_Q, (r, r), as they are stored, in the dtype of z (tokens, r)."""
+    w_c, w_q = fusion.to(z.dtype).view(2, z.shape[1], z.shape[1])
     return w_c, w_q
-
-
-def _fused(z: Tensor, q: Tensor, fusion: Tensor, joint: Joint) -> Tensor:
-    w_c, w_q = _matrices(fusion, z, joint)
-    linear = z @ w_c.T
-    return linear * (q @ w_q.T) if joint.product else linear.addmm_(q, w_q.T)
 
 
 def _fused_grad(grad: Tensor, z: Tensor, q: Tensor, fusion: Tensor, joint: Joint) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of z, q and `fusion`."""
-    w_c, w_q = _matrices(fusion, z, joint)
-    of_linear, of_branch = (grad * (q @ w_q.T), grad * (z @ w_c.T)) if joint.product else (grad, grad)
-    of_fusion = torch.cat([(of_linear.T @ z).flatten(), (of_branch.T @ q).flatten()]) * joint.gain
-    return of_linear @ w_c, of_branch @ w_q, of_fusion.to(fusion.dtype)
+    w_c, w_q = _matrices(fusion, z)
+    of_linear = of_branch = grad * joint.gain
+    if joint.product:
+        of_linear, of_branch = of_linear * (q @ w_q.T * joint.gain), of_branch * (z @ w_c.T * joint.gain)
+    of_fusion = torch.empty(2, *w_c.shape, dtype=z.dtype, device=z.device)
+    torch.mm(of_linear.T, z, out=of_fusion[0])
+    torch.mm(of_branch.T, q, out=of_fusion[1])
+    return of_linear @ w_c, of_branch @ w_q, of_fusion.flatten().to(fusion.dtype)
 
 
 class _Run:

@@ -9,7 +9,7 @@ nats a token.
     python example_configs/smollm2/make_base.py
     python example_configs/smollm2/compare_on_cpu.py --data gsm8k/train.jsonl --lora 8 --rates 6e-3 --seeds 1 2 3
     python example_configs/smollm2/compare_on_cpu.py --data gsm8k/train.jsonl --rates 6e-3 --seeds 1 2 3 \
-        --qtha "{rank: 8, alpha: 16, mpo: none, share: {layers: auto, inputs: true}}"
+        --qtha "{rank: 8, alpha: 16, quantum: none}"
 """
 
 from __future__ import annotations
