@@ -76,6 +76,8 @@ class AdapterSettings:
     def like(self, folder: str) -> AdapterSettings:
         """Return them with the form, full matrices or tensor networks, of the adapter in a folder, if it is left open.
 
+        Sizes follow from the budget, as without it.
+
         Args:
             folder: what the training goes on from; one that is not here, a name on the Hub, changes nothing.
         """
@@ -84,8 +86,8 @@ class AdapterSettings:
         saved = QTHAConfig.from_pretrained(folder)
         if not isinstance(saved, QTHAConfig):  # said where it is loaded
             return self
-        form = {key: getattr(saved, key) for key in ("mpo", "share", "bond_dim", "mid_dim")}
-        return dataclasses.replace(self, parsed=self.parsed.changed(**form))
+        share = {"layers": "auto", "inputs": saved.share.inputs} if saved.mpo == "none" and saved.share else None
+        return dataclasses.replace(self, parsed=self.parsed.changed(mpo=saved.mpo, share=share))
 
     def config_for(self, model: nn.Module) -> QTHAConfig:
         """Return the adapter for a base as it was loaded: with a classification head, that is trained and saved as well."""

@@ -14,6 +14,7 @@ from axolotl_qtha import QTHAConfig
 from axolotl_qtha.bench import step
 from axolotl_qtha.timing import peak_bytes
 from axolotl_qtha.tuner.sizes import count_lora_parameters, count_parameters, resolve
+from axolotl_qtha.tuner.targets import select_targets
 
 SIZES = {
     "vocab_size": 300,
@@ -162,7 +163,8 @@ def test_command(monkeypatch, tmp_path, capsys):
     assert lora["parameters"] == count_lora_parameters(8, LAYERS)
     assert 0 < qtha["parameters"] <= 0.24 * lora["parameters"]
     config = QTHAConfig(rank=8)
-    assert qtha["parameters"] == count_parameters(resolve(config, LAYERS), LAYERS)
+    layers = list(select_targets(config, LlamaForCausalLM(LlamaConfig(**SIZES))).values())
+    assert qtha["parameters"] == count_parameters(resolve(config, layers), layers)
     assert lora["peak_to_qlora"] == lora["step_to_qlora"] == lora["time_to_qlora"] == 1
     assert qtha["peak_to_qlora"] == qtha["peak_bytes"] / lora["peak_bytes"]
     assert 0 < qtha["step_bytes"] < qtha["peak_bytes"]

@@ -15,7 +15,7 @@ def run(*arguments):
 
 @pytest.fixture
 def path(tmp_path):
-    return write_run(tmp_path, CONFIGS["llama"], load_in_4bit=True)
+    return write_run(tmp_path, CONFIGS["llama"], load_in_4bit=True, qtha={"rank": 4, "param_budget": 0.5, "mpo": "tt"})
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ def test_rank_32_trains_in_4_bits(trained):
     model, trainer, folder = trained
     steps = losses(trainer)
     assert steps[6] < steps[1] - 0.3
-    measured = next(row for row in trainer.state.log_history if "qtha/quantum_share" in row)
+    measured = [row for row in trainer.state.log_history if "qtha/quantum_share" in row][-1]  # W_Q starts at zero
     assert measured["qtha/quantum_share"] > 0
     assert 1 <= measured["qtha/effective_rank"] <= 32
     assert {(layer.qtha_adapter["default"].config.blocks) for layer in adapted_layers(model).values()} == {8}
@@ -111,7 +111,7 @@ def test_two_ranks_do_what_one_does(strategy, tmp_path_factory, servers, single)
     assert torch.equal(logits_in_memory(output(config))[0], logits_of(output(config)))
 
 
-SHARED = {"qtha": {**WIDE, "rank": 16, "qubits": 8}}
+SHARED = {"qtha": {**WIDE, "rank": 16, "qubits": 8, "mpo": "tt"}}  # FSDP2 has no other by itself
 
 
 @pytest.fixture(scope="module")

@@ -185,7 +185,7 @@ def test_damaged_adapter_is_refused(uninterrupted, tmp_path, damage):
     ("quantum", "words"),
     [
         ("none", r"not a finite number at step \d; the training diverged and was stopped\. No checkpoint was written"),
-        ("qtha", r"^model\.layers\.0\.\S+: the circuit's encoded input of qubit \d \(token \d+\) is nan.*What works"),
+        ("qtha", r"^model\.layers\.\d\.\S+: the circuit's encoded input of qubit \d \(token \d+\) is nan.*What works"),
     ],
 )
 def test_nan_stops_the_run_and_is_not_saved(tmp_path, quantum, words):

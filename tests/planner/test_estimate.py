@@ -53,7 +53,9 @@ def test_modules_to_save_are_trained_too(tmp_path):
 @pytest.mark.slow
 def test_circuits_are_counted_as_qiskit_counts_them(tmp_path):
     plan = make_plan(run_on(tmp_path, CONFIGS["llama"]), [])
-    assert plan.circuits_per_step == 3 * 7 * 4 * 128 * 2  # layers, modules of each, batch, length, accumulated batches
+    assert plan.circuits_per_step == 3 * 4 * 4 * 128 * 2  # layers, inputs of each, batch, length, accumulated batches
+    networks = make_plan(run_on(tmp_path, CONFIGS["llama"], qtha={"rank": 4, "param_budget": 0.5, "mpo": "tt"}), [])
+    assert networks.circuits_per_step == 3 * 7 * 4 * 128 * 2  # modules of each
     assert plan.gates == dict(Ansatz(4, 2).circuit().count_ops())
     none = make_plan(run_on(tmp_path, CONFIGS["llama"], qtha={"rank": 4, "quantum": "none"}), [])
     assert none.circuits_per_step == 0
@@ -81,7 +83,13 @@ def test_circuits_side_by_side(tmp_path, capsys):
 @pytest.mark.slow
 def test_layers_of_another_rank_are_planned_with_it(tmp_path):
     config = CONFIGS["llama"]
-    block = {"rank": 4, "param_budget": 0.6, "rank_pattern": {"k_proj": 1, "up_proj": 12}, "alpha_pattern": {"q_proj": 4}}
+    block = {
+        "rank": 4,
+        "param_budget": 0.6,
+        "rank_pattern": {"k_proj": 1, "up_proj": 12},
+        "alpha_pattern": {"q_proj": 4},
+        "mpo": "tt",
+    }
     run = run_on(tmp_path, config, qtha=block)
     plan = make_plan(run, [])
     model = get_peft_model(AutoModelForCausalLM.from_config(config), run.adapter)

@@ -102,7 +102,7 @@ def test_bytes_of_each_way_of_sharing(tmp_path):
     zero = {"reduce_bucket_size": 10_000, "stage3_param_persistence_threshold": 0}
 
     def moved(micro_batches, **changes):
-        run = run_on(tmp_path, CONFIGS["llama"], bf16=True, **changes)
+        run = run_on(tmp_path, CONFIGS["llama"], bf16=True, qtha={"rank": 4, "param_budget": 0.5, "mpo": "tt"}, **changes)
         model, _ = adapted(run)
         return communication(shards(run, model), net, 4, micro_batches)
 
@@ -131,7 +131,7 @@ def test_latency_counts_each_call(tmp_path):
 
 @pytest.mark.slow
 def test_rows(tmp_path):
-    run = run_on(tmp_path, CONFIGS["llama"])
+    run = run_on(tmp_path, CONFIGS["llama"], qtha={"rank": 4, "param_budget": 0.5, "mpo": "tt"})
     table = predict(run, 8, Network(), tflops=1.0)
     assert (table.global_batch, table.tokens) == (4 * 2 * 8, 64 * 128)
     assert [(row.ranks, row.micro_batches) for row in table.rows] == [(1, 16), (2, 8), (4, 4), (8, 2)]

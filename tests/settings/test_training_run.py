@@ -5,6 +5,7 @@ import torch
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaForTokenClassification, LlamaModel
 
+from axolotl_qtha import QTHAConfig
 from axolotl_qtha.planner.estimate import make_plan
 from axolotl_qtha.trained.adapter_folder import FREE_WHEN_LOADED, check_fits
 from axolotl_qtha.tuner.layer import adapted_layers
@@ -33,6 +34,21 @@ def test_a_changed_run_is_that_of_the_changed_yaml(tmp_path, keys):
     """Also for 4 bits, where the YAML's key leads to settings of bitsandbytes."""
     changed, written = run_on(tmp_path, CONFIGS["llama"]).changed(keys), run_on(tmp_path, CONFIGS["llama"], **keys)
     assert make_plan(changed, []).as_dict() == make_plan(written, []).as_dict()
+
+
+@pytest.mark.parametrize("form", [{"mpo": "tt"}, {"mpo": "none"}, {"share": {"layers": "auto"}}, {}], ids=str)
+def test_what_goes_on_from_an_adapter_has_its_form(tmp_path, form):
+    config = CONFIGS["llama"]
+    settings = {"rank": 4, **({"quantum": "none"} if "share" in form else {})}
+    model = get_peft_model(LlamaForCausalLM(config), QTHAConfig(**settings, **form, task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "adapter")
+    left, said = run_on(tmp_path, config, qtha=settings), run_on(tmp_path, config, qtha={**settings, "mpo": "tt"})
+    like = left.adapter_settings.like(str(tmp_path / "adapter"))
+    made = get_peft_model(LlamaForCausalLM(config), like.config_for(LlamaForCausalLM(config))).active_peft_config
+    saved = model.active_peft_config
+    assert (made.mpo, made.share, made.bond_dim, made.mid_dim) == (saved.mpo, saved.share, saved.bond_dim, saved.mid_dim)
+    assert said.adapter_settings.like(str(tmp_path / "adapter")) is said.adapter_settings  # asked for: told where it is loaded
+    assert left.adapter_settings.like("someone/on-the-hub") is left.adapter_settings
 
 
 def test_what_peft_writes_into_the_adapter_does_not_stay(tmp_path):

@@ -26,6 +26,7 @@ TOKENS, LAYERS = 3, 2
 IBM = {"backend": "fake:manila", "shots": 200, "resilience_level": 0, "tokens_per_step": TOKENS, "gradient": "spsa"}
 KEYS = ("qpu_bias", "qpu_variance", "qpu_standard_error", "qpu_tokens", "qpu_seconds")
 SETTINGS = {"rank": 2, "circuit_layers": 1, "mpo": "none", "target_modules": ["down_proj"], "quantum_backend": "ibm"}
+SETTINGS |= {"branch_init": "kaiming"}  # so that the second step has a gradient for the circuit
 ROWS = torch.randint(VOCABULARY, (8, 7), generator=torch.Generator().manual_seed(0))
 
 
