@@ -76,19 +76,18 @@ class QTHAAdapter(nn.Module):
         of_sides = self.table, shape.rank, shape.in_features, shape.out_features, config.scaling
         self._sides, self._fused_sides = sides(*of_sides, fused=False), sides(*of_sides, fused=True)
         self._plain = shape.mpo_a is None and "cores_a" in self.sizes  # full matrices in tensors of their own: nothing to fold
+        self._scaled = self._plain and shape.has_branch and config.quantum != "qwthn"  # h, not B, is times alpha / r
         self._joint = self._joined() if shape.has_branch else None
         self._scale_z()
         self.register_state_dict_post_hook(_check_saved)
         self.register_load_state_dict_pre_hook(_check_loaded)
 
     def _joined(self) -> Joint:
-        """Return what the operator from z to h needs to know; where B is taken as it is stored, h is times alpha / r."""
-        config, gain, product = self.config, self.table["w_c"].gain, self.config.quantum == "qwthn"
-        self._scaled = self._plain and not product
-        gain *= config.scaling if self._scaled else 1.0
+        """Return what the operator from z to h needs to know."""
+        config, gain = self.config, self.table["w_c"].gain * (self.config.scaling if self._scaled else 1.0)
         if not config.has_circuit:
             return Joint(None, gain=gain, ring=config.circuit_qubits, activation=config.quantum)
-        bounded = config.angle_scale == "tanh"
+        bounded, product = config.angle_scale == "tanh", config.quantum == "qwthn"
         return Joint(ansatz(config), bounded=bounded, product=product, gain=gain)
 
     def _scale_z(self) -> None:
@@ -160,7 +159,7 @@ class QTHAAdapter(nn.Module):
             a, b = self._folded(dtype, fused)
             return a, b
         a = self.cores_a.view(self.shape.rank, -1).to(dtype)
-        if self._joint is not None and self._scaled:
+        if self._scaled:
             return a, self.cores_b.view(-1, self.shape.rank).to(dtype).T
         (b,) = self._side("cores_b", dtype, fused)
         return a, b

@@ -32,11 +32,11 @@ def settle(config: QTHAConfig, sizes: Mapping[str, LayerSize]) -> None:
         share = Share(layers="auto", inputs=True)
         shared = config.changed(mpo="none", share=share, param_budget=config.param_budget or DEFAULT_BUDGET)
         try:
-            fitted(shared.changed(quantum=FULL.get(config.quantum, config.quantum)), sizes)
+            share = fitted(shared.changed(quantum=FULL.get(config.quantum, config.quantum)), sizes)
         except ValueError:
             config.mpo = "tt"
-        else:
-            config.share, config.mpo = fitted(shared, sizes), "none"
+            return
+        config.mpo, config.share = "none", fitted(shared, sizes) if config.quantum in FULL else share
     elif config.share and config.share.layers == "auto":
         config.share = fitted(config, sizes)
 

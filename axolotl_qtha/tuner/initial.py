@@ -54,10 +54,8 @@ def values(
     r = shape.rank
     for name in ("w_c", "w_q") if shape.has_branch else ("w_c",):  # kaiming_uniform_, as the authors
         found[name] = (2 * torch.rand(r, r, generator=generator, **here) - 1) * math.sqrt(6 / r)
-    if config.branch_init != "kaiming" and config.quantum not in (
-        "none",
-        "qwthn",
-    ):  # drawn all the same, so that what comes after is too
+    if shape.has_branch and config.branch_init != "kaiming" and config.quantum != "qwthn":
+        # drawn all the same, so that what comes after is too
         found["w_q"].zero_()
     if "units" in parts:
         normal("units")

@@ -54,8 +54,8 @@ def _join_grad(grad: Tensor, z: Tensor, fusion: Tensor, angles: Tensor, scale: T
         run = _Run(z, angles, scale, joint)
         grad = grad.reshape(run.z.shape).to(run.z.dtype)
         w_c, w_q = _matrices(fusion, run.z)
-        of_h = grad * joint.gain
-        q, of_z, *of_branch = run.gradients((of_h * (run.z @ w_c.T * joint.gain) if joint.product else of_h) @ w_q)
+        of_branch_path = grad * (run.z @ w_c.T * joint.gain) if joint.product else grad
+        q, of_z, *of_branch = run.gradients(of_branch_path @ (w_q * joint.gain))
         direct, _, of_fusion = _fused_grad(grad, run.z, q, fusion, joint)
         return (of_z.add_(direct).to(z.dtype).view(z.shape), of_fusion, *of_branch)
 
