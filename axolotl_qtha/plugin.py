@@ -123,7 +123,7 @@ class QTHAPlugin(BasePlugin):
         if self._inference and settings.parsed.quantum_backend == "ibm":
             from .training.device_callback import show_inference_cost  # starts Qiskit
 
-            show_inference_cost(settings.parsed, sum(size.owned.branch for size in adapted_sizes(peft_model)))
+            show_inference_cost(settings.parsed, sum(size.owned.runs for size in adapted_sizes(peft_model)))
         return peft_model, peft_model.active_peft_config
 
     def add_callbacks_pre_trainer(self, cfg: DictDefault, model: PreTrainedModel) -> list[TrainerCallback]:

@@ -27,10 +27,10 @@ CUSTOM = {
     f"{OURS}fold_grad": 2,
     f"{OURS}join": 1,
     f"{OURS}join_grad": 2,
-    f"{OURS}branch": 1,
-    f"{OURS}branch_grad": 2,
-    f"{OURS}fuse": 2,
-    f"{OURS}fuse_grad": 5,
+    f"{OURS}branch": 2,
+    f"{OURS}branch_grad": 3,
+    f"{OURS}fuse": 1,
+    f"{OURS}fuse_grad": 3,
 }
 # New memory, nothing written; and a view whose schema does not say so.
 FREE = {f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")}

@@ -157,7 +157,7 @@ def make_plan(run: TrainingRun, gpus: list[tuple[str, int]], advise: bool = True
     except Exception as error:  # a model whose forward looks at values cannot run on the meta device
         unknown = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     tokens, sizes = run.tokens * run.accumulation, adapted_sizes(model)
-    ranks_run = [cast(int, size.rank) for size in sizes if config.has_circuit and size.owned.branch]  # shared, it runs once
+    ranks_run = [cast(int, size.rank) for size in sizes if config.has_circuit and size.owned.runs]  # shared, it runs once
     of_layers = [rank // config.qubits_at(rank) for rank in ranks_run]
     work = step_flops(model, run.sequence_len, run.gradient_checkpointing)
     plan = Plan(

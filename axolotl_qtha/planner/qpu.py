@@ -146,7 +146,7 @@ def estimate_run(run: TrainingRun, steps: int | None, asked: int) -> Estimate:
     if options is None:
         works = "`quantum_backend: ibm` with e.g. `ibm: {backend: fake:manila}`"
         raise refusal("quantum_backend", config.quantum_backend, "costs no QPU time", works)
-    layers = sum(size.owned.branch for size in select_targets(config, run.base()).values())
+    layers = sum(size.owned.runs for size in select_targets(config, run.base()).values())
     ledger = Ledger.read(Path(options.journal))
     circuit = ansatz(config)
     service = connect(options, circuit.qubits, ledger.last_backend())

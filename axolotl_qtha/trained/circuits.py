@@ -13,7 +13,7 @@ from ..errors import alternatives, refusal
 from ..tuner.adapter_file import PREFIX
 from ..tuner.config import QTHAConfig
 from ..tuner.saving import WEIGHTS
-from ..tuner.share import read_together
+from ..tuner.share import owners
 from ..tuner.sizes import ansatz
 
 if TYPE_CHECKING:
@@ -53,15 +53,23 @@ def trained_angles(folder: Path, layer: str | None) -> tuple[QTHAConfig, str, Te
         raise refusal("--lora-model-dir", str(folder), f"has `quantum: {config.quantum}`, without a circuit", "`quantum: qtha`")
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         keys = [key.removeprefix(PREFIX) for key in file.keys() if INSIDE in key]  # noqa: SIM118  no dictionary
-        names = sorted({key.partition(INSIDE)[0] for key in keys})
+        names = sorted({key.partition(INSIDE)[0] for key in keys}, key=_in_order)
         name = _chosen(layer, names)
-        owners = [key.partition(INSIDE)[0] for key in keys if key.endswith(f"{INSIDE}angles")]
-        owner = next((own for own in owners if own == name or (name not in owners and read_together(own, name))), None)
+        with_angles = [key.partition(INSIDE)[0] for key in keys if key.endswith(f"{INSIDE}angles")]
+        whose = {own: own for own in names}
+        if config.share:  # which of those that share them has them in the file is of no interest
+            whose = {own: found.branch for own, found in owners(config.share, dict.fromkeys(names, (0, 0))).items()}
+        owner = next((own for own in with_angles if whose[own] == whose[name]), None)
         if owner is None:
             raise ValueError(f"{folder / WEIGHTS} holds no angles of {name}. What works: an adapter folder copied whole.")
         angles = file.get_tensor(f"{PREFIX}{owner}{INSIDE}angles").to(torch.float64)
     own = config.of_layer(name)
     return own, name, angles.view(-1, ansatz(own).columns(own.rank))
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    """Return what sorts layer 10 behind layer 2."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")]
 
 
 def _chosen(layer: str | None, names: list[str]) -> str:

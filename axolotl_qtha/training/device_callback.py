@@ -153,7 +153,7 @@ class TrainOnDevice(TrainerCallback):
 
     def _show_cost(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
         run = _runner(self._config)
-        layers = sum(adapter.shape.owned.branch for _, adapter in active_adapters(model))
+        layers = sum(adapter.shape.owned.runs for _, adapter in active_adapters(model))
         result = estimate(
             self._config,
             layers,

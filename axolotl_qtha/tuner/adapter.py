@@ -43,6 +43,7 @@ class QTHAAdapter(nn.Module):
     cores_a: Tensor
     cores_b: Tensor
     fusion: Tensor
+    w_q: Tensor
     angles: Tensor
     units: Tensor
     scale: Tensor
@@ -174,8 +175,8 @@ class QTHAAdapter(nn.Module):
             z = self._bottom(x, made)
             h = z if made.join is None else made.join(z)
         else:
-            z, q = self.shared.reading.of(self, x, lambda: self._branched(x, made))
-            h = z if q is None else self._fused(z, q)
+            z, path = self.shared.reading.of(self, x, lambda: self._branched(x, made))
+            h = z if path is None else self._fused(z, path)
         if not torch.compiler.is_compiling() and self.seen is not None:  # in this order: a guard on `seen` would compile anew
             self.seen(z)
         return h @ (made.b if made.b.dtype == h.dtype else made.b.to(h.dtype))
@@ -185,7 +186,7 @@ class QTHAAdapter(nn.Module):
         return F.linear(self.dropout(x) if self.config.dropout else x, made.a)
 
     def _branched(self, x: Tensor, made: Fold) -> tuple[Tensor, Tensor | None]:
-        """Return z and q, (.., r) each, which modules that read the same input have in common."""
+        """Return z and W_Q q, (.., r) each, which modules that read the same input have in common."""
         z = self._bottom(x, made)
         return z, None if made.join is None else made.join(z)
 
@@ -205,17 +206,18 @@ class QTHAAdapter(nn.Module):
     def _join(self, z: Tensor) -> Tensor:
         """Return h (.., r) for z (.., r)."""
         assert self._joint is not None
-        return join(z, self.fusion, *self._branch_tensors(), self._joint)
+        fusion = torch.cat((self.fusion, self.w_q)) if "w_q" in self.sizes else self.fusion
+        return join(z, fusion, *self._branch_tensors(), self._joint)
 
     def _only_branch(self, z: Tensor) -> Tensor:
-        """Return q (.., r) for z (.., r)."""
+        """Return W_Q q (.., r) for z (.., r)."""
         assert self._joint is not None
-        return branch(z, *self._branch_tensors(), self._joint)
+        return branch(z, self.w_q, *self._branch_tensors(), self._joint)
 
-    def _fused(self, z: Tensor, q: Tensor) -> Tensor:
-        """Return h (.., r)."""
+    def _fused(self, z: Tensor, path: Tensor) -> Tensor:
+        """Return h (.., r) of z and W_Q q."""
         assert self._joint is not None
-        return fuse(z, q, self.fusion, self._joint)
+        return fuse(z, path, self.fusion, self._joint)
 
     def _branch_tensors(self) -> tuple[Tensor, Tensor | None]:
         """Return the angles, or the weights of a classical network, and the scale."""

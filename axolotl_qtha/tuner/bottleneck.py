@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -143,9 +143,8 @@ def prepared(bottleneck: Bottleneck) -> Callable[[Tensor], Tensor]:
 
 
 def alone(bottleneck: Bottleneck, kept: bool) -> Callable[[Tensor], Tensor]:
-    """Return the function from z to q (.., r), in z's dtype; if it is `kept`, for use as of `prepared`."""
-    identity = torch.eye(len(bottleneck.w_q), dtype=bottleneck.w_q.dtype, device=bottleneck.w_q.device)
-    only = Bottleneck(torch.zeros_like(identity), identity, bottleneck.branch)
+    """Return the function from z to W_Q q (.., r), in z's dtype; if it is `kept`, for use as of `prepared`."""
+    only = replace(bottleneck, w_c=torch.zeros_like(bottleneck.w_c), product=False)
     return prepared(only) if kept else only
 
 

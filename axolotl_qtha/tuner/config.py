@@ -93,10 +93,9 @@ class QTHAConfig(Running, OwnCircuits, PeftConfig):
     )
     share: Share | None = _key(
         None,
-        "Tensors that layers share: `{layers: 4}` one A and B for the same module of 4 neighbouring layers of the transformer, "
-        "each with its own r x r matrices and angles, `auto` as few as keep to param_budget; `{inputs: true}` "
-        "one A and one circuit for modules that read the same input (q, k, v; gate, up). Both together work. Not with `init: "
-        "tt_svd`.",
+        "Tensors that layers share: `{layers: 4}` all but W_C for the same module of 4 neighbouring layers of the transformer, "
+        "`auto` by as few as keep to param_budget; `{inputs: true}` one A and one circuit for modules that read the same input "
+        "(q, k, v; gate, up). Both together work. Not with `init: tt_svd`.",
     )
     quantum: Quantum = _key(
         "qtha",

@@ -42,7 +42,7 @@ def settle(config: QTHAConfig, sizes: Mapping[str, LayerSize]) -> None:
 
 
 def fitted(config: QTHAConfig, sizes: Mapping[str, LayerSize]) -> Share:
-    """Return what is shared, with as few layers in a group as meet the budget.
+    """Return what is shared, in as many groups of layers as meet the budget.
 
     A param_budget that was not asked for, the default, gives way where nothing meets it: all layers then share.
 
@@ -51,13 +51,13 @@ def fitted(config: QTHAConfig, sizes: Mapping[str, LayerSize]) -> Share:
         sizes: of the adapted layers, by name.
 
     Raises:
-        ValueError: if no number of layers meets a budget that was asked for; or as `share.owners`.
+        ValueError: if one group of all layers does not meet a budget that was asked for; or as `share.owners`.
     """
     assert config.share is not None
     lora = count_lora_parameters(config.rank, sizes.values())
     most = max(len(same) for same in groups(sizes).values())
-    for layers in range(1 if config.share.inputs else 2, max(most, 2) + 1):
-        share = Share(layers=layers, inputs=config.share.inputs)
+    for count in range(most if config.share.inputs else most - 1, 0, -1):
+        share = Share.in_groups(count, most, config.share.inputs)
         total = count_parameters(config, owned(share, sizes).values())
         if total <= (config.param_budget or DEFAULT_BUDGET) * lora:
             return share

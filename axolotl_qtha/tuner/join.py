@@ -21,7 +21,7 @@ from .joint import Joint, joint_of
 from .side import precise
 
 TENSORS = "Tensor z, Tensor fusion, Tensor angles, Tensor? scale"
-BRANCH_TENSORS = "Tensor z, Tensor angles, Tensor? scale"
+BRANCH_TENSORS = "Tensor z, Tensor w_q, Tensor angles, Tensor? scale"
 OTHERS = "int qubits, int layers, str gate_order, int ring, str activation, bool bounded, bool product, float gain"
 
 
@@ -61,52 +61,60 @@ def _join_grad(grad: Tensor, z: Tensor, fusion: Tensor, angles: Tensor, scale: T
 
 
 @operator(f"branch({BRANCH_TENSORS}, {OTHERS}) -> Tensor", lambda z, *others: z.new_empty(z.shape))
-def _branch(z: Tensor, angles: Tensor, scale: Tensor | None, *others: Any) -> Tensor:
+def _branch(z: Tensor, w_q: Tensor, angles: Tensor, scale: Tensor | None, *others: Any) -> Tensor:
     joint = joint_of(*others)
     with torch_engine.exactly(z.device.type):
         if _on_kernel(z, joint):
-            return join_kernel.forward(_rows(z), *_whole(_identity(z, angles), angles, scale), _alone(joint)).view(z.shape)
-        return _Run(z, angles, scale, joint).values().to(z.dtype, copy=True).view(z.shape)
-
-
-@operator(
-    f"branch_grad(Tensor grad, {BRANCH_TENSORS}, {OTHERS}) -> (Tensor, Tensor, Tensor)",
-    lambda grad, z, angles, scale, *others: (z.new_empty(z.shape), torch.empty_like(angles), _like(scale, angles)),
-)
-def _branch_grad(grad: Tensor, z: Tensor, angles: Tensor, scale: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
-    joint = joint_of(*others)
-    with torch_engine.exactly(z.device.type):
-        if _on_kernel(z, joint):
-            fusion = _identity(z, angles)
-            found = join_kernel.backward(_rows(grad), _rows(z), *_whole(fusion, angles, scale), _alone(joint))
-            of_z, _, *of_branch = _returned(found, z, fusion, angles, scale)
-            return (of_z, *of_branch)
+            return join_kernel.forward(_rows(z), *_whole(_alone(w_q), angles, scale), replace(joint, product=False)).view(z.shape)
         run = _Run(z, angles, scale, joint)
-        _, of_z, *of_branch = run.gradients(grad.reshape(run.z.shape).to(run.z.dtype))
-        return (of_z.to(z.dtype).view(z.shape), *of_branch)
-
-
-@operator(f"fuse(Tensor z, Tensor q, Tensor fusion, {OTHERS}) -> Tensor", lambda z, *others: z.new_empty(z.shape))
-def _fuse(z: Tensor, q: Tensor, fusion: Tensor, *others: Any) -> Tensor:
-    with torch_engine.exactly(z.device.type):
-        flat, inner = (x.reshape(-1, x.shape[-1]).to(precise(fusion).dtype) for x in (z, q))
-        joint = joint_of(*others)
-        return fused(flat, inner, *_matrices(fusion, flat), joint.gain, joint.product).to(z.dtype).view(z.shape)
+        return (run.values() @ _matrix(w_q, run.z).T * joint.gain).to(z.dtype).view(z.shape)
 
 
 @operator(
-    f"fuse_grad(Tensor grad, Tensor z, Tensor q, Tensor fusion, {OTHERS}) -> (Tensor, Tensor, Tensor)",
-    lambda grad, z, q, fusion, *others: (z.new_empty(z.shape), q.new_empty(q.shape), torch.empty_like(fusion)),
+    f"branch_grad(Tensor grad, {BRANCH_TENSORS}, {OTHERS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _empty_grad,
 )
-def _fuse_grad(grad: Tensor, z: Tensor, q: Tensor, fusion: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _branch_grad(grad: Tensor, z: Tensor, w_q: Tensor, angles: Tensor, scale: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
+    joint = joint_of(*others)
     with torch_engine.exactly(z.device.type):
-        of_h, flat, inner = (x.reshape(-1, x.shape[-1]).to(precise(fusion).dtype) for x in (grad, z, q))
-        of_z, of_q, of_fusion = _fused_grad(of_h, flat, inner, fusion, joint_of(*others))
-        return of_z.to(z.dtype).view(z.shape), of_q.to(q.dtype).view(q.shape), of_fusion
+        if _on_kernel(z, joint):
+            fusion = _alone(w_q)
+            found = join_kernel.backward(_rows(grad), _rows(z), *_whole(fusion, angles, scale), replace(joint, product=False))
+            of_z, of_fusion, *of_branch = _returned(found, z, fusion, angles, scale)
+            return (of_z, of_fusion[w_q.numel() :], *of_branch)
+        run = _Run(z, angles, scale, joint)
+        grad, matrix = grad.reshape(run.z.shape).to(run.z.dtype), _matrix(w_q, run.z) * joint.gain
+        q, of_z, *of_branch = run.gradients(grad @ matrix)
+        of_w_q = _scaled(grad.T, q, joint.gain)
+        return (of_z.to(z.dtype).view(z.shape), of_w_q.flatten().to(w_q.dtype), *of_branch)
+
+
+@operator(f"fuse(Tensor z, Tensor path, Tensor w_c, {OTHERS}) -> Tensor", lambda z, *others: z.new_empty(z.shape))
+def _fuse(z: Tensor, path: Tensor, w_c: Tensor, *others: Any) -> Tensor:
+    with torch_engine.exactly(z.device.type):
+        flat, inner = (x.reshape(-1, x.shape[-1]).to(precise(w_c).dtype) for x in (z, path))
+        joint, matrix = joint_of(*others), _matrix(w_c, flat)
+        h = _scaled(flat, matrix.T, joint.gain) * inner if joint.product else torch.addmm(inner, flat, matrix.T, alpha=joint.gain)
+        return h.to(z.dtype).view(z.shape)
+
+
+@operator(
+    f"fuse_grad(Tensor grad, Tensor z, Tensor path, Tensor w_c, {OTHERS}) -> (Tensor, Tensor, Tensor)",
+    lambda grad, z, path, w_c, *others: (z.new_empty(z.shape), path.new_empty(path.shape), torch.empty_like(w_c)),
+)
+def _fuse_grad(grad: Tensor, z: Tensor, path: Tensor, w_c: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    with torch_engine.exactly(z.device.type):
+        of_h, flat, inner = (x.reshape(-1, x.shape[-1]).to(precise(w_c).dtype) for x in (grad, z, path))
+        joint, matrix = joint_of(*others), _matrix(w_c, flat)
+        of_path = of_h * _scaled(flat, matrix.T, joint.gain) if joint.product else of_h
+        of_h = of_h * inner if joint.product else of_h
+        of_z, of_w_c = _scaled(of_h, matrix, joint.gain), _scaled(of_h.T, flat, joint.gain)
+        of_path = of_path.to(path.dtype, copy=not joint.product)  # an operator may not return what it was given
+        return of_z.to(z.dtype).view(z.shape), of_path.view(path.shape), of_w_c.flatten().to(w_c.dtype)
 
 
 _run_join, _run_branch, _run_fuse = (
-    differentiable(*pair) for pair in ((_join, _join_grad, 4), (_branch, _branch_grad, 3), (_fuse, _fuse_grad, 3))
+    differentiable(*pair) for pair in ((_join, _join_grad, 4), (_branch, _branch_grad, 4), (_fuse, _fuse_grad, 3))
 )
 
 
@@ -129,15 +137,15 @@ def join(z: Tensor, fusion: Tensor, angles: Tensor, scale: Tensor | None, joint:
     return result
 
 
-def branch(z: Tensor, angles: Tensor, scale: Tensor | None, joint: Joint) -> Tensor:
-    """Return q (.., r), in z's dtype: the first half of `join`, where several have it in common."""
-    result: Tensor = _run_branch(z, angles, scale, *joint.arguments)
+def branch(z: Tensor, w_q: Tensor, angles: Tensor, scale: Tensor | None, joint: Joint) -> Tensor:
+    """Return W_Q q (.., r), in z's dtype: the half of `join` that several may have in common. For W_Q, flat (r r), see `join`."""
+    result: Tensor = _run_branch(z, w_q, angles, scale, *joint.arguments)
     return result
 
 
-def fuse(z: Tensor, q: Tensor, fusion: Tensor, joint: Joint) -> Tensor:
-    """Return h (.., r) of z and q, in z's dtype: the second half of `join`."""
-    result: Tensor = _run_fuse(z, q, fusion, *joint.arguments)
+def fuse(z: Tensor, path: Tensor, w_c: Tensor, joint: Joint) -> Tensor:
+    """Return h (.., r) of z and W_Q q, in z's dtype: the other half. For W_C, flat (r r), see `join`."""
+    result: Tensor = _run_fuse(z, path, w_c, *joint.arguments)
     return result
 
 
@@ -166,18 +174,23 @@ def _returned(found: tuple[Tensor | None, ...], z: Tensor, *parameters: Tensor |
 
 
 @lru_cache(maxsize=64)
-def _squares(rank: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    here: Any = {"dtype": dtype, "device": device}
-    return torch.stack([torch.zeros(rank, rank, **here), torch.eye(rank, **here)]).flatten()
+def _zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros(count, dtype=dtype, device=device)
 
 
-def _identity(z: Tensor, angles: Tensor) -> Tensor:
-    """Return W_C and W_Q with which, and with `_alone`, h is q."""
-    return _squares(z.shape[-1], precise(angles).dtype, z.device)
+def _alone(w_q: Tensor) -> Tensor:
+    """Return W_C and W_Q with which h is W_Q q."""
+    return torch.cat((_zeros(w_q.numel(), w_q.dtype, w_q.device), w_q))
 
 
-def _alone(joint: Joint) -> Joint:
-    return replace(joint, product=False, gain=1.0)
+def _matrix(flat: Tensor, z: Tensor) -> Tensor:
+    """Return W_C or W_Q, (r, r), as it is stored, in the dtype of z (tokens, r)."""
+    return flat.to(z.dtype).view(z.shape[1], z.shape[1])
+
+
+def _scaled(first: Tensor, second: Tensor, gain: float) -> Tensor:
+    """Return gain times a product of two matrices, in one launch."""
+    return torch.addmm(first.new_empty(1, 1), first, second, beta=0, alpha=gain)
 
 
 def _matrices(fusion: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:

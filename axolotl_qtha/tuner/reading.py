@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Found = tuple[Tensor, Tensor | None]  # z and, with a branch, q
+Found = tuple[Tensor, Tensor | None]  # z and, with a branch, W_Q q
 
 
 class Reading:
@@ -38,7 +38,7 @@ class Reading:
         self._left = set[int]()
 
     def of(self, adapter: nn.Module, x: Tensor, compute: Callable[[], Found]) -> Found:
-        """Return z and q of x (.., d) for one of the adapters."""
+        """Return z and W_Q q of x (.., d) for one of the adapters."""
         if torch.compiler.is_compiling():
             return compute()
         key = (0 if x.is_inference() else x._version, torch.is_grad_enabled())

@@ -2,19 +2,21 @@
 
 Two ways, which go together:
 
-* `layers: n`: the same module of n neighbouring layers of the transformer has one A and one B; each layer keeps its r x r
-  matrices and its angles.
-* `inputs: true`: modules that read the same input (q, k, v; gate, up) have one A, one z, and one circuit with its angles, which
-  runs once for all of them; each keeps its r x r matrices and B.
+* `layers: n`: the same module of n neighbouring layers of the transformer has one A and B, one W_Q, and one circuit's angles;
+  each keeps its W_C, and runs the circuit by itself.
+* `inputs: true`: modules that read the same input (q, k, v; gate, up) have one A, one z, and one circuit with its angles and W_Q,
+  which runs once for all of them; each keeps its W_C and B.
 """
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..errors import refusal, unknown_keys
 
@@ -30,6 +32,7 @@ SAME_INPUT = (
 )
 # Of attention to another sequence: q reads one input, k and v another.
 CROSS = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)
+ROUNDING = 1e-9  # 10 / (10 / 3) is not quite 3
 QUERIES = ("q_proj", "query", "q_lin", "q")
 
 
@@ -38,17 +41,27 @@ class Share(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    layers: Annotated[int, Field(strict=True, ge=1)] | Literal["auto"] = Field(
+    layers: Annotated[float, Field(strict=True, ge=1)] | Literal["auto"] = Field(
         default=1,
-        description="How many neighbouring layers of the transformer have one A and one B for the same module, each with its own "
-        "r x r matrices and angles. Counted among the adapted layers; the last group may be smaller. `auto`, with full "
-        "matrices (`mpo: none`): as few as keep to param_budget.",
+        description="How many neighbouring layers of the transformer have one A and B, one W_Q, and one circuit's angles for the "
+        "same module, each with its own W_C; on average, so that 2.5 are groups of 3 and 2. Counted among the adapted layers; "
+        "the last group may be smaller. `auto`, with full matrices (`mpo: none`): as few as keep to param_budget.",
     )
     inputs: bool = Field(
         default=False,
         strict=True,
         description="Whether modules that read the same input (q, k, v; gate, up) have one A and one circuit, which runs once.",
     )
+
+    @field_validator("layers")
+    @classmethod
+    def _whole(cls, layers: float | str) -> float | str:
+        return int(layers) if isinstance(layers, float) and layers.is_integer() else layers
+
+    @classmethod
+    def in_groups(cls, count: int, layers: int, inputs: bool) -> Share:
+        """Return what makes `count` groups, as even as can be, of so many layers."""
+        return cls(layers=layers / count, inputs=inputs)
 
     @model_validator(mode="before")
     @classmethod
@@ -60,8 +73,8 @@ class Share(BaseModel):
             raise refusal(f"share.{key}", value, "is not a key of the `share:` block", works)
         if isinstance(data, dict):
             layers, inputs = data.get("layers", 1), data.get("inputs", False)
-            if layers != "auto" and (type(layers) is not int or layers < 1):
-                why = "is not a positive whole number, nor `auto`"
+            if layers != "auto" and (type(layers) not in (int, float) or not 1 <= layers < math.inf):
+                why = "is no number from 1 on, nor `auto`"
                 raise refusal("share.layers", layers, why, "`share: {layers: 4}`")
             if type(inputs) is not bool:
                 raise refusal("share.inputs", inputs, "is neither true nor false", "`share: {inputs: true}`")
@@ -91,7 +104,8 @@ class Owned(NamedTuple):
 
     a: bool = True
     b: bool = True
-    branch: bool = True  # angles and scale
+    branch: bool = True  # angles, scale, W_Q
+    runs: bool = True  # its z and circuit, unlike those of a module before it that reads its input
 
 
 ALL = Owned()
@@ -116,7 +130,7 @@ class Owners(NamedTuple):
 
     def owned(self, name: str) -> Owned:
         """Return what the layer of this name has of its own."""
-        return Owned(self.a == name, self.b == name, self.branch == name)
+        return Owned(self.a == name, self.b == name, self.branch == name, self.together == name)
 
 
 def owners(share: Share, sizes: Mapping[str, tuple[int, int] | LayerSize]) -> dict[str, Owners]:
@@ -137,10 +151,10 @@ def owners(share: Share, sizes: Mapping[str, tuple[int, int] | LayerSize]) -> di
         parent, _, leaf = name.rpartition(".")
         kind = _kind(parent, leaf) if share.inputs else None
         together[name] = name if kind is None else firsts.setdefault((parent, kind, inputs, rank), name)
-    found: dict[str, Owners] = {}
+    alike: dict[str, str] = {}  # the first of a layer's group
     for same in groups(sizes).values():
         for place, name in enumerate(same):
-            first = same[place - place % share.layers]
+            first = same[_first(place, share.layers)]
             if layers[first].rank != layers[name].rank:
                 raise refusal(
                     "share",
@@ -155,7 +169,12 @@ def owners(share: Share, sizes: Mapping[str, tuple[int, int] | LayerSize]) -> di
                     f"would share the tensors of {first} and {name}, whose sizes are {layers[first][:2]} and {layers[name][:2]}",
                     "`layers_to_transform` with layers of one size, target_modules of one size, or no `layers:`",
                 )
-            found[name] = Owners(first, first, together[name], together[name])
+            alike[name] = first
+    found: dict[str, Owners] = {}
+    for name, first in together.items():
+        before = alike[name] if first == name else first
+        a, branch = (name, name) if before == name else (found[before].a, found[before].branch)
+        found[name] = Owners(a, alike[name], branch, first)
     if all(own.owned(name) == ALL for name, own in found.items()):
         raise refusal(
             "share",
@@ -164,18 +183,17 @@ def owners(share: Share, sizes: Mapping[str, tuple[int, int] | LayerSize]) -> di
             "(`layers`), or reads the input of another (`inputs`: q, k, v; gate, up)",
             "further `target_modules` or `layers_to_transform`, or no `share:`",
         )
-    return {name: own._replace(a=found[own.together].a) for name, own in found.items()}
+    return found
 
 
-def read_together(first: str, second: str) -> bool:
-    """Return whether two modules read the same input, as far as their names tell.
+def _first(place: int, layers: float) -> int:
+    """Return the place of the first layer of the group in which the layer at a place is.
 
-    >>> read_together("layers.0.q_proj", "layers.0.v_proj"), read_together("layers.0.q_proj", "layers.1.q_proj")
-    (True, False)
+    >>> [_first(place, 2.5) for place in range(8)], [_first(place, 10 / 3) for place in range(10)]
+    ([0, 0, 0, 3, 3, 5, 5, 5], [0, 0, 0, 0, 4, 4, 4, 7, 7, 7])
     """
-    (parent, _, leaf), (other, _, other_leaf) = first.rpartition("."), second.rpartition(".")
-    kind = _kind(parent, leaf)
-    return parent == other and kind is not None and kind == _kind(other, other_leaf)
+    group = math.floor(place / layers + ROUNDING)
+    return math.ceil(group * layers - ROUNDING)
 
 
 def owned(share: Share, sizes: Mapping[str, LayerSize]) -> dict[str, LayerSize]:
@@ -196,16 +214,18 @@ def in_words(share: Share | None, names: Iterable[str]) -> str:
     """Return what the layers of these names share; "" for nothing.
 
     >>> in_words(Share(layers=4), [f"layers.{k}.mlp.up_proj" for k in range(10)])
-    'A and B shared by 4 neighbouring layers (the last group: 2)'
+    'A, B and circuits shared by 4 or 2 neighbouring layers'
     """
     if not share:
         return ""
     words = []
     assert share.layers != "auto"
     if share.layers > 1:
-        last = {count for same in groups(names).values() if (count := len(same) % share.layers)}
-        rest = f" (the last group: {', '.join(map(str, sorted(last)))})" if last else ""
-        words.append(f"A and B shared by {share.layers} neighbouring layers{rest}")
+        of_groups = {
+            n for same in groups(names).values() for n in Counter(_first(k, share.layers) for k in range(len(same))).values()
+        }
+        counts = " or ".join(map(str, sorted(of_groups, reverse=True)))
+        words.append(f"A, B and circuits shared by {counts} neighbouring layers")
     if share.inputs:
         words.append("A and circuits shared by modules that read the same input")
     return "; ".join(words)

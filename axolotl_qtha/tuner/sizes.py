@@ -50,7 +50,7 @@ class AdapterShape:
             }
         parts["w_c"] = r * r
         if self.has_branch:
-            parts["w_q"] = r * r
+            parts["w_q"] = own.branch * r * r
         if self.trains_branch:
             parts["branch"] = own.branch * math.prod(self.branch_table)
         if self.learns_scale:

@@ -35,22 +35,23 @@ def auto(inputs=True, **settings):
 @pytest.mark.parametrize("inputs", [False, True])
 @pytest.mark.parametrize("budget", [None, 0.5, 0.12])
 @pytest.mark.parametrize("quantum", ["none", "qtha"])
-def test_one_layer_fewer_in_a_group_is_above_the_budget(quantum, budget, inputs):
+def test_one_group_more_is_above_the_budget(quantum, budget, inputs):
     settings = auto(inputs, quantum=quantum, param_budget=budget)
     limit = (budget or 0.24) * count_lora_parameters(8, SIZES.values())
     share = fitted(settings, SIZES)
     assert count_parameters(settings, owned(share, SIZES).values()) <= limit
     assert share.inputs is inputs
-    smaller = Share(layers=share.layers - 1, inputs=inputs)
-    assert count_parameters(settings, owned(smaller, SIZES).values()) > limit
+    more = Share.in_groups(round(30 / share.layers) + 1, 30, inputs)
+    assert count_parameters(settings, owned(more, SIZES).values()) > limit
 
 
 def test_counts_of_smollm2_by_hand():
-    """A of q, k, v and of gate, up are one; a group of four of the 30 layers is one of eight."""
+    """A of q, k, v and of gate, up are one; the 30 layers are in eight groups. W_Q and the angles go with A."""
     share = fitted(auto(quantum="none"), SIZES)
-    assert share == Share(layers=4, inputs=True)
+    assert share == Share(layers=30 / 8, inputs=True) == fitted(auto(), SIZES)
     a, b = 8 * (576 + 576 + 576 + 1536), 8 * (576 + 192 + 192 + 576 + 1536 + 1536 + 576)
     assert count_parameters(auto(quantum="none"), owned(share, SIZES).values()) == 8 * (a + b) + 210 * 64 == 554_112
+    assert count_parameters(auto(), owned(share, SIZES).values()) == 554_112 + 8 * 4 * (64 + 64)
 
 
 def test_without_one_that_was_asked_for_all_layers_share_where_nothing_is_small_enough():
@@ -63,8 +64,7 @@ def test_without_one_that_was_asked_for_all_layers_share_where_nothing_is_small_
 def test_a_model_has_and_saves_the_number(tmp_path):
     model = train(adapted(llama(5), **vars_of(param_budget=0.6)))
     layers = model.peft_config["default"].share.layers
-    assert type(layers) is int
-    assert layers > 1
+    assert layers == 5 / 3
     made = sum(tensor.numel() for tensor in trainable(model).values())
     assert made == count_parameters(model.peft_config["default"], adapted_sizes(model))
     assert made <= 0.6 * count_lora_parameters(4, adapted_sizes(model))
@@ -83,10 +83,10 @@ def settled(sizes=SIZES, **settings):
 
 
 @pytest.mark.parametrize(
-    ("settings", "layers"), [({}, 4), ({"quantum": "none"}, 4), ({"param_budget": 0.5}, 2), ({"rank": 32}, 5)]
+    ("settings", "count"), [({}, 8), ({"quantum": "none"}, 8), ({"param_budget": 0.5}, 17), ({"rank": 32}, 7)]
 )
-def test_a_form_that_is_left_open_is_full_matrices_that_layers_share(settings, layers):
-    share = Share(layers=layers, inputs=True)
+def test_a_form_that_is_left_open_is_full_matrices_that_layers_share(settings, count):
+    share = Share.in_groups(count, 30, inputs=True)
     assert settled(**settings) == ("none", share)
     assert fitted(auto(**settings), SIZES) == share  # as where it was asked for
 
@@ -149,9 +149,9 @@ def test_tensor_networks_have_their_bond_from_the_budget():
         QTHAConfig(share={"layers": "auto"}, mpo="tt")
 
 
-@pytest.mark.parametrize("layers", [0, "all", 2.0, True])
+@pytest.mark.parametrize("layers", [0, "all", True])
 def test_no_number(layers):
-    with pytest.raises(ValueError, match=r"qtha\.share\.layers: .* not a positive whole number, nor `auto`"):
+    with pytest.raises(ValueError, match=r"qtha\.share\.layers: .* is no number from 1 on, nor `auto`"):
         Share.model_validate({"layers": layers})
 
 

@@ -89,14 +89,17 @@ def test_which_tensors_are_one():
     model = adapted(llama(5), share={"layers": 2})
     layers = [adapters(model)[f"model.layers.{k}.mlp.up_proj"] for k in range(5)]
     assert [layers.index(next(o for o in layers if o.cores is a.cores)) for a in layers] == [0, 0, 2, 2, 4]
-    assert len({id(a.fusion) for a in layers}) == len({id(a.angles) for a in layers}) == 5
+    assert [layers.index(next(o for o in layers if o.angles is a.angles)) for a in layers] == [0, 0, 2, 2, 4]
+    assert len({id(a.fusion) for a in layers}) == 5
+    assert all((a.w_q is b.w_q) == (a.angles is b.angles) for a in layers for b in layers)
     model = adapted(llama(5), share={"layers": 2, "inputs": True}, angle_scale="learned")
     q, k, v, o = (adapters(model)[f"model.layers.1.self_attn.{name}_proj"] for name in "qkvo")
     before = adapters(model)["model.layers.0.self_attn.k_proj"]
     assert q.cores_a is k.cores_a is v.cores_a is before.cores_a is not o.cores_a
     assert k.cores_b is before.cores_b
     assert len({id(x.cores_b) for x in (q, k, v, o)}) == len({id(x.fusion) for x in (q, k, v, o)}) == 4
-    assert q.angles is k.angles is v.angles is not before.angles
+    assert q.angles is k.angles is v.angles is before.angles is not o.angles
+    assert q.w_q is v.w_q is before.w_q is not o.w_q
     assert q.scale is k.scale is not o.scale
 
 
@@ -105,7 +108,7 @@ def test_of_cross_attention_the_query_reads_another_input():
     found = owners(Share(inputs=True), sizes)
     q, k, v = sizes
     assert (found[q].a, found[k].a, found[v].a) == (q, k, k)
-    assert found[v].owned(v) == Owned(a=False, b=True, branch=False)
+    assert found[v].owned(v) == Owned(a=False, b=True, branch=False, runs=False)
 
 
 @pytest.mark.parametrize("share", SHARES, ids=str)
@@ -315,9 +318,12 @@ class Uneven(nn.Module):
 @pytest.mark.parametrize(
     ("share", "message"),
     [
-        ({"layers": 0}, r"qtha\.share\.layers: 0 is not a positive whole number, nor `auto`.*What works: `share: \{layers: 4\}`"),
+        ({"layers": 0}, r"qtha\.share\.layers: 0 is no number from 1 on, nor `auto`.*What works: `share: \{layers: 4\}`"),
         ({"layers": True}, r"qtha\.share\.layers: True"),
-        ({"layers": 2.5}, r"qtha\.share\.layers: 2\.5"),
+        ({"layers": 0.5}, r"qtha\.share\.layers: 0\.5"),
+        ({"layers": math.inf}, r"qtha\.share\.layers: inf"),
+        ({"layers": math.nan}, r"qtha\.share\.layers: nan"),
+        ({"layers": "4"}, r"qtha\.share\.layers: '4'"),
         ({"inputs": "yes"}, r"qtha\.share\.inputs: 'yes' is neither true nor false"),
         ({"layer": 2}, r"qtha\.share\.layer: \(int, value not shown\) is not a key of the `share:` block. What works: `layers`"),
         (4, r"qtha\.share: 4 does not say what is shared.*layers: 4"),
@@ -333,6 +339,29 @@ def test_what_cannot_be_shared_is_refused():
         config(share={"layers": 2}, init="tt_svd")
     with pytest.raises(ValueError, match=r"layers\.0\.proj and layers\.1\.proj, whose sizes are \(8, 8\) and \(8, 12\)"):
         inject_adapter_in_model(config(share={"layers": 2}, target_modules=["proj"]), Uneven())
+
+
+def test_groups_that_differ_by_a_layer():
+    model = adapted(llama(5), share={"layers": 2.5})
+    layers = [adapters(model)[f"model.layers.{k}.mlp.up_proj"] for k in range(5)]
+    assert [layers.index(next(o for o in layers if o.cores is a.cores)) for a in layers] == [0, 0, 0, 3, 3]
+    assert Share(layers=2.0) == Share(layers=2)
+    for count in range(1, 81):  # whatever the rounding of the quotient
+        sizes = {f"layers.{k}.up_proj": (8, 8) for k in range(80)}
+        firsts = [own.a for own in owners(Share.in_groups(count, 80, inputs=True), sizes).values()] if count < 80 else list(sizes)
+        members = [firsts.count(first) for first in dict.fromkeys(firsts)]
+        assert len(members) == count
+        assert max(members) - min(members) <= 1
+        assert firsts == sorted(firsts, key=lambda name: int(name.split(".")[1]))
+
+
+def test_modules_of_some_layers_only():
+    """A module whose group begins in a layer where another reads first."""
+    names = ["layers.0.q_proj", "layers.0.k_proj", "layers.1.k_proj", "layers.2.q_proj", "layers.2.k_proj"]
+    found = owners(Share(layers=3, inputs=True), dict.fromkeys(names, (8, 8)))
+    assert {own.a for own in found.values()} == {own.branch for own in found.values()} == {"layers.0.q_proj"}
+    assert [own.together for own in found.values()] == [names[0], names[0], names[2], names[3], names[3]]
+    assert [own.b for own in found.values()] == [names[0], names[1], names[1], names[0], names[1]]
 
 
 def test_a_group_that_is_not_full_and_layers_that_are_left_out():

@@ -26,7 +26,7 @@ def default_dtype(dtype):
 
 def fresh():
     """Forget what was computed under other defaults."""
-    for cached in (program.tables, triton_kernel._constants, triton_kernel.plan, join._squares):
+    for cached in (program.tables, triton_kernel._constants, triton_kernel.plan, join._zeros):
         cached.cache_clear()
 
 
@@ -64,7 +64,7 @@ def test_the_tables_of_circuits_are_made_where_they_are_asked_for():
         made = program.tables(Ansatz(4, 2), torch.device("cpu"), torch.float32)
         tensors = [made.signs, *made.phases.values(), *made.generators]
         tensors.append(triton_kernel._constants(Ansatz(4, 2), torch.device("cpu"), torch.float32).select)
-        tensors.append(join._squares(4, torch.float32, torch.device("cpu")))
+        tensors.append(join._zeros(4, torch.float32, torch.device("cpu")))
         assert triton_kernel.plan(Ansatz(4, 2), torch.device("cpu")).device.type == "cpu"
     fresh()
     assert {(tensor.device.type, tensor.dtype) for tensor in tensors} == {("cpu", torch.float32)}
