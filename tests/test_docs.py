@@ -122,7 +122,7 @@ def test_table_of_parameters(model):
     ours, lora = count_parameters(config, owned(config.share, sizes).values()), count_lora_parameters(8, sizes.values())
     networks = resolve(QTHAConfig(rank=8, mpo="tt"), list(sizes.values()))
     theirs = f"{count_parameters(networks, sizes.values()):,} | {networks.bond_dim} |"
-    row = f"| {model} | {lora:,} | {ours:,} | {1 - ours / lora:.1%} | {config.share.layers} | {theirs}"
+    row = f"| {model} | {lora:,} | {ours:,} | {1 - ours / lora:.1%} | {layers / config.share.layers:.0f} of {layers} | {theirs}"
     assert row in README
     assert ours <= 0.24 * lora
 

@@ -266,7 +266,7 @@ def test_how_many_layers_share_is_planned(tmp_path, capsys):
     keys = {"rank": 4, "mpo": "none", "quantum": "none", "share": {"layers": "auto", "inputs": True}, "param_budget": 0.5}
     plan = make_plan(run_on(tmp_path, config, qtha=keys), [])
     assert plan.parameters == sum(target.total for target in plan.targets) <= 0.5 * plan.lora_parameters
-    assert re.match(r"A and B shared by \d neighbouring layers", plan.shared)
+    assert re.match(r"A, B and circuits shared by \d neighbouring layers", plan.shared)
 
 
 def test_a_model_that_cannot_run_without_weights_is_planned_without_memory(tmp_path):
@@ -305,8 +305,11 @@ def test_no_configuration_of_ours(tmp_path, text):
 @pytest.mark.parametrize(
     ("share", "words"),
     [
-        ({"layers": 3}, "A and B shared by 3 neighbouring layers (the last group: 1)"),
-        ({"layers": 2, "inputs": True}, "A and B shared by 2 neighbouring layers; A and circuits shared by modules that read"),
+        ({"layers": 3}, "A, B and circuits shared by 3 or 1 neighbouring layers"),
+        (
+            {"layers": 2, "inputs": True},
+            "A, B and circuits shared by 2 neighbouring layers; A and circuits shared by modules",
+        ),
     ],
     ids=str,
 )

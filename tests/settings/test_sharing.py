@@ -69,7 +69,7 @@ def test_fsdp2_shares_no_tensor_of_several_blocks():
 @pytest.mark.parametrize(
     ("share", "message"),
     [
-        ({"layers": 0}, r"qtha\.share\.layers: 0 is not a positive whole number"),
+        ({"layers": 0}, r"qtha\.share\.layers: 0 is no number from 1 on"),
         ({"layer": 2}, r"qtha\.share\.layer: \(int, value not shown\) is not a key of the `share:` block. What works: `layers`"),
         ("layers", r"qtha\.share: 'layers' does not say what is shared"),
     ],
