@@ -55,7 +55,7 @@ def fitted(config: QTHAConfig, sizes: Mapping[str, LayerSize]) -> Share:
     """
     assert config.share is not None
     lora = count_lora_parameters(config.rank, sizes.values())
-    most = max(len(same) for same in groups(sizes).values())
+    most = max(2, *(len(same) for same in groups(sizes).values()))
     for count in range(most if config.share.inputs else most - 1, 0, -1):
         share = Share.in_groups(count, most, config.share.inputs)
         total = count_parameters(config, owned(share, sizes).values())

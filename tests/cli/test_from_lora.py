@@ -30,7 +30,7 @@ def test_it_writes_beside_and_ends_with_the_plans_two_lines(path):
     assert "lora_r -> rank" in done.output
     assert "lora_mlp_kernel, lora_o_kernel, lora_qkv_kernel: left out; LoRA's own kernels" in done.output
     *_, parameters, memory = done.output.strip().splitlines()
-    assert parameters.startswith("rank 4, bond_dim ")
+    assert parameters.startswith("rank 4, full matrices, A, B and circuits shared by 4 neighbouring layers")
     assert "fewer trainable parameters than LoRA of rank 4" in parameters
     assert "On one it would take about" in memory or "Fits" in memory
     assert checked(yaml.safe_load(new(path).read_text()))[1] == ""

@@ -23,6 +23,7 @@ def test_a_share_that_shares_nothing_is_refused():
     settings = [
         ({"inputs": True}, {"target_modules": ["q_proj", "o_proj"]}),
         ({"layers": 2}, {"layers_to_transform": [2]}),
+        ({"layers": "auto"}, {"layers_to_transform": [2], "mpo": "none", "bond_dim": None, "mid_dim": None}),
     ]
     for share, others in settings:
         with pytest.raises(ValueError, match=r"qtha.share: .* finds no layers that could share.*What works: .*or no `share:`"):

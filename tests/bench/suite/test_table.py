@@ -93,7 +93,7 @@ def test_one_seed_claims_no_interval(tmp_path):
     text = text_of(execution)
     assert "±" not in text.split("##", 1)[1]
     assert "less LoRA's **met**: -0.500\n" in text
-    assert "against mpo-only (QTHA without a circuit; 17,664 parameters): one seed: no interval." in text
+    assert "against mpo-only (QTHA without a circuit; 17,408 parameters): one seed: no interval." in text
 
 
 def test_lora_of_the_size_of_each_budget(tmp_path):

@@ -68,7 +68,7 @@ def test_a_row_for_each_run_and_figure(execution, written):
     assert found["lora", 0.02, 3, "train_time"]["unit"] == "seconds"
     assert (found["lora", 0.02, 3, "bleu4"]["value"], found["lora", 0.02, 3, "bleu4"]["budget"]) == ("0.5", "")
     sizes = {row["adapter"]: (int(row["parameters"]), row["budget"]) for row in rows}
-    assert sizes == {"lora": (74752, ""), "qtha": (16000, "0.24")}
+    assert sizes == {"lora": (74752, ""), "qtha": (17920, "0.24")}
     kept = {row["predictions"] for row in rows}
     assert kept == {"", f"predictions/{first(execution).name}.jsonl"}
     assert json.loads((written / max(kept)).read_text()) == {"answer": "größer", "rouge1": None}
@@ -100,7 +100,7 @@ def test_the_pairs(execution):
     write(execution)
     (pair,) = read(execution.folder / tidy.PAIRS)
     assert (pair["adapter"], pair["other"], pair["seeds"], pair["margin"]) == ("qtha", "lora", "3", "")
-    assert (int(pair["parameters"]), int(pair["other_parameters"])) == (16000, 74752)
+    assert (int(pair["parameters"]), int(pair["other_parameters"])) == (17920, 74752)
     assert float(pair["difference"]) == pytest.approx((0.01 + 0.1 + 0.05) / 3)
     assert pair["p"] == pair["p_holm"]  # the only one
     assert pair["verdict"] == "not told apart (the interval includes zero)"
