@@ -79,7 +79,7 @@ def test_figures_and_verdicts(execution):
     assert (
         "validation loss -0.300 ± 0.000 (p < 0.001, after Holm's correction < 0.001); the trained circuit **lowers** it." in text
     )
-    assert "against product (QTHA with a trained circuit without entangling gates; 17,200 parameters)" in text
+    assert "against product (QTHA with a trained circuit without entangling gates; 17,792 parameters)" in text
     assert row(text, "qtha, r 8, 0.24 - product").endswith("| 1.000 | 1.000 | not told apart (the interval includes zero) |")
     assert "no difference (" not in text
     assert "Of 4 such intervals 0.2 would exclude zero by chance" in text
