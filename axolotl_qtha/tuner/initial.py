@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import QTHAConfig
 from .mpo import decompose
@@ -54,6 +54,8 @@ def values(
     r = shape.rank
     for name in ("w_c", "w_q") if shape.has_branch else ("w_c",):  # kaiming_uniform_, as the authors
         found[name] = (2 * torch.rand(r, r, generator=generator, **here) - 1) * math.sqrt(6 / r)
+    if config.share:  # what a layer has for itself: it trains faster, and more evenly over seeds, where it stretches no direction
+        nn.init.orthogonal_(found["w_c"], math.sqrt(2), generator=generator)
     if shape.has_branch and config.branch_init != "kaiming" and config.quantum != "qwthn":
         # drawn all the same, so that what comes after is too
         found["w_q"].zero_()

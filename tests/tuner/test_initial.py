@@ -57,6 +57,15 @@ def test_the_default_is_a_whole_turn_bit_for_bit():
     assert QTHAConfig().init_angles == math.pi
 
 
+def test_w_c_of_layers_that_share_is_orthogonal():
+    """To float32's rounding; of the authors' variance, 2 / r. Each layer draws its own."""
+    found = drawn(share={"layers": 2})["w_c"]
+    assert torch.allclose(found @ found.T, 2 * torch.eye(4), atol=1e-5)
+    assert not torch.equal(found, drawn(seed=8, share={"layers": 2})["w_c"])
+    alone = drawn()["w_c"]
+    assert not torch.allclose(alone @ alone.T, 2 * torch.eye(4), atol=0.1)
+
+
 @pytest.mark.parametrize("quantum", ["qtha", "frozen", "product", "silu"])
 def test_a_branch_that_starts_at_zero(quantum):
     """Only W_Q differs; it gets a gradient from the first step that moves B, and with it the branch."""
