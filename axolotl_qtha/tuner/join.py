@@ -67,7 +67,7 @@ def _branch(z: Tensor, w_q: Tensor, angles: Tensor, scale: Tensor | None, *other
         if _on_kernel(z, joint):
             return join_kernel.forward(_rows(z), *_whole(_alone(w_q), angles, scale), replace(joint, product=False)).view(z.shape)
         run = _Run(z, angles, scale, joint)
-        return (run.values() @ _matrix(w_q, run.z).T * joint.gain).to(z.dtype).view(z.shape)
+        return _scaled(run.values(), _matrix(w_q, run.z).T, joint.gain).to(z.dtype).view(z.shape)
 
 
 @operator(
