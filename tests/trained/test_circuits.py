@@ -11,7 +11,7 @@ from qiskit import qpy
 from qiskit.quantum_info import Statevector
 
 from axolotl_qtha.cli.circuit import draw
-from axolotl_qtha.trained.circuits import trained_circuit
+from axolotl_qtha.trained.circuits import trained_angles, trained_circuit
 
 from ..circuit.reference import z_expectations
 from ..e2e.commands import write_config
@@ -58,6 +58,18 @@ def test_it_is_that_of_the_loaded_adapter(tmp_path, settings):
             with torch.no_grad():
                 q = module.double().bottleneck().branch(z)
             assert np.abs(found - q[block * n : (block + 1) * n].numpy()).max() < EXACT
+
+
+@pytest.mark.parametrize("share", [{"layers": 2}, {"layers": 3, "inputs": True}], ids=str)
+def test_each_layer_has_the_angles_that_it_shares(tmp_path, share):
+    """With more than ten layers, whose names in order of their letters are not those in order of their numbers."""
+    model = adapted(llama(12), share=share, circuit_layers=1)
+    with torch.no_grad():
+        for number, angles in enumerate({id(own.angles): own.angles for own in adapters(model).values()}.values()):
+            angles.fill_(number / 50)
+    model.save_pretrained(tmp_path)
+    for name, module in adapters(model).items():
+        assert torch.equal(trained_angles(tmp_path, name)[2], module.effective("angles").double()), name
 
 
 def test_names(tmp_path):
