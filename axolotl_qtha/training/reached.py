@@ -4,9 +4,9 @@ Some models read the weight of a layer and multiply by themselves, so that the l
 known to are refused (`tuner/uncalled.py`); this finds the others, in code from the Hub, say, or in a kernel that takes over.
 
 An adapter is reached if the backward pass of one of the step's micro-batches computes a gradient for it, be it zero. That is
-seen by a hook on each of its tensors, which PyTorch runs outside the compiled or recomputed forward pass, and before DeepSpeed
-or an optimiser takes the gradient away; FSDP2, which computes it for other tensors, leaves it at the adapter's. The hooks go with
-the first step.
+seen by a hook on its W_C, which it shares with no other. PyTorch runs it outside the compiled or recomputed forward pass, and
+before DeepSpeed or an optimiser takes the gradient away; FSDP2, which computes it for other tensors, leaves it at the adapter's.
+The hooks go with the first step.
 """
 
 from __future__ import annotations
@@ -44,10 +44,9 @@ class Reached(TrainerCallback):
         """Hook the adapters that are trained, once."""
         if self._adapters is not None or model is None:
             return
-        self._adapters = dict(active_adapters(model))
+        self._adapters = {name: adapter for name, adapter in active_adapters(model) if adapter.fusion.requires_grad}
         for adapter in self._adapters.values():
-            for tensor in adapter.trained().values():
-                self._hooks.append(tensor.register_hook(partial(self._note, id(adapter))))
+            self._hooks.append(adapter.fusion.register_hook(partial(self._note, id(adapter))))
 
     def _note(self, adapter: int, _: Tensor) -> None:
         self._reached.add(adapter)
@@ -59,14 +58,14 @@ class Reached(TrainerCallback):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        adapters = {name: adapter for name, adapter in (self._adapters or {}).items() if adapter.trained()}
+        adapters = self._adapters or {}
         missed = [name for name, adapter in adapters.items() if not self._is_reached(adapter) and not EXPERT.search(name)]
         if missed:
             LOG.warning(warning(missed, len(adapters)))
         self._adapters, self._reached = {}, set()
 
     def _is_reached(self, adapter: QTHAAdapter) -> bool:
-        return id(adapter) in self._reached or any(tensor.grad is not None for tensor in adapter.trained().values())
+        return id(adapter) in self._reached or adapter.fusion.grad is not None
 
 
 def warning(missed: list[str], of: int) -> str:

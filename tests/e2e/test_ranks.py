@@ -32,6 +32,23 @@ def single(folder):
 
 
 @pytest.fixture(scope="module")
+def alone(folder, single):
+    """The training on one process in the form that it has with each way to share it: with FSDP2 layers share nothing."""
+    done = {}
+
+    def get(strategy):
+        if strategy != "fsdp2":
+            return single
+        if not done:
+            config = config_for(folder / "single-tt", None, qtha={"mpo": "tt"})
+            train_here(config)
+            done["tt"] = output(config)
+        return done["tt"]
+
+    return get
+
+
+@pytest.fixture(scope="module")
 def shared(folder, servers):
     """Output folders of runs on two ranks, each of which runs once."""
     done = {}
@@ -51,8 +68,8 @@ def shared(folder, servers):
 
 
 @pytest.mark.parametrize("strategy", SHARED)
-def test_losses_and_gradient_norms_follow_one_process(strategy, shared, single):
-    assert_follows(history(shared(strategy)), history(single))
+def test_losses_and_gradient_norms_follow_one_process(strategy, shared, alone):
+    assert_follows(history(shared(strategy)), history(alone(strategy)))
 
 
 @pytest.mark.parametrize("strategy", SHARED)
@@ -63,19 +80,19 @@ def test_every_rank_started_from_the_same_adapter(strategy, shared):
 
 
 @pytest.mark.parametrize("strategy", SHARED)
-def test_the_card_tells_of_one_process_training_the_same(strategy, shared, single):
+def test_the_card_tells_of_one_process_training_the_same(strategy, shared, alone):
     rows = [
         {line for line in (folder / "README.md").read_text().splitlines() if line.startswith("|") and "loss" not in line}
-        for folder in (shared(strategy), single)
+        for folder in (shared(strategy), alone(strategy))
     ]
     assert rows[0] == rows[1]  # sequences per step, parameters and steps among them
     assert any(row.startswith("| sequences per step |") for row in rows[0])
 
 
 @pytest.mark.parametrize("strategy", SHARED)
-def test_the_saved_adapter_is_whole_and_gives_the_logits_of_the_model_in_memory(strategy, shared, single):
+def test_the_saved_adapter_is_whole_and_gives_the_logits_of_the_model_in_memory(strategy, shared, alone):
     out = shared(strategy)
-    saved, reference = load_file(out / ADAPTER), load_file(single / ADAPTER)
+    saved, reference = load_file(out / ADAPTER), load_file(alone(strategy) / ADAPTER)
     assert {name: tensor.shape for name, tensor in saved.items()} == {name: tensor.shape for name, tensor in reference.items()}
     in_memory = logits_in_memory(out)
     assert len(in_memory) == 2
@@ -115,7 +132,7 @@ FOUR_BIT |= {"sample_packing": True, "pad_to_sequence_len": True, "max_steps": 3
 def test_four_bit_base(folder, servers):
     runs = {}
     for strategy in ("ddp", "zero2", "zero3", "fsdp2"):
-        config = config_for(folder / f"{strategy}-4bit", strategy, **FOUR_BIT)
+        config = config_for(folder / f"{strategy}-4bit", strategy, qtha={"mpo": "tt"}, **FOUR_BIT)
         servers.train(config, strategy)
         runs[strategy] = out = output(config)
         assert json.loads((out / "rank-0.json").read_text())["quantised"] == 28

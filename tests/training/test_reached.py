@@ -98,6 +98,14 @@ def test_tensors_of_a_layer_that_is_reached_do_not_speak_for_another(tmp_path, s
     assert warnings[0].startswith(NAMED)
 
 
+def test_nor_for_the_one_that_has_them(tmp_path):
+    """The first layer's tensors get their gradient by way of the second."""
+    model = llama()
+    model.model.layers[0].mlp = Mlp(model.model.layers[0].mlp, WAYS["left out"])
+    warnings, _ = run(tmp_path, adapted(model, share={"layers": 2, "inputs": True}))
+    assert warnings[0].startswith("1 of 14 adapters were not reached by the first step, on model.layers.*.mlp.up_proj: ")
+
+
 def test_a_layer_that_one_of_the_micro_batches_reaches_is_reached(tmp_path):
     def second(mlp, x):
         mlp.calls = getattr(mlp, "calls", 0) + 1
@@ -178,12 +186,12 @@ def test_no_hook_is_left_after_the_first_step(tmp_path):
             hooks.append(sum(len(tensor._backward_hooks or ()) for tensor in trainable(model).values()))
 
     model = adapted(llama())
-    tensors = len(trainable(model))
+    adapted_layers = len(adapters(model))
     arguments = {"max_steps": 2, "gradient_accumulation_steps": 2, "use_cpu": True, "report_to": "none", "save_strategy": "no"}
     rows = [{"input_ids": row, "labels": row} for row in ROWS]
     trainer = Trainer(model, TrainingArguments(str(tmp_path), **arguments), train_dataset=rows, callbacks=[Count()])
     trainer.train()
-    assert hooks == [tensors, 0, 0, 0]
+    assert hooks == [adapted_layers, 0, 0, 0]
 
 
 def test_layers_of_one_kind_are_named_together():
