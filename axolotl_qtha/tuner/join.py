@@ -56,7 +56,7 @@ def _join_grad(grad: Tensor, z: Tensor, fusion: Tensor, angles: Tensor, scale: T
         w_c, w_q = _matrices(fusion, run.z)
         of_branch_path = grad * (run.z @ w_c.T * joint.gain) if joint.product else grad
         q, of_z, *of_branch = run.gradients(of_branch_path @ (w_q * joint.gain))
-        direct, _, of_fusion = _fused_grad(grad, run.z, q, fusion, joint)
+        direct, of_fusion = _fused_grad(grad, run.z, q, fusion, joint)
         return (of_z.add_(direct).to(z.dtype).view(z.shape), of_fusion, *of_branch)
 
 
@@ -70,10 +70,7 @@ def _branch(z: Tensor, w_q: Tensor, angles: Tensor, scale: Tensor | None, *other
         return _scaled(run.values(), _matrix(w_q, run.z).T, joint.gain).to(z.dtype).view(z.shape)
 
 
-@operator(
-    f"branch_grad(Tensor grad, {BRANCH_TENSORS}, {OTHERS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    _empty_grad,
-)
+@operator(f"branch_grad(Tensor grad, {BRANCH_TENSORS}, {OTHERS}) -> (Tensor, Tensor, Tensor, Tensor)", _empty_grad)
 def _branch_grad(grad: Tensor, z: Tensor, w_q: Tensor, angles: Tensor, scale: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
     joint = joint_of(*others)
     with torch_engine.exactly(z.device.type):
@@ -199,8 +196,8 @@ def _matrices(fusion: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     return w_c, w_q
 
 
-def _fused_grad(grad: Tensor, z: Tensor, q: Tensor, fusion: Tensor, joint: Joint) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of z, q and `fusion`."""
+def _fused_grad(grad: Tensor, z: Tensor, q: Tensor, fusion: Tensor, joint: Joint) -> tuple[Tensor, Tensor]:
+    """Return the gradients of z, by way of W_C alone, and `fusion`."""
     w_c, w_q = _matrices(fusion, z)
     of_linear = of_branch = grad * joint.gain
     if joint.product:
@@ -208,7 +205,7 @@ def _fused_grad(grad: Tensor, z: Tensor, q: Tensor, fusion: Tensor, joint: Joint
     of_fusion = torch.empty(2, *w_c.shape, dtype=z.dtype, device=z.device)
     torch.mm(of_linear.T, z, out=of_fusion[0])
     torch.mm(of_branch.T, q, out=of_fusion[1])
-    return of_linear @ w_c, of_branch @ w_q, of_fusion.flatten().to(fusion.dtype)
+    return of_linear @ w_c, of_fusion.flatten().to(fusion.dtype)
 
 
 class _Run:

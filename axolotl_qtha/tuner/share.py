@@ -221,10 +221,8 @@ def in_words(share: Share | None, names: Iterable[str]) -> str:
     words = []
     assert share.layers != "auto"
     if share.layers > 1:
-        of_groups = {
-            n for same in groups(names).values() for n in Counter(_first(k, share.layers) for k in range(len(same))).values()
-        }
-        counts = " or ".join(map(str, sorted(of_groups, reverse=True)))
+        counted = [Counter(_first(k, share.layers) for k in range(len(same))) for same in groups(names).values()]
+        counts = " or ".join(map(str, sorted({n for count in counted for n in count.values()}, reverse=True)))
         words.append(f"A, B and circuits shared by {counts} neighbouring layers")
     if share.inputs:
         words.append("A and circuits shared by modules that read the same input")
