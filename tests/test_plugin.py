@@ -22,8 +22,8 @@ def test_the_block_is_parsed_once_for_a_configuration(tmp_path, monkeypatch):
     monkeypatch.setattr(AdapterSettings, "of", counted)
     model, _, _ = train_here(write_config(tmp_path, max_steps=1))
     assert len(parsed) == 1
-    assert parsed[0].config.bond_dim is None  # PEFT writes into a copy
-    assert model.active_peft_config.bond_dim is not None
+    assert parsed[0].config.mpo == "auto"  # PEFT writes into a copy
+    assert model.active_peft_config.mpo == "none"
 
 
 def test_another_configuration_is_parsed_anew():

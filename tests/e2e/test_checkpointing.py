@@ -1,7 +1,6 @@
 """`axolotl train` checkpointed or compiled does what it does without; checkpoints of earlier versions."""
 
 import os
-import shutil
 from unittest.mock import patch
 
 import pytest
@@ -60,9 +59,10 @@ def test_compiled_as_lora_is(tmp_path):
     assert found["qtha.yml"][0] > 1
 
 
-def test_a_checkpoint_of_an_earlier_version_is_not_resumed_but_trained_on(plain, tmp_path):
-    folder, model, _ = plain
-    checkpoint = shutil.copytree(next(path for path in sorted(folder.rglob("checkpoint-2"))), tmp_path / "checkpoint-2")
+def test_a_checkpoint_of_an_earlier_version_is_not_resumed_but_trained_on(tmp_path):
+    keys = {**STEPS, "max_steps": 2, "qtha": {"mpo": "tt"}}  # that version knew no other form
+    model, _, _ = train_here(write_config(tmp_path, **keys))
+    checkpoint = next(path for path in sorted(tmp_path.rglob("checkpoint-2")))
     (checkpoint / MANIFEST).unlink()  # which that version did not write
     path = checkpoint / "adapter_model.safetensors"
     now, tensors = load_file(path), {}
@@ -73,6 +73,6 @@ def test_a_checkpoint_of_an_earlier_version_is_not_resumed_but_trained_on(plain,
             tensors[f"base_model.model.{name}.qtha_adapter.{key}"] = flat[part.start : part.start + part.size].clone()
     save_file(tensors, path)
     with pytest.raises(ValueError, match=r"resume_from_checkpoint: .*earlier version.*What works: `lora_model_dir: "):
-        train_here(write_config(tmp_path, **STEPS, resume_from_checkpoint=str(checkpoint)))
-    _, _, trainer = train_here(write_config(tmp_path, **{**STEPS, "max_steps": 1}, lora_model_dir=str(checkpoint)))
+        train_here(write_config(tmp_path, **keys, resume_from_checkpoint=str(checkpoint)))
+    _, _, trainer = train_here(write_config(tmp_path, **{**keys, "max_steps": 1}, lora_model_dir=str(checkpoint)))
     assert len(losses(trainer)) == 1
