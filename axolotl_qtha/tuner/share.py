@@ -41,7 +41,7 @@ class Share(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    layers: Annotated[float, Field(strict=True, ge=1)] | Literal["auto"] = Field(
+    layers: Annotated[int, Field(strict=True, ge=1)] | Annotated[float, Field(strict=True, ge=1)] | Literal["auto"] = Field(
         default=1,
         description="How many neighbouring layers of the transformer have one A and B, one W_Q, and one circuit's angles for the "
         "same module, each with its own W_C; on average, so that 2.5 are groups of 3 and 2. Counted among the adapted layers; "

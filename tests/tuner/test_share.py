@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from axolotl_qtha.tuner import adapter as adapter_module
 from axolotl_qtha.tuner.layer import adapted_sizes
+from axolotl_qtha.tuner.share import Share
 from axolotl_qtha.tuner.sizes import count_parameters
 
 from ..models import adapted, adapters, config, llama, logits, tokens, train, trainable
@@ -98,6 +99,12 @@ def test_which_tensors_are_one():
     assert q.angles is k.angles is v.angles is before.angles is not o.angles
     assert q.w_q is v.w_q is before.w_q is not o.w_q
     assert q.scale is k.scale is not o.scale
+
+
+@pytest.mark.filterwarnings("error")  # pydantic's, where a value is of none of the field's types
+@pytest.mark.parametrize(("layers", "kept"), [(4, "4"), (4.0, "4"), (3.75, "3.75"), ("auto", '"auto"')])
+def test_how_many_layers_is_written_as_it_was_said(layers, kept):
+    assert Share(layers=layers).model_dump_json() == f'{{"layers":{kept},"inputs":false}}'
 
 
 @pytest.mark.parametrize("share", SHARES, ids=str)

@@ -67,16 +67,17 @@ def settings(
 
     Args:
         adapter: what is compared.
-        rank: its rank; `lora-equal` has its own.
-        budget: `param_budget`, where its size follows from the suite's budgets.
+        rank: of the run; `lora-equal` has its own.
+        budget: share of the parameters of LoRA at the rank of the run, where its size follows from the suite's budgets.
         modules: the layers.
-        block: keys of the `qtha:` block, of a variant.
+        block: keys of the `qtha:` block, of a variant; its own rank among them, if that is another.
     """
     block = QTHA.get(adapter) if block is None else block
     if block is not None:
-        block = {"rank": rank, "alpha": 2 * rank, "target_modules": modules, **block}
+        own = block.get("rank", rank)
+        block = {"rank": own, "alpha": 2 * own, "target_modules": modules, **block}
         if budget is not None:
-            block["param_budget"] = budget
+            block["param_budget"] = budget * rank / own
         return {"adapter": "qtha", "plugins": ["axolotl_qtha.QTHAPlugin"], "qtha": block}
     keys = {
         "adapter": "lora",

@@ -31,7 +31,7 @@ class Size:
     """What a method trains."""
 
     parameters: int
-    rank: int  # of `lora-equal` its own
+    rank: int  # of `lora-equal`, and a variant that has one, its own
 
 
 class Execution:
@@ -135,9 +135,10 @@ class Execution:
 
     def keys(self, cell: Cell) -> dict[str, Any]:
         """Return Axolotl's keys of a run, without those of the task."""
-        suite = self.suite
-        name, rank, budget = cell.method.adapter, self.sizes[cell.method].rank, cell.method.budget
-        adapter = settings(name, rank, budget, suite.target_modules, suite.block(name, rank))
+        suite, method = self.suite, cell.method
+        block = suite.block(method.adapter, method.rank)
+        rank = self.sizes[method].rank if block is None else method.rank
+        adapter = settings(method.adapter, rank, method.budget, suite.target_modules, block)
         return {
             "base_model": suite.base_model,
             **DEFAULTS,
@@ -219,7 +220,7 @@ def size(suite: Suite, method: Method, base: nn.Module) -> Size:
     """
     rank, adapter = method.rank, method.adapter
     if (block := suite.block(adapter, rank)) is not None:
-        return Size(_ours(suite, method, block, base), rank)
+        return Size(_ours(suite, method, block, base), block.get("rank", rank))
     # Which layers these are is no matter of rank or budget, which QTHA might not allow.
     layers = _layers(QTHAConfig(target_modules=list(suite.target_modules), task_type="CAUSAL_LM"), base)
     if adapter == EQUAL:

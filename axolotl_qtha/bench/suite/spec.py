@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -32,6 +33,7 @@ OURS = (
     "max_steps",
     "seed",
 )
+MULTIPLE = re.compile(r"(?:(\d+(?:\.\d+)?) ?\* ?)?rank")
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Whole = Annotated[int, Field(ge=1, strict=True)]
@@ -54,10 +56,12 @@ class Suite(BaseModel):
     qtha: dict[str, Any] = Field(
         default_factory=dict,
         description="Keys of the `qtha:` block for QTHA, its controls and variants, but for what makes each what it is. Here and "
-        "in variants the value `rank` stands for the rank of the run: `circuit_layers: rank`.",
+        "in variants the value `rank` stands for the rank of the run: `circuit_layers: rank`, or `2 * rank`.",
     )
     variants: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+(-[A-Za-z0-9_.]+)*$")], dict[str, Any]] = Field(
-        default_factory=dict, description="Further adapters: QTHA with other keys of the `qtha:` block, by names of one's own."
+        default_factory=dict,
+        description="Further adapters: QTHA with other keys of the `qtha:` block, by names of one's own. With `rank: 2 * rank` "
+        "budgets are of LoRA at the rank of the run all the same: twice the rank at the same size.",
     )
     budgets: list[Annotated[float, Field(gt=0, le=1)]] = Field(
         default=[0.24], min_length=1, description="QTHA: `param_budget`, trainable parameters as a share of LoRA's."
@@ -114,11 +118,13 @@ class Suite(BaseModel):
         for name, block in variants.items():
             if name in ADAPTERS:
                 raise ValueError(f"{name!r} is an adapter's name. What works: a name of its own.")
-            if taken := sorted(set(block) & {"rank", "seed"}):
+            fixed = {"seed"} if _multiple(block.get("rank")) else {"rank", "seed"}
+            if taken := sorted(set(block) & fixed):
                 key = taken[0]
                 raise ValueError(
                     f"{name}: {key!r} is set by the suite for each run: its `{key}s` decide, for all adapters and variants. "
-                    f"What works: `{key}s: [{block[key]}]` of the suite, and no `{key}` here."
+                    f"What works: `{key}s: [{block[key]}]` of the suite, and no `{key}` here"
+                    + (", or a multiple of the run's, `rank: 2 * rank`." if key == "rank" else ".")
                 )
             for rank in info.data.get("ranks", ()):  # none where they are at fault themselves
                 checked(name, {"rank": rank, **at_rank(joined(info.data.get("qtha", {}), block), rank)})
@@ -178,12 +184,28 @@ class Suite(BaseModel):
 
 
 def at_rank(block: dict[str, Any], rank: int) -> dict[str, Any]:
-    """Return keys of a `qtha:` block with the rank of a run in the place of the value `rank`.
+    """Return keys of a `qtha:` block with the rank of a run in the place of the value `rank`, or `2 * rank`.
 
-    >>> at_rank({"circuit_layers": "rank", "num_cores": 4}, 6)
-    {'circuit_layers': 6, 'num_cores': 4}
+    >>> at_rank({"circuit_layers": "rank", "num_cores": 4, "rank": "1.5 * rank"}, 6)
+    {'circuit_layers': 6, 'num_cores': 4, 'rank': 9}
+
+    Raises:
+        ValueError: if a multiple is not whole.
     """
-    return {key: rank if value == "rank" else value for key, value in block.items()}
+    return {key: _times(found, rank) if (found := _multiple(value)) else value for key, value in block.items()}
+
+
+def _multiple(value: Any) -> re.Match[str] | None:
+    """Return the match of a value that stands for the rank of a run, or so many times that."""
+    return MULTIPLE.fullmatch(value) if isinstance(value, str) else None
+
+
+def _times(multiple: re.Match[str], rank: int) -> int:
+    """Return what a multiple of the rank comes to."""
+    product = float(multiple[1] or 1) * rank
+    if not product.is_integer():
+        raise ValueError(f"'{multiple[0]}' is {product:g} at rank {rank}. What works: a multiple that is whole at each rank.")
+    return int(product)
 
 
 def checked(name: str, keys: dict[str, Any]) -> Any:

@@ -85,7 +85,9 @@ def test_the_runs_of_a_suite(tmp_path):
         ({"settings": {"seed": 3}}, r"settings: 'seed' is set by the suite for each run"),
         ({"variants": {"slow": {"circiut_lr": 1e-3}}}, r"variants: slow: .*circiut_lr.*What works: `circuit_lr`"),
         ({"variants": {"slow": {"num_cores": 0}}}, r"variants: slow, at rank 4: .*num_cores: 0"),
-        ({"variants": {"slow": {"rank": 2}}}, r"variants: slow: 'rank' is set by the .*`ranks` decide.*`ranks: \[2\]` of the"),
+        ({"variants": {"slow": {"rank": 2}}}, r"variants: slow: 'rank' is set .*`ranks: \[2\]` of the.*`rank: 2 \* rank`\.$"),
+        ({"variants": {"wide": {"rank": "1.1 * rank"}}}, r"variants: .*'1\.1 \* rank' is 4\.4 at rank 4\. What works: "),
+        ({"variants": {"wide": {"rank": "rank * 2"}}}, r"variants: wide: 'rank' is set by the .*`rank: 2 \* rank`"),
         ({"variants": {"a": {"quantum_backend": "aer", "noise_model": "fake:manila"}}}, r"variants: a, at rank 8: qtha.noise_"),
         ({"variants": {"a": {"qubits": 8}}}, r"variants: a, at rank 4: qtha.qubits: 8 does not divide rank 4.*`qubits: 4`"),
         ({"variants": {"qtha": {"alpha": 2}}}, r"variants: 'qtha' is an adapter's name"),
@@ -156,6 +158,19 @@ def test_variants_are_qtha_with_other_keys(tmp_path):
     assert keys["slow--r8-b0.4"]["qtha"] | {"quantum": "qtha"} == keys["qtha--r8-b0.4"]["qtha"] | variants["slow"]
     assert keys["attention--r8"]["qtha"] == {"rank": 8, "alpha": 16, **variants["attention"]}
     assert keys["attention--r8"]["adapter"] == "qtha"
+
+
+def test_a_variant_of_twice_the_rank_has_the_size_of_the_others(tmp_path):
+    """The budget of one that has another rank is still a share of LoRA at the rank of the run."""
+    variants = {"wide": {"rank": "2 * rank", "mpo": "tt", "quantum": "none"}}
+    made = Execution(suite(tmp_path, adapters=["lora"], variants=variants, ranks=[4, 8], budgets=[0.4]))
+    for cell in search(made.suite):
+        if (method := cell.method).adapter == "wide":
+            wanted = {"rank": 2 * method.rank, "alpha": 4 * method.rank, "param_budget": 0.2, "mpo": "tt", "quantum": "none"}
+            assert made.keys(cell)["qtha"].items() >= wanted.items()
+            assert made.sizes[method].rank == 2 * method.rank
+            lora = next(size for other, size in made.sizes.items() if (other.adapter, other.rank) == ("lora", method.rank))
+            assert 0.2 * lora.parameters < made.sizes[method].parameters <= 0.4 * lora.parameters
 
 
 def test_a_variant_is_checked_at_the_ranks_of_the_suite(tmp_path):
