@@ -77,7 +77,7 @@ def settings(
         own = block.get("rank", rank)
         block = {"rank": own, "alpha": 2 * own, "target_modules": modules, **block}
         if budget is not None:
-            block["param_budget"] = budget * rank / own
+            block["param_budget"] = budget * (rank / own)  # at the run's own rank the very number
         return {"adapter": "qtha", "plugins": ["axolotl_qtha.QTHAPlugin"], "qtha": block}
     keys = {
         "adapter": "lora",

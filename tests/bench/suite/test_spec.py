@@ -171,6 +171,7 @@ def test_a_variant_of_twice_the_rank_has_the_size_of_the_others(tmp_path):
             assert made.sizes[method].rank == 2 * method.rank
             lora = next(size for other, size in made.sizes.items() if (other.adapter, other.rank) == ("lora", method.rank))
             assert 0.2 * lora.parameters < made.sizes[method].parameters <= 0.4 * lora.parameters
+    assert settings("qtha", 29, 0.01, [])["qtha"]["param_budget"] == 0.01  # 0.01 * 29 / 29 is not
 
 
 def test_a_variant_is_checked_at_the_ranks_of_the_suite(tmp_path):
