@@ -43,7 +43,7 @@ class QTHAAdapter(nn.Module):
     cores_a: Tensor
     cores_b: Tensor
     fusion: Tensor
-    w_q: Tensor
+    fusion_q: Tensor
     angles: Tensor
     units: Tensor
     scale: Tensor
@@ -78,14 +78,15 @@ class QTHAAdapter(nn.Module):
         self._sides, self._fused_sides = sides(*of_sides, fused=False), sides(*of_sides, fused=True)
         self._plain = shape.mpo_a is None and "cores_a" in self.sizes  # full matrices in tensors of their own: nothing to fold
         self._scaled = self._plain and shape.has_branch and config.quantum != "qwthn"  # h, not B, is times alpha / r
-        self._joint = self._joined() if shape.has_branch else None
+        self._joint = self._joined("w_c") if shape.has_branch else None
+        self._joint_q = self._joined("w_q") if shape.has_branch else None
         self._scale_z()
         self.register_state_dict_post_hook(_check_saved)
         self.register_load_state_dict_pre_hook(_check_loaded)
 
-    def _joined(self) -> Joint:
-        """Return what the operator from z to h needs to know."""
-        config, gain = self.config, self.table["w_c"].gain * (self.config.scaling if self._scaled else 1.0)
+    def _joined(self, name: str) -> Joint:
+        """Return what the operator from z to h needs to know, with the gain of one of its matrices."""
+        config, gain = self.config, self.table[name].gain * (self.config.scaling if self._scaled else 1.0)
         if not config.has_circuit:
             return Joint(None, gain=gain, ring=config.circuit_qubits, activation=config.quantum)
         bounded, product = config.angle_scale == "tanh", config.quantum == "qwthn"
@@ -206,13 +207,13 @@ class QTHAAdapter(nn.Module):
     def _join(self, z: Tensor) -> Tensor:
         """Return h (.., r) for z (.., r)."""
         assert self._joint is not None
-        fusion = torch.cat((self.fusion, self.w_q)) if "w_q" in self.sizes else self.fusion
+        fusion = torch.cat((self.fusion, self._as_w_c(self.fusion_q))) if "fusion_q" in self.sizes else self.fusion
         return join(z, fusion, *self._branch_tensors(), self._joint)
 
     def _only_branch(self, z: Tensor) -> Tensor:
         """Return W_Q q (.., r) for z (.., r)."""
-        assert self._joint is not None
-        return branch(z, self.w_q, *self._branch_tensors(), self._joint)
+        assert self._joint_q is not None
+        return branch(z, self.fusion_q, *self._branch_tensors(), self._joint_q)
 
     def _fused(self, z: Tensor, path: Tensor) -> Tensor:
         """Return h (.., r) of z and W_Q q."""
@@ -229,7 +230,12 @@ class QTHAAdapter(nn.Module):
 
     def _bottleneck(self, gain: float) -> Bottleneck:
         w_c, w_q = (precise(self.stored(name)) for name in ("w_c", "w_q"))
-        return Bottleneck(w_c, w_q, self._branch(), self.config.quantum == "qwthn", gain)
+        return Bottleneck(w_c, self._as_w_c(w_q), self._branch(), self.config.quantum == "qwthn", gain)
+
+    def _as_w_c(self, w_q: Tensor) -> Tensor:
+        """Return W_Q as it would be stored with W_C's gain."""
+        ratio = self.table["w_q"].gain / self.table["w_c"].gain
+        return w_q if ratio == 1 else w_q * ratio
 
     def _branch(self) -> Callable[[Tensor], Tensor]:
         """Return the function from z to q (.., r): <Z_i> of the circuit, or a classical network."""

@@ -116,7 +116,7 @@ class QTHAModel(BaseTuner):
             return Owned(), None
         own = self._owners[name]
         sources = {"angles": own.branch, "units": own.branch, "scale": own.branch, "cores": own.a}
-        sources |= {"cores_a": own.a, "cores_b": own.b, "w_q": own.branch}
+        sources |= {"cores_a": own.a, "cores_b": own.b, "fusion_q": own.branch}
 
         def at(name: str) -> QTHAAdapter:
             return cast(QTHAAdapter, self.model.get_submodule(name).qtha_adapter[adapter_name])

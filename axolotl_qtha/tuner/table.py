@@ -3,7 +3,7 @@
 A step waits for the launches, gathers and updates of tensors, not for their size, so there are few:
 
 * `cores`: all that makes the two large matrices A and B; with `share: {inputs: true}` two tensors, `cores_a` and `cores_b`,
-* `fusion`: W_C, and with a branch W_Q; with `share:`, W_Q is `w_q`, a tensor by itself,
+* `fusion`: W_C, and with a branch W_Q; with `share:`, W_Q is `fusion_q`, a tensor by itself,
 * `angles` of the circuits, or `units`, the weights of the classical network in their place,
 * `scale`: with `angle_scale: learned`.
 
@@ -69,8 +69,12 @@ def table(config: QTHAConfig, shape: AdapterShape) -> dict[str, Part]:
             if name == "mpo_a":
                 add("w_a", cores["a"], (r, mid), mid**-0.5, shape.in_features)
         add("w_b", cores["b"], (mid, r), r**-0.5, shape.out_features)
-    for name in ("w_c", "w_q") if shape.has_branch else ("w_c",):
-        add(name, name if name == "w_q" and config.share else "fusion", (r, r), math.sqrt(2 / r), shape.in_features)
+    add("w_c", "fusion", (r, r), math.sqrt(2 / r), shape.in_features)
+    if shape.has_branch and config.share:
+        # Started at zero it learns as LoRA's B does, without a gain; a product starts with all of it.
+        add("w_q", "fusion_q", (r, r), math.sqrt(2 / r), shape.in_features if config.quantum == "qwthn" else None)
+    elif shape.has_branch:  # the operator has one gain for what is in one tensor
+        add("w_q", "fusion", (r, r), math.sqrt(2 / r), shape.in_features)
     if config.is_classical:
         add("units", "units", shape.branch_table, 3**-0.5)
     elif config.has_circuit:

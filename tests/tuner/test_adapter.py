@@ -335,5 +335,10 @@ def test_gains_are_part_of_the_file_format():
         "angles": 1.0,
     }
     assert gains == pytest.approx(expected)
+    full = {"a": 1.0, "b": 1.0, "w_c": unit / 2, "angles": 1.0}
+    for quantum, gain in (("qtha", 1.0), ("frozen", 1.0), ("qwthn", unit / 2)):  # a product does not start W_Q at zero
+        config = QTHAConfig(rank=8, mpo="none", share={"layers": 2, "inputs": True}, quantum=quantum)
+        gains = {name: part.gain for name, part in table(config, adapter_shape(config, 3584, 3584)).items()}
+        assert gains == pytest.approx(full | {"w_q": gain})
     plain = QTHAConfig(rank=8, bond_dim=4, mid_dim=16, core_gain="none")
     assert {part.gain for part in table(plain, adapter_shape(plain, 3584, 3584)).values()} == {1.0}

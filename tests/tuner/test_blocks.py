@@ -76,7 +76,7 @@ def test_the_change_of_the_output(rank, qubits, settings):
 def test_gradients_match_finite_differences(quantum):
     adapter = random_adapter(12, 4, quantum=quantum)
     x = torch.randn(2, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
-    names = [name for name in ("angles", "units", "w_q", "w_c") if name in adapter.state_names()]
+    names = [name for name in ("angles", "units", "fusion") if name in adapter.state_names()]
 
     def run(x, *values):
         return torch.func.functional_call(adapter, dict(zip(names, values, strict=True)), (x,))

@@ -26,13 +26,13 @@ def shared(share, layers=3, **settings):
 
 
 def unshared_twin(model, layers=3, **settings):
-    """Return a model whose adapters share nothing and have the values of the given model's."""
+    """Return a model whose adapters share nothing and act as the given model's."""
     twin = adapted(llama(layers), **settings)
     for name, other in adapters(twin).items():
         own = adapters(model)[name]
         with torch.no_grad():
-            for part in other.table:
-                other.stored(part).copy_(own.stored(part))
+            for part, place in other.table.items():
+                other.stored(part).copy_(own.effective(part) / place.gain)
     return twin
 
 
@@ -44,12 +44,12 @@ def gradients(model):
 
 
 def by_part(model):
-    """Return the gradient of each part of each layer."""
+    """Return the gradient of each part of each layer, as it acts."""
     found = {}
     for name, own in adapters(model).items():
         for part, place in own.table.items():
             if (gradient := getattr(own, place.tensor).grad) is not None:
-                found[name, part] = gradient[place.start : place.start + place.size]
+                found[name, part] = gradient[place.start : place.start + place.size] / place.gain
     return found
 
 
@@ -89,7 +89,7 @@ def test_which_tensors_are_one():
     assert [layers.index(next(o for o in layers if o.cores is a.cores)) for a in layers] == [0, 0, 2, 2, 4]
     assert [layers.index(next(o for o in layers if o.angles is a.angles)) for a in layers] == [0, 0, 2, 2, 4]
     assert len({id(a.fusion) for a in layers}) == 5
-    assert all((a.w_q is b.w_q) == (a.angles is b.angles) for a in layers for b in layers)
+    assert all((a.fusion_q is b.fusion_q) == (a.angles is b.angles) for a in layers for b in layers)
     model = adapted(llama(5), share={"layers": 2, "inputs": True}, angle_scale="learned")
     q, k, v, o = (adapters(model)[f"model.layers.1.self_attn.{name}_proj"] for name in "qkvo")
     before = adapters(model)["model.layers.0.self_attn.k_proj"]
@@ -97,7 +97,7 @@ def test_which_tensors_are_one():
     assert k.cores_b is before.cores_b
     assert len({id(x.cores_b) for x in (q, k, v, o)}) == len({id(x.fusion) for x in (q, k, v, o)}) == 4
     assert q.angles is k.angles is v.angles is before.angles is not o.angles
-    assert q.w_q is v.w_q is before.w_q is not o.w_q
+    assert q.fusion_q is v.fusion_q is before.fusion_q is not o.fusion_q
     assert q.scale is k.scale is not o.scale
 
 
