@@ -14,8 +14,8 @@ SMALL = {"micro_batch_size": 1, "eval_steps": 20, "save_steps": None, "learning_
     "qtha",
     [
         {},
-        {"shots": 1024, "noise_model": "depolarizing"},  # most of the time: a shot costs 0.7 us
-        {"shots": 1024, "noise_model": "fake:manila", "gradient": "adjoint"},
+        {"shots": 128, "noise_model": "depolarizing"},  # a shot costs 0.7 us: with 1,024, two minutes
+        {"shots": 128, "noise_model": "fake:manila", "gradient": "adjoint"},
     ],
     ids=["exact", "shots and noise", "a device, adjoint"],
 )

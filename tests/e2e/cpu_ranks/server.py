@@ -6,6 +6,7 @@ of its threads in the log.
 """
 
 import faulthandler
+import gc
 import importlib
 import json
 import os
@@ -22,6 +23,7 @@ STILL = 400
 def serve(answers):
     for name in WANTED:
         importlib.import_module(name)
+    gc.freeze()  # for the ranks' collections of garbage, which would read, and so copy, all of it
     for line in sys.stdin:
         job = json.loads(line)
         with socket.socket() as free:
