@@ -20,6 +20,7 @@ from ..circuit.noise import is_own
 from ..settings.public_facts import Facts, choice, code, plain
 from ..trained.clients import Client, Exported, limits, unmergeable, vllm_rank
 from ..tuner.arguments import IDLE
+from ..tuner.choices import CORES
 from ..tuner.config import QTHAConfig
 from ..tuner.described import compared
 from ..tuner.layer import adapted_sizes
@@ -37,7 +38,6 @@ SETTINGS = (
     *("rank", "rank_pattern", "alpha", "alpha_pattern", "dropout"),
     *("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save", "share", "seed"),
 )
-CORE_SETTINGS = ("bond_dim", "mid_dim", "num_cores", "in_factors", "out_factors", "init", "core_gain")
 CIRCUIT_SETTINGS = (
     *("circuit", "angle_scale", "init_angles", "gate_order", "quantum_backend", "shots", "noise_model"),
     *("depolarizing_1q", "depolarizing_2q", "readout_error", "precision", "gradient"),
@@ -242,7 +242,7 @@ def _others(base: str, lora: Exported) -> str:
 
 def shown(config: QTHAConfig) -> dict[str, Any]:
     """Return the settings of the adapter that a card shows, as the `qtha:` block has them."""
-    keys = [*SETTINGS, "mpo", *(CORE_SETTINGS if config.mpo == "tt" else ()), "quantum"]
+    keys = [*SETTINGS, "mpo", *((*CORES, "num_cores", "init") if config.mpo == "tt" else ()), "core_gain", "quantum"]
     keys += ["qubits", "circuit_layers"] if config.quantum != "none" else []
     keys += CIRCUIT_SETTINGS if config.has_circuit else ()
     keys = [key for key in keys if config.quantum not in IDLE.get(key, ())]

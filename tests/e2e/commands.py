@@ -18,8 +18,9 @@ REPOSITORY = Path(__file__).parents[2]
 QUICKSTART = REPOSITORY / "example_configs" / "quickstart"
 PREPARED = tempfile.TemporaryDirectory(prefix="qtha-prepared-")  # kept for as long as this process runs
 # Keys on which prepared data do not depend. What differs in any other has a folder of its own.
-OF_THE_RUN = {"output_dir", "qtha", "adapter", "plugins", "optimizer", "learning_rate", "lr_scheduler", "warmup_steps", "max_steps"}
-OF_THE_RUN |= {"save_steps", "eval_steps", "micro_batch_size", "load_in_4bit", "gradient_checkpointing", "resume_from_checkpoint"}
+OF_THE_RUN = {"output_dir", "qtha", "adapter", "plugins", "load_in_4bit", "gradient_checkpointing", "resume_from_checkpoint"}
+OF_THE_RUN |= {"max_steps", "save_steps", "eval_steps", "optimizer", "learning_rate", "lr_scheduler", "warmup_steps"}
+OF_THE_RUN |= {"micro_batch_size"}
 
 
 def run(command: list[str], cwd: Path, text: str = "", **env: str) -> subprocess.CompletedProcess[str]:

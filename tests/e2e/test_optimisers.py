@@ -42,19 +42,13 @@ SHORT = {"max_steps": 5, "save_steps": 5, "warmup_steps": 0, "eval_steps": None,
 SHORT["overrides_of_model_config"] = {"num_hidden_layers": 1}
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("prepared"))
-
-
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in MATRICES and name not in UNKNOWN_TO_AXOLOTL])
-def test_trains_all_of_the_adapter(name, tmp_path, prepared):
+def test_trains_all_of_the_adapter(name, tmp_path):
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])
     if name in CUDA and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    keys = {**SHORT, **KEYS.get(name, {}), "optimizer": name, "dataset_prepared_path": prepared}
-    model, _, _ = train_here(write_config(tmp_path, **keys))
+    model, _, _ = train_here(write_config(tmp_path, **{**SHORT, **KEYS.get(name, {}), "optimizer": name}))
     for layer, module in adapted_layers(model).items():
         adapter = module.qtha_adapter["default"]
         start = QTHAAdapter(adapter.config, adapter.shape, adapter.config.seed + zlib.crc32(layer.encode()))
@@ -70,10 +64,10 @@ def test_is_refused(name, tmp_path):
 
 
 @pytest.mark.parametrize("source", ["qtha.yml", "lora.yml"])
-def test_axolotl_itself_does_not_know_all_its_names(source, tmp_path, prepared):
+def test_axolotl_itself_does_not_know_all_its_names(source, tmp_path):
     for name in UNKNOWN_TO_AXOLOTL:
         with pytest.raises(ValueError, match="Unhandled optimizer"):
-            train_here(write_config(tmp_path, source, **SHORT, optimizer=name, dataset_prepared_path=prepared))
+            train_here(write_config(tmp_path, source, **SHORT, optimizer=name))
 
 
 def test_the_page_says_so():

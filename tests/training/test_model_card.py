@@ -88,6 +88,11 @@ def test_card_of_an_adapter(settings, tmp_path):
     assert shown(again) == shown(settled)
 
 
+@pytest.mark.parametrize("mpo", ["tt", "none"])
+def test_how_matrices_are_stored_is_told_in_every_form(mpo):
+    assert shown(QTHAConfig(mpo=mpo, core_gain="balanced"))["core_gain"] == "balanced"
+
+
 def test_a_training_on_a_device_is_told_without_its_account():
     settled, sizes = parts(adapted(llama(), target_modules=TARGETS, rank=2))
     ibm = {"backend": "ibm_fez", "instance": "Zq83-planted", "max_qpu_seconds": 77, "shots": 1024, "gradient": "spsa"}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...tuner.arguments import IDLE
+from ...tuner.choices import CORES
 from ...tuner.share import LayerSize
 from ...tuner.sizes import count_lora_parameters
 
@@ -34,7 +35,6 @@ ADAPTERS = {
     "qwthn": "the paper's first version: product in place of the sum",
     "sine": "as `silu`, with a periodic nonlinearity",
 }
-NETWORKS = ("bond_dim", "mid_dim", "num_cores")  # what does nothing with `mpo: none`
 CONTROLS = ("mpo-only", "silu", "sine", "frozen", "product")  # what says whether a trained circuit adds anything
 
 
@@ -56,7 +56,7 @@ def joined(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """
     quantum = own.get("quantum", common.get("quantum"))
     idle = {key for key, values in IDLE.items() if quantum in values}
-    idle |= set(NETWORKS) if own.get("mpo", common.get("mpo")) == "none" else set()
+    idle |= {*CORES, "num_cores"} if own.get("mpo", common.get("mpo")) == "none" else set()
     return {key: value for key, value in common.items() if key not in idle} | own
 
 
