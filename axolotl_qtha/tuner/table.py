@@ -71,7 +71,7 @@ def table(config: QTHAConfig, shape: AdapterShape) -> dict[str, Part]:
         add("w_b", cores["b"], (mid, r), r**-0.5, shape.out_features)
     add("w_c", "fusion", (r, r), math.sqrt(2 / r), shape.in_features)
     if shape.has_branch and config.share:
-        # Started at zero it learns as LoRA's B does, without a gain; a product starts with all of it.
+        # It starts at zero and learns as LoRA's B does, without a gain; a product's starts as W_C does.
         add("w_q", "fusion_q", (r, r), math.sqrt(2 / r), shape.in_features if config.quantum == "qwthn" else None)
     elif shape.has_branch:  # the operator has one gain for what is in one tensor
         add("w_q", "fusion", (r, r), math.sqrt(2 / r), shape.in_features)

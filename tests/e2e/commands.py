@@ -82,7 +82,7 @@ def train_here(config: Path) -> tuple[Any, Any, Any]:
 
 @functools.cache
 def _freeze() -> None:
-    """Have the collections of garbage of every run pass over what has been imported, which takes them a second."""
+    """Have collections of garbage leave out what has been imported: they take a second otherwise, and each run has five."""
     gc.collect()
     gc.freeze()
 
