@@ -70,11 +70,12 @@ def table(config: QTHAConfig, shape: AdapterShape) -> dict[str, Part]:
                 add("w_a", cores["a"], (r, mid), mid**-0.5, shape.in_features)
         add("w_b", cores["b"], (mid, r), r**-0.5, shape.out_features)
     add("w_c", "fusion", (r, r), math.sqrt(2 / r), shape.in_features)
-    if shape.has_branch and config.share:
-        # It starts at zero and learns as LoRA's B does, without a gain; a product's starts as W_C does.
-        add("w_q", "fusion_q", (r, r), math.sqrt(2 / r), shape.in_features if config.quantum == "qwthn" else None)
-    elif shape.has_branch:  # the operator has one gain for what is in one tensor
-        add("w_q", "fusion", (r, r), math.sqrt(2 / r), shape.in_features)
+    if shape.has_branch:
+        # By itself W_Q starts at zero and learns as LoRA's B does, without a gain. Within `fusion` it has W_C's, for which the
+        # operator has one number; that of a product starts as W_C does.
+        gained = not config.share or config.quantum == "qwthn"
+        tensor = "fusion_q" if config.share else "fusion"
+        add("w_q", tensor, (r, r), math.sqrt(2 / r), shape.in_features if gained else None)
     if config.is_classical:
         add("units", "units", shape.branch_table, 3**-0.5)
     elif config.has_circuit:

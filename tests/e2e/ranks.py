@@ -52,7 +52,7 @@ def config_for(folder: Path, strategy: str | None, **changes: Any) -> Path:
     settings = {"plugins": ["axolotl_qtha.QTHAPlugin", *(["recorder.Recorder"] if strategy else [])]}
     settings |= {"max_steps": STEPS, "save_steps": 3, "eval_steps": STEPS, "micro_batch_size": MICRO_BATCH, "eval_batch_size": 4}
     settings |= {"lr_scheduler": "constant", "warmup_steps": 0, "gradient_accumulation_steps": 1 if strategy else 2}
-    settings |= {"dataset_prepared_path": str(folder.parent / "prepared"), "dataset_num_proc": 1}
+    settings |= {"dataset_prepared_path": str(folder.parent / "prepared")}
     settings |= STRATEGIES[strategy][0] if strategy else {}
     folder.mkdir(parents=True, exist_ok=True)
     return write_config(folder, **{**settings, **changes})

@@ -13,7 +13,7 @@ from .ranks import history, output, train
 
 pytestmark = pytest.mark.e2e
 
-FEW = {"max_steps": 3, "save_steps": 3, "eval_steps": None, "sequence_len": 128, "micro_batch_size": 2, "dataset_num_proc": 1}
+FEW = {"max_steps": 3, "save_steps": 3, "eval_steps": None, "sequence_len": 128, "micro_batch_size": 2}
 FSDP1 = {
     "fsdp": ["full_shard", "auto_wrap"],
     "fsdp_config": {

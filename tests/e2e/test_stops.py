@@ -28,7 +28,7 @@ ADAPTER = "adapter_model.safetensors"
 
 def config_in(folder, **changes):
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"max_steps": 4, "save_steps": 2, "micro_batch_size": 1, "warmup_steps": 0, "dataset_num_proc": 1}
+    settings = {"max_steps": 4, "save_steps": 2, "micro_batch_size": 1, "warmup_steps": 0}
     settings |= {"auto_resume_from_checkpoints": True, "test_datasets": None, "eval_steps": None, "val_set_size": 0}
     settings |= {"plugins": ["axolotl_qtha.QTHAPlugin", PLUGIN], "dataset_prepared_path": str(folder.parent / "prepared")}
     return write_config(folder, **{**settings, **changes})

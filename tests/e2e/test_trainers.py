@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 WORDS = ("qubit", "gate", "pulse", "circuit", "noise", "phase", "basis", "shot")
 IDS = torch.tensor([[1, 5, 9, 200, 31, 7, 44, 812]])
-STEPS = {"max_steps": 3, "save_steps": 2, "micro_batch_size": 2, "learning_rate": 1e-2, "warmup_steps": 0, "dataset_num_proc": 1}
+STEPS = {"max_steps": 3, "save_steps": 2, "micro_batch_size": 2, "learning_rate": 1e-2, "warmup_steps": 0}
 
 
 def shorter(prompts: list[str], completions: list[str], **_: Any) -> list[float]:

@@ -34,7 +34,7 @@ def config(folder, rows, kind="alpaca", key="datasets", **changes):
         changes["datasets"], entry = None, {"path": str(file.parent), "split": "train", "type": "pretrain"}
     if key != "test_datasets":
         changes["test_datasets"] = None
-    changes = {"max_steps": 1, "save_steps": None, "eval_steps": None, "dataset_num_proc": 1, "micro_batch_size": 2, **changes}
+    changes = {"max_steps": 1, "save_steps": None, "eval_steps": None, "micro_batch_size": 2, **changes}
     return write_config(folder, **{key: [entry], **changes})
 
 
