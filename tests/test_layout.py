@@ -141,6 +141,25 @@ def test_what_is_wrong_is_found():
     assert circle({"a": {"b", "c"}, "b": {"d"}, "c": set(), "d": {"b"}}) == ["b", "d", "b"]
 
 
+def at_the_top(path: Path) -> str:
+    """Return the imports of a file that run when it is imported itself."""
+    body = ast.parse(path.read_text()).body
+    return "\n".join(ast.unparse(node) for node in body if isinstance(node, ast.Import | ast.ImportFrom))
+
+
+def test_the_plugin_does_not_start_qiskit():
+    """Its import takes a second of every rank and command, and a training with the native engine needs none of it."""
+    top = {name: at_the_top(path) for name, path in FILES.items()}
+    reached, waiting = set(), {"plugin"}
+    while waiting:
+        reached.add(name := waiting.pop())
+        waiting |= imported(name, top[name]) - reached
+    starting = {name for name, lines in top.items() if re.search(r"^(from|import) qiskit", lines, flags=re.MULTILINE)}
+    assert starting >= {"circuit.aer", "ibm.circuits"}
+    assert len(reached) > 50
+    assert not reached & starting
+
+
 def test_the_yaml_is_read_in_settings_alone():
     """Others that hold Axolotl's configuration run Axolotl with it: the plugin, what watches its loading of data, and
     the commands that load a model.

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..errors import refusal
 from ..ibm import engine
-from ..ibm.engine import CALLS, Difference, pool
+from ..ibm.calls import CALLS, Difference, pool
 from ..ibm.runner import Runner
 from ..planner.qpu import estimate, verdict
 from ..tuner.sizes import ansatz

@@ -20,7 +20,7 @@ from axolotl.utils.logging import get_logger
 from torch import distributed
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..ibm.engine import CALLS
+from ..ibm.calls import CALLS
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PATIENCE = timedelta(hours=6)  # for a rank that evaluates or saves; one that has ended is noticed at once

@@ -11,7 +11,7 @@ from axolotl_qtha.circuit import torch_engine
 from axolotl_qtha.circuit.ansatz import Ansatz
 from axolotl_qtha.circuit.simulation import Simulation
 from axolotl_qtha.circuit.torch_engine import NonFiniteAngle
-from axolotl_qtha.ibm import engine
+from axolotl_qtha.ibm import calls, engine
 from axolotl_qtha.ibm.journal import Journal
 from axolotl_qtha.ibm.options import IBMOptions
 from axolotl_qtha.ibm.runner import Runner
@@ -142,17 +142,17 @@ def test_pooled_differences_are_those_of_all_tokens_together():
     offs = [random.normal(0.1 * tokens, 0.3, (tokens, 2)) for tokens in (1, 3, 8)]
     errors = [np.full(off.shape, 0.01 * len(off)) for off in offs]
     parts = [
-        engine.Difference(len(off), off.mean(), off.var(), np.sqrt((error**2).mean()))
+        calls.Difference(len(off), off.mean(), off.var(), np.sqrt((error**2).mean()))
         for off, error in zip(offs, errors, strict=True)
     ]
     off, error = np.concatenate(offs), np.concatenate(errors)
-    pooled = engine.pool(parts)
+    pooled = calls.pool(parts)
     assert pooled.tokens == 12
     found = (pooled.mean, pooled.variance, pooled.standard_error)
     assert found == pytest.approx((off.mean(), off.var(), np.sqrt((error**2).mean())))
-    assert engine.pool(parts[:1]) == parts[0]
+    assert calls.pool(parts[:1]) == parts[0]
     with pytest.raises(ValueError, match="no calls"):
-        engine.pool([])
+        calls.pool([])
 
 
 def test_the_exact_simulator_alone_submits_nothing(simulation):

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from axolotl_qtha.ibm import jobs as jobs_module
 from axolotl_qtha.ibm import progress as progress_module
-from axolotl_qtha.ibm.engine import CALLS
+from axolotl_qtha.ibm.calls import CALLS
 from axolotl_qtha.ibm.journal import Journal
 from axolotl_qtha.ibm.options import IBMOptions
 from axolotl_qtha.ibm.progress import progress
