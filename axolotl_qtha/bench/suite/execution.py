@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ...settings.args import QTHABlock
 from ...tuner.config import QTHAConfig
 from ...tuner.share import LayerSize
 from ...tuner.sizes import count_lora_parameters, count_parameters, resolve
@@ -126,8 +127,8 @@ class Execution:
             found = results.read(path) if path.exists() else None
             if found is not None and found["settings"] != (wanted := self.settings(cell)[1]):
                 raise ValueError(
-                    f"output_dir: {path} was run with other settings ({found['settings']}, now {wanted}). What works: another "
-                    "output_dir, or `--overwrite` to run all again."
+                    f"output_dir: {path} was run with other settings, or other defaults of axolotl-qtha ({found['settings']}, "
+                    f"now {wanted}). What works: another output_dir, or `--overwrite` to run all again."
                 )
             if found is None or found["train_info"]["status"] == "failed":
                 left.append(cell)
@@ -157,7 +158,9 @@ class Execution:
         # A block's test set and scores decide on its result too, though the training never sees them. The built-in tasks have no
         # such keys: the version of their data is part of the paths that `keys` names.
         tested = without_paths(task.model_dump(include=TESTED)) if isinstance(task, Block) else {}
-        return config, fingerprint({**config, **tested})
+        # So do what it leaves to this package's defaults, and the sizes they lead to, which may be others in another version.
+        left_out = {"defaults": defaults(), "parameters": self.sizes[cell.method].parameters} if "qtha" in config else {}
+        return config, fingerprint({**config, **tested, **left_out})
 
     def job(self, cell: Cell, threads: int | None) -> Job:
         """Return a run as another process is told it, with so many threads of PyTorch."""
@@ -185,6 +188,11 @@ class Execution:
             log=str(self.folder / "logs" / f"{cell.name}.log"),
             threads=threads,
         )
+
+
+def defaults() -> dict[str, Any]:
+    """Return what a `qtha:` block has where it says nothing."""
+    return {name: field.default for name, field in QTHABlock.model_fields.items()}
 
 
 def count(suite: Suite) -> int:

@@ -10,6 +10,7 @@ from axolotl_qtha.bench.suite.execution import Execution
 from axolotl_qtha.bench.suite.spec import Cell, search
 from axolotl_qtha.bench.suite.summary import summary, write_summary
 from axolotl_qtha.bench.suite.table import differences, entries
+from axolotl_qtha.settings.args import QTHABlock
 
 from .test_spec import suite
 
@@ -191,6 +192,16 @@ def test_results_of_other_settings_are_refused(execution, tmp_path):
     other = suite(tmp_path, **{**execution.suite.model_dump(), "max_steps": 11})
     with pytest.raises(ValueError, match=r"was run with other settings.*What works: another output_dir, or `--overwrite`"):
         Execution(other).open(search(other))
+
+
+def test_results_of_other_defaults_are_refused(execution, monkeypatch):
+    """A version of this package with another `core_gain` trains another adapter with the same YAML; LoRA does not change."""
+    cells = {adapter: [cell for cell in search(execution.suite) if cell.method.adapter == adapter] for adapter in ADAPTERS}
+    monkeypatch.setattr(QTHABlock.model_fields["core_gain"], "default", "balanced")
+    for adapter in ("qtha", "mpo-only"):
+        with pytest.raises(ValueError, match=r"was run with other settings, or other defaults of axolotl-qtha"):
+            execution.open(cells[adapter])
+    assert execution.open(cells["lora"]) == []
 
 
 def test_what_is_done_is_not_done_again_but_what_failed_is(execution):
