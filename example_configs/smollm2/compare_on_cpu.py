@@ -3,13 +3,20 @@
 `axolotl qtha-bench` is the tool for this where there is a GPU. On a CPU, Axolotl trains in float32 alone; this loop has the
 frozen base in bfloat16 (adapters and their optimiser are float32), which is five times as fast on a CPU that multiplies
 bfloat16, and takes short questions: a run of 100 steps takes 5 minutes on one core. Everything else is as simple as it can be:
-AdamW without weight decay, cosine with 8 steps of warm-up, gradients clipped at 1; the loss is that of the answers' tokens, in
-nats a token.
+AdamW without weight decay, cosine with a few steps of warm-up, gradients clipped at 1; the loss is that of the answers' tokens,
+in nats a token. With `--test` the model is also tested on other rows: loss, and answers whose last number is the right one.
 
     python example_configs/smollm2/make_base.py
     python example_configs/smollm2/compare_on_cpu.py --data gsm8k/train.jsonl --lora 8 --rates 6e-3 --seeds 1 2 3
     python example_configs/smollm2/compare_on_cpu.py --data gsm8k/train.jsonl --rates 6e-3 --seeds 1 2 3 \
         --qtha "{rank: 8, alpha: 16, quantum: none}"
+
+The protocol of the paper's authors (../bench/paper.yml) on short questions, one rank and seed, with their QTHA; an hour each:
+
+    python example_configs/smollm2/compare_on_cpu.py --data gsm8k/train.jsonl --test gsm8k/test.jsonl --rates 5e-5 \
+        --modules q_proj v_proj --steps 282 --batch 32 --warm-up 28 --longest 170 --rows 3000 --lora 8
+    ... --qtha "{rank: 8, alpha: 16, mpo: tt, bond_dim: 8, mid_dim: 256, num_cores: 4, circuit_layers: 8, qubits: 8,
+        core_gain: none, angle_scale: raw, branch_init: kaiming}"
 """
 
 from __future__ import annotations
@@ -31,11 +38,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from axolotl_qtha import QTHAConfig
+from axolotl_qtha.bench.suite.score import score
 
 BASE = Path(__file__).parent / "base"
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-WARM_UP = 8  # steps
 ALIKE = 8  # batches that are sorted by length together
+LONGEST_ANSWER = 256  # tokens
 Row = tuple[list[int], list[int]]  # tokens of the question, of the answer
 
 
@@ -91,6 +99,14 @@ def validation_loss(model: Any, rows: list[Row], size: int) -> float:
     return sum(float(loss) for loss, _ in parts) / sum(count for _, count in parts)
 
 
+def test(model: Any, rows: list[Row], options: argparse.Namespace) -> dict[str, float]:
+    """Return the loss on rows, and the share of its own answers to them whose last number is that of the true answer."""
+    loss = validation_loss(model, rows, 2 * options.batch)
+    asked = [{"input_ids": question + answer, "labels": [-100] * len(question) + answer} for question, answer in rows]
+    tokenizer = AutoTokenizer.from_pretrained(options.base)
+    return {"test_loss": loss} | score("arithmetic", len(rows), LONGEST_ANSWER, model.eval(), tokenizer, asked).figures
+
+
 def run(config: PeftConfig, rows: list[Row], rate: float, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Train once; return parameters, losses and seconds."""
     torch.manual_seed(seed)
@@ -100,11 +116,11 @@ def run(config: PeftConfig, rows: list[Row], rate: float, seed: int, options: ar
     for parameter in trained:
         parameter.data = parameter.data.float()
     optimiser = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
-    held, rest = rows[: options.held_out], rows[options.held_out :]
+    held, rest = rows[: options.held_out], rows[options.held_out :][: options.rows]
     feed, losses, start = batches(rest, options.batch, seed), [], time.perf_counter()
     for step in range(options.steps):
         for group in optimiser.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / options.steps)) / 2
+            group["lr"] = rate * min(1.0, (step + 1) / options.warm_up) * (1 + math.cos(math.pi * step / options.steps)) / 2
         loss, count = summed_loss(model, next(feed))
         (loss / count).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -112,12 +128,16 @@ def run(config: PeftConfig, rows: list[Row], rate: float, seed: int, options: ar
         optimiser.zero_grad(set_to_none=True)
         losses.append(float(loss) / count)
     last = losses[-20:]
+    tested = (
+        test(model, read_rows(options.test, options.base, options.longest)[: options.answers], options) if options.test else {}
+    )
     return {
         "parameters": sum(parameter.numel() for parameter in trained),
         "learning_rate": rate,
         "seed": seed,
         "validation_loss": validation_loss(model, held, 2 * options.batch),
         "training_loss": sum(last) / len(last),
+        **tested,
         "seconds": round(time.perf_counter() - start),
     }
 
@@ -132,10 +152,15 @@ def main(arguments: list[str] | None = None) -> None:
     kind.add_argument("--qtha", metavar="KEYS", help="QTHA with these keys of the `qtha:` block, as YAML.")
     parser.add_argument("--rates", type=float, nargs="+", required=True, help="Learning rates.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="Of the adapter's start and the order of the data.")
+    parser.add_argument("--modules", nargs="+", default=MODULES, help="The layers; all linear ones unless named.")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=8, help="Rows of a step.")
+    parser.add_argument("--warm-up", type=int, default=8, help="Steps.")
     parser.add_argument("--held-out", type=int, default=160, help="The first rows, for validation.")
+    parser.add_argument("--rows", type=int, help="Rows that are trained on; all of the others unless given.")
     parser.add_argument("--longest", type=int, default=140, help="Rows with more tokens are left out.")
+    parser.add_argument("--test", type=Path, help="GSM8K's test.jsonl: its first rows are answered, too.")
+    parser.add_argument("--answers", type=int, default=200, help="How many.")
     parser.add_argument("--out", type=Path, help="File that the lines are added to.")
     options = parser.parse_args(arguments)
     rows = read_rows(options.data, options.base, options.longest)
@@ -144,7 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"{needed} take more than the {len(rows)} rows of at most {options.longest} tokens")
     for seed in options.seeds:
         for rate in options.rates:
-            keys: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": list(MODULES)}
+            keys: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": options.modules}
             if options.lora:
                 config: PeftConfig = LoraConfig(r=options.lora, lora_alpha=2 * options.lora, **keys)
             else:

@@ -165,11 +165,15 @@ def test_comparing_on_a_cpu(adapter, base, tmp_path, capsys):
     out, data = tmp_path / "runs.jsonl", FOLDER / "data" / "train.jsonl"
     line = ["--data", str(data), "--base", str(base), *adapter, "--rates", "1e-3", "--out", str(out)]
     small = ["--steps", "1", "--batch", "2", "--held-out", "2", "--longest", "150"]
-    loaded(FOLDER / "compare_on_cpu.py").main([*line, *small])
+    script = loaded(FOLDER / "compare_on_cpu.py")
+    script.LONGEST_ANSWER = 4
+    script.main([*line, *small, "--test", str(FOLDER / "data" / "validation.jsonl"), "--answers", "2", "--rows", "20"])
     result = json.loads(out.read_text())
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
     assert result["parameters"] == (610_560 if "--lora" in adapter else 558_208)  # 25.0 and 22.9 % of LoRA's of rank 8
     assert 0.5 < result["training_loss"] < 3
     assert 0.5 < result["validation_loss"] < 3
+    assert 0.5 < result["test_loss"] < 3
+    assert (result["accuracy"], result["answer_completeness"]) == (0, 0)  # none ends in four tokens
     with pytest.raises(SystemExit):
-        loaded(FOLDER / "compare_on_cpu.py").main([*line, "--held-out", "1000"])
+        script.main([*line, "--held-out", "1000"])
