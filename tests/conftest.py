@@ -17,6 +17,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers that share cores would wait f
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
+@pytest.fixture(scope="session")
+def forked():
+    """A process that forks commands, for the tests of a worker: what runs one, and returns what `commands.run` does."""
+    from .e2e.servers import Commands
+
+    made = Commands()
+    yield made
+    made.stop()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """Have `-m "not e2e"` leave out what is slow, too, and all but `-m long` what is long; and start with the long

@@ -25,7 +25,6 @@ OF_THE_RUN |= {"micro_batch_size"}
 
 def run(command: list[str], cwd: Path, text: str = "", **env: str) -> subprocess.CompletedProcess[str]:
     """Run a command with this interpreter's tools first on the PATH; its output is in `stdout`."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
         command,
         cwd=cwd,
@@ -33,9 +32,14 @@ def run(command: list[str], cwd: Path, text: str = "", **env: str) -> subprocess
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env={**os.environ, "PATH": path, **env},
+        env=with_tools(**env),
         timeout=900,
     )
+
+
+def with_tools(**env: str) -> dict[str, str]:
+    """Return this process's environment with its interpreter's tools first on the PATH, and with `env`."""
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **env}
 
 
 def write_config(folder: Path, source: str = "qtha.yml", **changes: Any) -> Path:

@@ -5,9 +5,9 @@ import pytest
 from .ranks import Servers
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def servers():
-    """Processes that fork ranks, for the tests of a file."""
+    """Processes that fork ranks, for the tests of a worker."""
     made = Servers()
     yield made
     made.stop()

@@ -2,11 +2,11 @@
 
 import json
 import os
+import socket
 import subprocess
-import sys
 import warnings
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import yaml
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from axolotl_qtha.tuner.fold_cache import folding_each_time
 
 from .commands import QUICKSTART, REPOSITORY, run, write_config
+from .servers import Server
 
 SUPPORT = Path(__file__).parent / "cpu_ranks"
 ZERO = REPOSITORY / "example_configs" / "deepspeed"
@@ -65,10 +66,10 @@ def train(config: Path, strategy: str, **env: str) -> subprocess.CompletedProces
 
 
 class Servers:
-    """Processes that fork ranks, one for each kind: saves the imports. See `cpu_ranks/server.py`."""
+    """Processes that fork ranks, one for each kind: saves the imports."""
 
     def __init__(self) -> None:
-        self.running: dict[str, tuple[subprocess.Popen[str], TextIO]] = {}
+        self.kinds = {kind: Server(**environment(kind)) for kind in KIND_ENV}
 
     def train(self, config: Path, strategy: str, ranks: int = 2, again: bool = True, killed: str = "") -> str:
         """Train as torchrun would have ranks do, and return what they printed.
@@ -80,14 +81,11 @@ class Servers:
             again: whether to begin anew if they wait for each other for ever.
             killed: value of QTHA_KILL; the run must fail then.
         """
-        kind = STRATEGIES[strategy][1]
-        if kind not in self.running:
-            self.running[kind] = self._start(kind)
-        (server, answers), log = self.running[kind], config.with_suffix(".log")
-        assert server.stdin
-        server.stdin.write(json.dumps({"config": str(config), "ranks": ranks, "log": str(log), "killed": killed}) + "\n")
-        server.stdin.flush()
-        codes = json.loads(answers.readline())
+        log, command = config.with_suffix(".log"), ["axolotl", "train", str(config), "--launcher", "python"]
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "QTHA_KILL": killed or "-1:0:"}
+        common |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        processes = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+        codes = self.kinds[STRATEGIES[strategy][1]].run(command, REPOSITORY, log, processes, bool(killed))
         text = log.read_text()
         if killed:
             assert codes != [0] * ranks, text[-6000:]
@@ -100,22 +98,17 @@ class Servers:
         assert codes == [0] * ranks, text[-6000:]
         return text
 
-    def _start(self, kind: str) -> tuple[subprocess.Popen[str], TextIO]:
-        answers, write = os.pipe()
-        command = [sys.executable, str(SUPPORT / "server.py"), str(write)]
-        env = {**os.environ, **environment(kind)}
-        server = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, pass_fds=[write], cwd=REPOSITORY, env=env
-        )
-        os.close(write)
-        return server, os.fdopen(answers)
-
     def stop(self) -> None:
         """End the processes."""
-        for server, answers in self.running.values():
-            server.kill()
-            server.wait()
-            answers.close()
+        for server in self.kinds.values():
+            server.stop()
+
+
+def free_port() -> str:
+    """Return a port on which nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def output(config: Path) -> Path:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from axolotl_qtha.settings.meta_base import read_config
 
-from .commands import run, train_here, write_config
+from .commands import train_here, write_config
 
 pytestmark = pytest.mark.e2e
 
@@ -23,9 +23,9 @@ pytestmark = pytest.mark.e2e
     ],
     ids=["unknown key", "no plugin", "4 and 8 bit"],
 )
-def test_command_line(tmp_path, changes, words):
+def test_command_line(forked, tmp_path, changes, words):
     config = write_config(tmp_path, **changes)
-    done = run(["axolotl", "train", str(config), "--launcher", "python"], tmp_path)
+    done = forked(["axolotl", "train", str(config)], tmp_path)
     assert done.returncode != 0
     for word in words:
         assert word in done.stdout, done.stdout[-3000:]
@@ -97,8 +97,8 @@ def test_an_output_dir_that_cannot_be_written(tmp_path, monkeypatch, number):
 
 
 @pytest.mark.parametrize("command", ["inference", "evaluate"])
-def test_without_a_trained_adapter(tmp_path, command):
-    done = run(["axolotl", command, str(write_config(tmp_path)), "--launcher", "python"], tmp_path, text="Hello")
+def test_without_a_trained_adapter(forked, tmp_path, command):
+    done = forked(["axolotl", command, str(write_config(tmp_path))], tmp_path)
     assert done.returncode != 0
     assert "--lora-model-dir" in done.stdout
 

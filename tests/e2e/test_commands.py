@@ -234,9 +234,9 @@ def test_dpo(tmp_path):
     assert readme.read_text() == written
 
 
-def test_merge_is_refused_with_a_circuit_and_exact_without(uninterrupted, tmp_path):
+def test_merge_is_refused_with_a_circuit_and_exact_without(forked, uninterrupted, tmp_path):
     config = next(Path(uninterrupted[2]).parent.glob("qtha-*.yml"))
-    done = run(
+    done = forked(
         ["axolotl", "merge-lora", str(config), "--output-dir", str(tmp_path / "m"), "--lora-model-dir", str(uninterrupted[2])],
         tmp_path,
     )
@@ -250,7 +250,7 @@ def test_merge_is_refused_with_a_circuit_and_exact_without(uninterrupted, tmp_pa
     with torch.no_grad():
         expected = model.eval()(IDS).logits
     out = tmp_path / "out"
-    done = run(["axolotl", "merge-lora", str(plain), "--lora-model-dir", str(out)], tmp_path)
+    done = forked(["axolotl", "merge-lora", str(plain), "--lora-model-dir", str(out)], tmp_path)
     assert done.returncode == 0, done.stdout[-3000:]
     from transformers import AutoModelForCausalLM
 

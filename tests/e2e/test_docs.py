@@ -1,7 +1,11 @@
-"""Every command of the documentation runs as it is printed, from a folder that holds example_configs/."""
+"""Every command of the documentation runs as it is printed, from a folder that holds example_configs/.
+
+Most are forked from a process that has done the imports. In the shell: the README's first, and what needs one.
+"""
 
 import json
 import re
+import shlex
 import sys
 
 import pytest
@@ -39,9 +43,12 @@ def test_the_readme_has_its_two_setup_lines():
 
 # In the order of the README, then of the pages by name: later commands use what earlier ones wrote.
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command(clone, command):
-    env = environment("deepspeed") if "--nproc_per_node" in command else {}  # ranks on this CPU, for want of GPUs
-    done = run(["bash", "-c", command], clone, **env)
+def test_command(clone, forked, command):
+    if command in SETUP or not re.fullmatch(r"(axolotl|python -m) [\w./, -]+", command) or "--launcher" in command:
+        env = environment("deepspeed") if "--nproc_per_node" in command else {}  # ranks on this CPU, for want of GPUs
+        done = run(["bash", "-c", command], clone, **env)
+    else:
+        done = forked(shlex.split(command), clone)
     assert done.returncode == 0, done.stdout[-4000:]
     if "inference" in command:
         answer = done.stdout.split("### Response:")[-1]

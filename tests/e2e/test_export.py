@@ -210,9 +210,9 @@ def test_on_a_four_bit_base(config, tmp_path):
     assert written["perplexity"] != pytest.approx(merged["perplexity"]["export"], rel=1e-4)
 
 
-def test_merging_by_axolotl_names_the_command_that_works(config, tmp_path):
+def test_merging_by_axolotl_names_the_command_that_works(forked, config, tmp_path):
     adapter = shutil.copytree(config.parent / "out", tmp_path / "adapter")
-    done = run(["axolotl", "merge-lora", str(config), "--lora-model-dir", str(adapter)], tmp_path)
+    done = forked(["axolotl", "merge-lora", str(config), "--lora-model-dir", str(adapter)], tmp_path)
     assert done.returncode != 0
     assert not list(tmp_path.rglob("merged"))
     merged = config.parent / "out" / "merged"

@@ -239,12 +239,12 @@ def test_on_the_full_precision_base_logits_differ_by_the_rounding(uninterrupted)
     assert 0 < difference < 5 * rounding  # of the same size as that of the bases alone
 
 
-def test_merging_through_the_full_precision_base(train, tmp_path):
+def test_merging_through_the_full_precision_base(forked, train, tmp_path):
     train(qtha={**SHORT["qtha"], "quantum": "none", "circuit_lr": None})
     out = tmp_path / "out"
     expected = logits(AutoPeftModelForCausalLM.from_pretrained(out, dtype=torch.float32))
     (config,) = tmp_path.glob("*.yml")
-    done = run(["axolotl", "merge-lora", str(config), "--lora-model-dir", str(out)], tmp_path)
+    done = forked(["axolotl", "merge-lora", str(config), "--lora-model-dir", str(out)], tmp_path)
     assert done.returncode == 0, done.stdout[-3000:]
     merged = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float32)
     assert not hasattr(merged.config, "quantization_config")

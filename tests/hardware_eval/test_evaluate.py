@@ -258,7 +258,7 @@ def test_the_verdict(found, device, difference, error, words):
     way.difference, way.standard_error = before
 
 
-PACKED = IBMOptions(backend="fake:torino", shots=256, resilience_level=0, pack=3)
+PACKED = IBMOptions(backend="fake:guadalupe", shots=256, resilience_level=0, pack=3)
 
 
 @pytest.mark.slow

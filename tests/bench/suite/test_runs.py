@@ -18,7 +18,7 @@ from axolotl_qtha.bench.suite.apart import apart, stoppable
 from axolotl_qtha.bench.suite.worker import Job, Processes
 from axolotl_qtha.cli.bench import bench
 
-from ...e2e.commands import REPOSITORY, run
+from ...e2e.commands import REPOSITORY
 from .test_spec import SUITE
 
 pytestmark = pytest.mark.e2e
@@ -35,9 +35,9 @@ def write(folder, **changes):
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def done(forked, tmp_path_factory):
     folder = tmp_path_factory.mktemp("suite")
-    result = run(["axolotl", "qtha-bench", str(write(folder))], folder)
+    result = forked(["axolotl", "qtha-bench", str(write(folder))], folder)
     assert result.returncode == 0, result.stdout[-4000:]
     return folder, result.stdout
 
@@ -109,9 +109,9 @@ def test_the_same_line_again_runs_nothing(done):
     assert str(folder) not in summary
 
 
-def test_the_same_seed_gives_the_same_losses(done, tmp_path):
+def test_the_same_seed_gives_the_same_losses(forked, done, tmp_path):
     suite = write(tmp_path, adapters=["qtha"], learning_rates=[0.01], seeds=[1])
-    again = run(["axolotl", "qtha-bench", str(suite)], tmp_path)
+    again = forked(["axolotl", "qtha-bench", str(suite)], tmp_path)
     assert again.returncode == 0, again.stdout[-4000:]
     first, second = (results_of(folder)["domain--qtha--r4-b0.24--lr0.01--s1"]["train_info"] for folder in (done[0], tmp_path))
     losses = [[row["valid loss"] for row in info["metrics"] if "valid loss" in row] for info in (first, second)]
@@ -131,21 +131,22 @@ def test_another_machine_takes_all_of_it_over(done, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_training_is_stopped_at_the_limit(tmp_path):
+def test_a_training_is_stopped_at_the_limit(forked, tmp_path):
     suite = write(tmp_path, max_steps=10_000, evaluations=1, learning_rates=[0.01], seeds=[1], adapters=["lora"])
-    done = run(["axolotl", "qtha-bench", str(suite), "--minutes", "0.5", "--jobs", "1"], tmp_path)
+    done = forked(["axolotl", "qtha-bench", str(suite), "--minutes", "0.4", "--jobs", "1"], tmp_path)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "The limit of 0.5 minutes: 0 of 1 runs are done" in done.stdout
+    assert "The limit of 0.4 minutes: 0 of 1 runs are done" in done.stdout
+    assert list((tmp_path / "out" / "logs").glob("*--s1.log"))  # it was under way
     assert "Traceback" not in done.stdout
     assert results_of(tmp_path) == {}
     assert not (tmp_path / "out" / "summary.md").exists()
 
 
-def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path):
+def test_a_run_that_fails_is_told_and_the_others_go_on(forked, tmp_path):
     block = {"name": "mine", "train": {"path": str(tmp_path / "none.jsonl"), "ds_type": "json", "type": "alpaca"}}
     block["validation"] = block["train"]
     suite = write(tmp_path, tasks=[block, "domain"], adapters=["lora"], learning_rates=[0.01], seeds=[1], max_steps=2)
-    done = run(["axolotl", "qtha-bench", str(suite)], tmp_path)
+    done = forked(["axolotl", "qtha-bench", str(suite)], tmp_path)
     assert done.returncode == 1, done.stdout[-3000:]
     status = {name: result["train_info"]["status"] for name, result in results_of(tmp_path).items()}
     assert status == {"mine--lora--r4--lr0.01--s1": "failed", "domain--lora--r4--lr0.01--s1": "success"}
