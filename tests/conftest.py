@@ -27,6 +27,16 @@ def forked():
     made.stop()
 
 
+@pytest.fixture(scope="session")
+def servers():
+    """Processes that fork ranks, for the tests of a worker."""
+    from .e2e.ranks import Servers
+
+    made = Servers()
+    yield made
+    made.stop()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """Have `-m "not e2e"` leave out what is slow, too, and all but `-m long` what is long; and start with the long

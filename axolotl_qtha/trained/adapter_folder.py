@@ -96,20 +96,20 @@ def refuse_other_circuits(key: str, folder: Path, config: QTHAConfig) -> None:
         )
 
 
-def refuse_unsaid_share(folder: str | None, config: QTHAConfig) -> None:
+def refuse_unsaid_share(folder: str, config: QTHAConfig) -> None:
     """Refuse to train on an adapter whose layers share tensors with a YAML that does not say so.
 
     The plan and the checks of checkpointing, ZeRO and FSDP2 go by the YAML.
 
     Args:
-        folder: `lora_model_dir`, if it is set; a name on the Hub is not looked up here.
+        folder: `lora_model_dir`; a name on the Hub is not looked up here.
         config: the YAML's adapter.
 
     Raises:
         ValueError: naming both keys.
     """
     try:
-        share = json.loads((Path(folder or "") / "adapter_config.json").read_text()).get("share") if folder else None
+        share = json.loads((Path(folder) / "adapter_config.json").read_text()).get("share")
     except (OSError, ValueError, AttributeError):
         return  # said where it is loaded
     if share and not config.share:

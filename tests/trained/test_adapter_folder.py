@@ -16,7 +16,7 @@ def test_a_share_that_the_yaml_does_not_say_is_refused(tmp_path):
     with pytest.raises(ValueError, match=works):
         refuse_unsaid_share(str(tmp_path / "shared"), QTHAConfig())
     refuse_unsaid_share(str(tmp_path / "shared"), QTHAConfig(share={"layers": 2, "inputs": True}))
-    for folder in (str(tmp_path / "plain"), "some/name-on-the-hub", None):
+    for folder in (str(tmp_path / "plain"), "some/name-on-the-hub"):
         refuse_unsaid_share(folder, QTHAConfig())
 
 
