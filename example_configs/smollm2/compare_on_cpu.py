@@ -128,16 +128,14 @@ def run(config: PeftConfig, rows: list[Row], rate: float, seed: int, options: ar
         optimiser.zero_grad(set_to_none=True)
         losses.append(float(loss) / count)
     last = losses[-20:]
-    tested = (
-        test(model, read_rows(options.test, options.base, options.longest)[: options.answers], options) if options.test else {}
-    )
+    asked = read_rows(options.test, options.base, options.longest)[: options.answers] if options.test else []
     return {
         "parameters": sum(parameter.numel() for parameter in trained),
         "learning_rate": rate,
         "seed": seed,
         "validation_loss": validation_loss(model, held, 2 * options.batch),
         "training_loss": sum(last) / len(last),
-        **tested,
+        **(test(model, asked, options) if asked else {}),
         "seconds": round(time.perf_counter() - start),
     }
 

@@ -18,13 +18,14 @@ import signal
 import sys
 import traceback
 
-WANTED = ("accelerate.accelerator", "axolotl.cli.config", "axolotl.cli.main", "axolotl.core.builders", "axolotl.loaders")
-WANTED += ("axolotl.train", "axolotl.utils.data", "axolotl_qtha.plugin", "bitsandbytes", "peft", "transformers.trainer", "trl")
+from axolotl_qtha.bench.suite.worker import IMPORTS
+
+WANTED = [*IMPORTS, "accelerate.accelerator", "axolotl.cli.config", "axolotl.cli.main"]
 STILL = 400
 
 
 def serve(answers):
-    for name in WANTED + (("deepspeed",) if "QTHA_CPU_RANKS" in os.environ else ()):
+    for name in [*WANTED, *(["deepspeed"] if "QTHA_CPU_RANKS" in os.environ else [])]:
         importlib.import_module(name)
     gc.freeze()  # for the processes' collections of garbage, which would read, and so copy, all of it
     for line in sys.stdin:
