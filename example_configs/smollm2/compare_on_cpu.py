@@ -107,8 +107,10 @@ def test(model: Any, rows: list[Row], options: argparse.Namespace) -> dict[str, 
     return {"test_loss": loss} | score("arithmetic", len(rows), LONGEST_ANSWER, model.eval(), tokenizer, asked).figures
 
 
-def run(config: PeftConfig, rows: list[Row], rate: float, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Train once; return parameters, losses and seconds."""
+def run(
+    config: PeftConfig, rows: list[Row], asked: list[Row], rate: float, seed: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Train once; return parameters, losses, what a test on the rows `asked` gives, and seconds."""
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.bfloat16, attn_implementation="sdpa")
     model: Any = get_peft_model(base.requires_grad_(False), config)
@@ -128,7 +130,6 @@ def run(config: PeftConfig, rows: list[Row], rate: float, seed: int, options: ar
         optimiser.zero_grad(set_to_none=True)
         losses.append(float(loss) / count)
     last = losses[-20:]
-    asked = read_rows(options.test, options.base, options.longest)[: options.answers] if options.test else []
     return {
         "parameters": sum(parameter.numel() for parameter in trained),
         "learning_rate": rate,
@@ -165,6 +166,9 @@ def main(arguments: list[str] | None = None) -> None:
     if len(rows) < options.held_out + options.batch:
         needed = f"--held-out {options.held_out} and --batch {options.batch}"
         parser.error(f"{needed} take more than the {len(rows)} rows of at most {options.longest} tokens")
+    asked = read_rows(options.test, options.base, options.longest)[: options.answers] if options.test else []
+    if options.test and not asked:
+        parser.error(f"--test {options.test} has no row of at most {options.longest} tokens")
     for seed in options.seeds:
         for rate in options.rates:
             keys: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": options.modules}
@@ -173,7 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
             else:
                 config = QTHAConfig(**{**keys, **yaml.safe_load(options.qtha), "seed": seed})
             named = {"lora": options.lora} if options.lora else {"qtha": options.qtha}
-            line = json.dumps(named | run(config, rows, rate, seed, options))
+            line = json.dumps(named | run(config, rows, asked, rate, seed, options))
             print(line, flush=True)
             if options.out:
                 with options.out.open("a", encoding="utf-8") as file:
