@@ -118,7 +118,7 @@ def _read(execution: Execution, path: Path, cell: Cell) -> dict[str, Any]:
     if run["settings"] != (mark := execution.settings(cell)[1]):
         raise ValueError(
             f"--add: {path} was run with other settings ({run['settings']}, here {mark}). What works: results of the same suite "
-            "file, with base and data at the same paths."
+            "file and version of axolotl-qtha, with base and data at the same paths."
         )
     return run
 
